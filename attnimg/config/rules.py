@@ -304,6 +304,8 @@ def _unused_run_keys(config: Config) -> Iterator[tuple[str, list[str]]]:
         yield "gradient_checkpointing is not true", named("gradient_checkpointing_kwargs")
     if not config.torch_compile:
         yield "torch_compile is not set", named("torch_compile_backend", "torch_compile_mode")
+    if config.loss_watchdog_threshold is None:
+        yield "loss_watchdog_threshold is not set", named("loss_watchdog_patience")
     if config.save_strategy == "no":
         yield "save_strategy is no", named("save_total_limit", "save_only_model")
     if not (config.fsdp or config.fsdp_config):

@@ -259,6 +259,8 @@ class Config(BaseModel):
     save_total_limit: Count | None = None
     save_only_model: Flag | None = None
     early_stopping_patience: Count | None = None
+    loss_watchdog_threshold: Positive | None = None
+    loss_watchdog_patience: Count | None = None
     resume_from_checkpoint: Flag | PathText | None = None
     auto_resume_from_checkpoints: Flag | None = None
 

@@ -22,6 +22,7 @@ from attnimg.train import checkpoint as checkpoints
 from attnimg.train import records
 from attnimg.train.checkpoint import FileHasher, write_errors
 from attnimg.train.distributed import Stopped, any_rank
+from attnimg.train.loss_watchdog import LossWatchdog
 from attnimg.train.model_files import TRAINER_FILES, correct_saved_config
 from attnimg.train.resume import apply_config
 from attnimg.train.rows import COUNTS, EpochSampler
@@ -51,6 +52,7 @@ class Engine(CheckpointingTrainer):
 
     Attributes:
         counter: counts tokens and time between two logs.
+        watchdog: counts steps with a high loss.
         pending_checkpoint: the checkpoint that a thread is finishing.
         loaded_config: the model's config before training.
     """
@@ -59,6 +61,8 @@ class Engine(CheckpointingTrainer):
         self.session, self.folder, self.stop = session, session.folder, session.stop
         self.attention_check = session.attention_check
         self.counter = records.TokenCounter()
+        config = session.config
+        self.watchdog = LossWatchdog(config.loss_watchdog_threshold, config.loss_watchdog_patience)
         self._eval_sums = torch.zeros(2, dtype=torch.float64)
         self._evaluated_at = -1
         self.pending_checkpoint, self.hashes = checkpoints.PendingCheckpoint(), FileHasher()
@@ -119,7 +123,43 @@ class Engine(CheckpointingTrainer):
         if self.pending_checkpoint.is_done or self.attention_check.is_due(step):
             self.pending_checkpoint.wait()
         with self.attention_check.checking(step, self.folder):
-            return super().training_step(model, inputs, num_items_in_batch)
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        self.watchdog.add(loss)
+        return loss
+
+    def _maybe_log_save_evaluate(self, *args: Any, **options: Any) -> None:
+        """Log, evaluate and save; after too many steps with a high loss, only log.
+
+        Raises:
+            AttnimgError: code loss-too-high, exit code 1.
+        """
+        too_high = self.watchdog.count_step(
+            lambda loss: self.accelerator.reduce(loss, reduction="mean")
+        )
+        if too_high:
+            self.control.should_log = True
+            self.control.should_evaluate = self.control.should_save = False
+        super()._maybe_log_save_evaluate(*args, **options)
+        if too_high:
+            raise self._high_loss_error()
+
+    def _high_loss_error(self) -> AttnimgError:
+        self.pending_checkpoint.wait()
+        newest = checkpoints.newest_checkpoint(self.folder)
+        watchdog, step = self.watchdog, self.state.global_step
+        first = step - watchdog.high_steps + 1
+        return AttnimgError(
+            f"the loss has been above loss_watchdog_threshold since step {first}",
+            why=f"found loss {watchdog.loss:.3g} at step {step}; needed at most "
+            f"{watchdog.threshold:g} in one of {watchdog.patience} steps in a row\n"
+            + (f"the newest checkpoint is {newest}" if newest else "no checkpoint was written"),
+            do="lower learning_rate or lengthen warmup_steps, and resume from a checkpoint that is "
+            "older than the rise of the loss; if such losses are expected, raise "
+            "loss_watchdog_threshold",
+            code="loss-too-high",
+            key="loss_watchdog_threshold",
+            exit_code=1,
+        )
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Raise where a loss or gradient is NaN or inf, before the step changes the weights.
@@ -306,7 +346,8 @@ class Engine(CheckpointingTrainer):
             "step": self.state.global_step,
             "tokens": self.counter.total_tokens,
             "window": {"loss": loss, "from_step": self._globalstep_last_logged,
-                       "tokens": tokens, "places": positions, "aux": self.aux_window()},
+                       "tokens": tokens, "places": positions, "aux": self.aux_window(),
+                       "high_steps": self.watchdog.high_steps},
             "evaluate_first": self._evaluation_due(),
             "identity": dict(self.session.identity),
         }  # fmt: skip
@@ -319,6 +360,7 @@ class Engine(CheckpointingTrainer):
         self.counter.total_tokens = state["tokens"]
         self._tr_loss += window["loss"]
         self._globalstep_last_logged = window["from_step"]
+        self.watchdog.high_steps = window.get("high_steps", 0)
         # The sums include all processes, so only one of them restores them.
         if self.is_world_process_zero():
             self.counter.count(window["tokens"], window["places"])

@@ -76,6 +76,7 @@ NOT_COMPARED = frozenset(
         "torch_compile_backend", "torch_compile_mode", "output_dir", "logging_steps",
         "save_strategy", "save_steps", "saves_per_epoch", "save_total_limit", "save_only_model",
         "resume_from_checkpoint", "auto_resume_from_checkpoints", "ddp_timeout",
+        "loss_watchdog_threshold", "loss_watchdog_patience",
         "ddp_find_unused_parameters", "dataloader_num_workers", "dataloader_pin_memory", "strict",
     }
 )  # fmt: skip

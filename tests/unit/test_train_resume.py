@@ -57,6 +57,7 @@ NOT_COMPARED = {
     "gradient_checkpointing": True, "torch_compile": True, "output_dir": "elsewhere",
     "logging_steps": 5, "save_strategy": "epoch", "save_steps": 7, "save_total_limit": 1,
     "resume_from_checkpoint": True, "dataloader_num_workers": 2, "eval_steps": 3,
+    "loss_watchdog_threshold": 9.0, "loss_watchdog_patience": 5,
     "test_datasets": [{"path": "tests"}],
 }  # fmt: skip
 

@@ -310,7 +310,8 @@ NEEDS = {
         lost_rank_errors _lost_rank_error, require_same_on_all_ranks rank-mismatch
     """,
     "the run": """
-        _get_grad_norm _not_finite_error, _loss_differs_error loss-differs,
+        _get_grad_norm _not_finite_error, _high_loss_error loss-too-high,
+        _maybe_log_save_evaluate _high_loss_error, _loss_differs_error loss-differs,
         _model_raised_error model-raised, _not_finite_error not-finite, _record_results
         _wrong_kernel_error, _run_engine out-of-memory, _wrong_kernel_error
         kernel-wrong-at-run, compute_likelihood _loss_differs_error, require_equal

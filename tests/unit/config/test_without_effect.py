@@ -48,6 +48,8 @@ ADAM: dict[str, Any] = {"adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e
         ({"torch_compile_mode": "default", "torch_compile": "auto"}, None),
         ({"save_strategy": "no", "save_total_limit": 2}, "save_total_limit"),
         ({"save_total_limit": 2}, None),
+        ({"loss_watchdog_patience": 2}, "loss_watchdog_patience"),
+        ({"loss_watchdog_patience": 2, "loss_watchdog_threshold": 5.0}, None),
         ({"fsdp_version": 2}, "fsdp_version"),
         ({"fsdp_version": 2, "fsdp_config": {"a": 1}}, None),
         ({"eot_tokens": ["x"], "chat_template": "chatml"}, "chat_template and eot_tokens"),
