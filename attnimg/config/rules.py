@@ -19,6 +19,7 @@ from attnimg.config.schema import (
     is_text,
     make_error,
     make_warning,
+    offloading_mode,
     role_names,
 )
 from attnimg.facts import Finding
@@ -166,6 +167,11 @@ def value_warnings(config: Config, failed: Collection[str]) -> Iterator[Finding]
             what = f"{key} has no effect: there is no evaluation data"
             do = f"set val_set_size: 0.05, or remove {key}"
             yield make_warning("without-effect", key, what, do)
+    for key, value, same in (("activation_offloading", "disk", "true"),
+                             ("gradient_checkpointing", "offload_disk", "offload")):  # fmt: skip
+        if getattr(config, key) == value:
+            what = f"{key}: {value} moves activations to CPU memory, as in axolotl, not to a disk"
+            yield make_warning("done-otherwise", key, what, f"set {key}: {same}")
 
 
 def _adapter(config: Config) -> Iterator[Finding]:
@@ -186,6 +192,21 @@ def _adapter(config: Config) -> Iterator[Finding]:
         yield _bad_value(key, f"{key} cannot include lm_head",
                       "the loss reads lm_head's own weight, so its adapter would not be trained",
                       "move lm_head to lora_modules_to_save")  # fmt: skip
+
+
+def _offloading(config: Config) -> Iterator[Finding]:
+    """Yield an error for activation_offloading without checkpointed layers, as axolotl does."""
+    key = "activation_offloading"
+    if config.activation_offloading and not config.gradient_checkpointing:
+        why = "it moves what checkpointed layers keep; found gradient_checkpointing: false"
+        do = f"set gradient_checkpointing: true, or remove {key}"
+        yield _bad_value(key, f"{key} needs gradient_checkpointing", why, do)
+    arguments = config.gradient_checkpointing_kwargs or {}
+    if offloading_mode(config) and arguments.get("use_reentrant"):
+        key = "gradient_checkpointing_kwargs"
+        why = "found use_reentrant: true, which runs a backward pass inside the backward pass"
+        do = f"set {key}: {{use_reentrant: false}}"
+        yield _bad_value(key, "activation_offloading contradicts use_reentrant", why, do)
 
 
 def _dataset_types(config: Config) -> Iterator[Finding]:
@@ -267,6 +288,7 @@ _RULES: tuple[tuple[_Rule, tuple[str, ...]], ...] = (
     (_schedule, ("lr_scheduler", "lr_scheduler_kwargs")),
     (_evaluation, ("val_set_size", "test_datasets")),
     (_adapter, ("adapter",)),
+    (_offloading, ("gradient_checkpointing", "activation_offloading")),
     (_dataset_types, ()),
     (_trained_roles, ()),
     (_splits, ()),

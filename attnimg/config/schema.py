@@ -229,8 +229,9 @@ class Config(BaseModel):
     tf32: Literal["auto"] | Flag | None = None
     load_in_4bit: Flag | None = None
     load_in_8bit: Flag | None = None
-    gradient_checkpointing: Flag | None = None
+    gradient_checkpointing: Literal["offload", "offload_disk"] | Flag | None = None
     gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    activation_offloading: Literal["legacy", "disk", "hidden_states"] | Flag | None = None
     torch_compile: Literal["auto"] | Flag | None = None
     torch_compile_backend: Text | None = None
     torch_compile_mode: Text | None = None
@@ -294,6 +295,20 @@ def dataset_entries(config: Config) -> Iterator[tuple[str, DatasetSpec, bool]]:
             if name == "pretraining_dataset" and spec.type is None:
                 spec = spec.model_copy(update={"type": "pretrain"})  # as in axolotl
             yield f"{name}[{index}]", spec, name != "test_datasets"
+
+
+def offloading_mode(config: Config) -> str | None:
+    """Return how activations are moved to CPU memory: "legacy", without streams, or "streams".
+
+    gradient_checkpointing: offload is the older form.
+    Source: axolotl 0.19.0, utils/schemas/validation.py, check_gradient_checkpointing_w_offload
+    (2026-11-27).
+    """
+    if config.activation_offloading == "legacy":
+        return "legacy"
+    if config.activation_offloading or isinstance(config.gradient_checkpointing, str):
+        return "streams"
+    return None
 
 
 def is_chat(spec: DatasetSpec) -> bool:

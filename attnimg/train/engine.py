@@ -24,6 +24,7 @@ from attnimg.train.checkpoint import FileHasher, write_errors
 from attnimg.train.distributed import Stopped, any_rank
 from attnimg.train.loss_watchdog import LossWatchdog
 from attnimg.train.model_files import TRAINER_FILES, correct_saved_config
+from attnimg.train.offloading import offload_activations
 from attnimg.train.resume import apply_config
 from attnimg.train.rows import COUNTS, EpochSampler
 from attnimg.train.saved_states import CheckpointingTrainer
@@ -79,6 +80,9 @@ class Engine(CheckpointingTrainer):
         for name, weight in self.model.named_parameters():
             if name in trained:
                 weight.data = weight.data.to(trained[name])
+        self.maybe_activation_offload_context = offload_activations(
+            self.model, config, session.run.machine
+        )
 
     def _send_telemetry(self) -> None:
         """Send nothing: TRL would report the trainer's class to the hub."""

@@ -31,7 +31,7 @@ from attnimg.selection.attention_shapes import read_model
 from attnimg.selection.gpus_and_images import parse_gpu
 from attnimg.selection.model_config import read_config
 from attnimg.selection.plan import choose
-from attnimg.task import build_problem, model_file, precision_warnings
+from attnimg.task import build_problem, cpu_warnings, model_file
 from attnimg.train.arguments import try_options
 from attnimg.train.base_model import judge_files
 from attnimg.train.check import check_inputs
@@ -119,8 +119,8 @@ class Case:
             warnings.simplefilter("ignore", DeprecationWarning)
             checked = check_values(values, file="x.yaml", on=arch, torch=self.torch)
         notes = [w for w in checked.warnings if w.code == self.code]
-        if checked.config is not None and self.code == "fp16-on-cpu":
-            notes = [note for note in precision_warnings(checked.config, CPU)]
+        if checked.config is not None and self.code in ("fp16-on-cpu", "hint-not-used"):
+            notes = [note for note in cpu_warnings(checked.config, CPU)]
         if checked.config is not None and self.files:
             notes += [note for note in self.judged(checked.config)[1] if note.code == self.code]
         found = [(f.code, f.key, f.what, f.do) for f in (*checked.errors, *notes)]
@@ -329,6 +329,19 @@ CASES: dict[str, Case] = {
         "eval_steps": 2, "eval_strategy": "epoch", "val_set_size": 0.1}),
     "nothing to evaluate on": Case(code="bad-value", machine=CPU, options=2, values={
         "evals_per_epoch": 2, "eval_strategy": "steps"}),
+    "offloading on a CPU": Case(code="hint-not-used", values={
+        "gradient_checkpointing": True, "activation_offloading": "legacy"}),
+    "the older offloading on a CPU": Case(
+        code="hint-not-used", values={"gradient_checkpointing": "offload"}),
+    "offloading to a disk": Case(code="done-otherwise", values={
+        "gradient_checkpointing": True, "activation_offloading": "disk"}),
+    "the older offloading to a disk": Case(
+        code="done-otherwise", values={"gradient_checkpointing": "offload_disk"}),
+    "offloading without checkpoints": Case(
+        code="bad-value", values={"activation_offloading": True}, options=2),
+    "offloading in a reentrant backward pass": Case(code="bad-value", values={
+        "gradient_checkpointing": "offload",
+        "gradient_checkpointing_kwargs": {"use_reentrant": True}}),
     "evaluations of nothing": Case(code="without-effect", options=2, values={"evals_per_epoch": 2}),
     "no checkpoint": Case(code="no-checkpoint", machine=CPU,
                           values={"resume_from_checkpoint": True}),

@@ -84,6 +84,15 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
         "bad-value", "lora_target_modules"),
     "LoRA on the output layer alone": (
         LORA | {"lora_target_modules": "lm_head"}, "bad-value", "lora_target_modules"),
+    "offloading without checkpoints": (
+        {"activation_offloading": "legacy"}, "bad-value", "activation_offloading"),
+    "offloading in a backward pass inside another": (
+        {"gradient_checkpointing": "offload",
+         "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        "bad-value", "gradient_checkpointing_kwargs"),
+    "offloading to the moon": (
+        {"gradient_checkpointing": True, "activation_offloading": "moon"},
+        "bad-value", "activation_offloading"),
     "two precisions": ({"fp16": True, "bf16": True}, "bad-value", "fp16"),
     "two kinds of data": ({"pretraining_dataset": [TEXT]}, "bad-value", "pretraining_dataset"),
     "a typo of a type": (
@@ -120,6 +129,13 @@ RIGHT: dict[str, dict[str, Any]] = {
     "early stopping with documents": {"early_stopping_patience": 2, "test_datasets": [TEXT]},
     "a plateau with documents": {"lr_scheduler": "reduce_lr_on_plateau", "val_set_size": 8},
     "a cosine's minimum": {"cosine_min_lr_ratio": 0.0},
+    "offloading": {
+        "gradient_checkpointing": True,
+        "activation_offloading": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    },
+    "the older offloading": {"gradient_checkpointing": "offload"},
+    "no offloading": {"activation_offloading": False},
     "no warmup": {"warmup_steps": 0},
     "a share of warmup": {"warmup_ratio": 0.1},
     "a schedule with its argument": DECAY | {"lr_scheduler_kwargs": {"num_decay_steps": 3}},
