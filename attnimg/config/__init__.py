@@ -21,6 +21,7 @@ from attnimg.config.attention import (
     name_errors,
     replace_legacy_keys,
 )
+from attnimg.config.other_names import replace_other_names
 from attnimg.config.read import read_yaml, with_overrides
 from attnimg.config.rules import value_errors, value_warnings
 from attnimg.config.schema import (
@@ -79,6 +80,7 @@ def check_values(
     name = values.pop("attn_implementation", None)
     bad_name = list(name_errors(name)) if name is not None else []
     config, bad_values = _validate(values)
+    config, renamed = replace_other_names(config)
     backend = find_backend(name) if isinstance(name, str) and not bad_name else None
     settings = AttentionSettings(
         config=config,
@@ -91,7 +93,7 @@ def check_values(
     if config.attn_backends:
         attention += layer_kind_findings(config.attn_backends, settings, name)
     attention = list(dict.fromkeys(attention))
-    errors += [finding for finding in legacy if finding.why]
+    errors += [finding for finding in (*legacy, *renamed) if finding.why]
     errors += [*bad_name, *_missing_keys(values), *bad_values]
     errors += [finding for finding in attention if finding.why]
     failed = {(error.key or "").partition("[")[0] for error in bad_values}
@@ -105,7 +107,7 @@ def check_values(
         requested=name if isinstance(name, str) else None,
         errors=tuple(errors),
         warnings=(
-            *(finding for finding in (*legacy, *attention, *others) if not finding.why),
+            *(finding for finding in (*legacy, *renamed, *attention, *others) if not finding.why),
             *value_warnings(config, failed),
         ),
     )

@@ -6,6 +6,7 @@ Only the config is read. Rules on attention are in attention.py, types and range
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Collection, Iterator
 from difflib import get_close_matches
@@ -27,6 +28,7 @@ from attnimg.facts import Finding
 # Pairs of keys for the same setting; only one of them may be set.
 _EITHER_OR = (
     ("warmup_steps", "warmup_ratio"),
+    ("cosine_min_lr_ratio", "eta_min"),
     ("save_steps", "saves_per_epoch"),
     ("eval_steps", "evals_per_epoch"),
     ("datasets", "pretraining_dataset"),
@@ -39,6 +41,13 @@ _EITHER_OR = (
 SCHEDULER_NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
     "cosine_with_min_lr": (("min_lr", "min_lr_rate"), "1e-6"),
     "warmup_stable_decay": (("num_decay_steps",), "10"),
+}
+# Keys that only the cosine schedule reads, and what they add to it.
+_COSINE_KEYS = {
+    "cosine_min_lr_ratio": "a minimum learning rate",
+    "eta_min": "a minimum learning rate",
+    "cosine_constant_lr_ratio": "a constant end",
+    "lr_quadratic_warmup": "a quadratic warmup",
 }
 # The form of `split`: names of splits, or rows of them, such as train[:10%]+test.
 # Source: datasets 5.2, arrow_reader.py:46, _RelativeInstruction (2026-11-27)
@@ -98,17 +107,44 @@ def _contradictions(config: Config) -> Iterator[Finding]:
 
 def _schedule(config: Config) -> Iterator[Finding]:
     name = config.lr_scheduler
-    if config.cosine_min_lr_ratio is not None and name != "cosine":
-        key = "cosine_min_lr_ratio"
+    used = [key for key in _COSINE_KEYS if getattr(config, key) not in (None, False)]
+    for key in used if name != "cosine" else ():
         do = f"set lr_scheduler: cosine, or remove {key}"
         what = f"{key} contradicts lr_scheduler: {name}"
-        yield _bad_value(key, what, "only the cosine schedule has a minimum learning rate", do)
+        yield _bad_value(key, what, f"only the cosine schedule has {_COSINE_KEYS[key]}", do)
+    if name == "cosine":
+        yield from _cosine(config)
     needed, value = SCHEDULER_NEEDS.get(name, ((), ""))
     if needed and not set(needed) & set(config.lr_scheduler_kwargs or {}):
         key = "lr_scheduler_kwargs"
         do = f"set {key}: {{{needed[0]}: {value}}}"
         what = f"lr_scheduler: {name} needs {key}"
         yield _bad_value(key, what, f"needed {' or '.join(needed)}", do)
+
+
+def _cosine(config: Config) -> Iterator[Finding]:
+    """Yield errors: keys of the cosine schedule that contradict one another."""
+    key = "cosine_constant_lr_ratio"
+    if config.cosine_constant_lr_ratio and not config.cosine_min_lr_ratio:
+        why = "it is the share of the steps after which that learning rate stays"
+        do = f"set cosine_min_lr_ratio: 0.1, or remove {key}"
+        yield _bad_value(key, f"{key} needs cosine_min_lr_ratio", why, do)
+    if config.eta_min and config.eta_min > (config.learning_rate or math.inf):
+        key, why = "eta_min", f"found {config.eta_min} and learning_rate: {config.learning_rate}"
+        yield _bad_value(key, f"{key} is above learning_rate", why, f"remove {key}")
+    variant = next((key for key in ("lr_quadratic_warmup", "cosine_constant_lr_ratio")
+                    if getattr(config, key)), None)  # fmt: skip
+    if variant is None:
+        return
+    # Source: axolotl 0.19.0, core/trainers/mixins/scheduler.py, create_scheduler, which ignores
+    # what is refused here (2026-11-27).
+    others = ["eta_min", "lr_scheduler_kwargs"]
+    if variant == "lr_quadratic_warmup":
+        others += ["cosine_min_lr_ratio", "cosine_constant_lr_ratio"]
+    for key in others:
+        if getattr(config, key):
+            why = f"found both; the cosine with {variant} does not read {key}"
+            yield _bad_value(key, f"{key} contradicts {variant}", why, f"keep {key} or {variant}")
 
 
 def _evaluation(config: Config) -> Iterator[Finding]:
@@ -167,6 +203,9 @@ def value_warnings(config: Config, failed: Collection[str]) -> Iterator[Finding]
             what = f"{key} has no effect: there is no evaluation data"
             do = f"set val_set_size: 0.05, or remove {key}"
             yield make_warning("without-effect", key, what, do)
+    if config.eta_min:
+        what = "the cosine ends at eta_min here; axolotl 0.19 does not read it, and ends at 0"
+        yield make_warning("done-otherwise", "eta_min", what, "remove eta_min")
     for key, value, same in (("activation_offloading", "disk", "true"),
                              ("gradient_checkpointing", "offload_disk", "offload")):  # fmt: skip
         if getattr(config, key) == value:

@@ -84,6 +84,7 @@ Number = Annotated[float, BeforeValidator(_require_number), Field(ge=0, allow_in
 Positive = Annotated[float, BeforeValidator(_require_number), Field(gt=0, allow_inf_nan=False)]
 Beta = Annotated[float, BeforeValidator(_require_number), Field(ge=0, lt=1, allow_inf_nan=False)]
 Share = Annotated[float, BeforeValidator(_require_number), Field(ge=0, le=1, allow_inf_nan=False)]
+Below1 = Annotated[float, BeforeValidator(_require_number), Field(gt=0, lt=1)]
 Text = Annotated[str, Strict(), Field(min_length=1)]
 PathText = Annotated[Text, AfterValidator(_check_path)]
 Texts = Annotated[list[Text], BeforeValidator(_to_list)]
@@ -204,6 +205,7 @@ class Config(BaseModel):
     micro_batch_size: Rows = 1
     eval_batch_size: Rows | None = None
     gradient_accumulation_steps: Count = 1
+    batch_size: Count | None = None
     num_epochs: Annotated[Positive, Field(le=1e6)] = 1.0
     max_steps: Count | None = None
     learning_rate: (
@@ -214,17 +216,24 @@ class Config(BaseModel):
     lr_scheduler: Scheduler = "cosine"
     lr_scheduler_kwargs: dict[str, Any] | None = None
     cosine_min_lr_ratio: Share | None = None
-    warmup_steps: Whole | None = None
+    cosine_constant_lr_ratio: Share | None = None
+    eta_min: Number | None = None
+    lr_quadratic_warmup: Flag | None = None
+    warmup_steps: Whole | Below1 | None = None
     warmup_ratio: Share | None = None
     weight_decay: Number = 0.0
     max_grad_norm: Number = 1.0
     adam_beta1: Beta | None = None
     adam_beta2: Beta | None = None
     adam_epsilon: Positive | None = None
+    adam_eps: Positive | None = None
+    neftune_noise_alpha: Number | None = None
+    noisy_embedding_alpha: Number | None = None
     seed: Seed = 42
 
     # Precision and memory
     bf16: Literal["auto", "full"] | Flag = "auto"
+    bfloat16: Flag | None = None
     fp16: Flag | None = None
     tf32: Literal["auto"] | Flag | None = None
     load_in_4bit: Flag | None = None
@@ -252,6 +261,7 @@ class Config(BaseModel):
     output_dir: PathText = "./model-out"
     logging_steps: Count = 1
     eval_strategy: Strategy | None = None
+    evaluation_strategy: Strategy | None = None
     eval_steps: Count | None = None
     evals_per_epoch: Whole | None = None
     save_strategy: Strategy | None = None

@@ -111,6 +111,7 @@ def training_arguments(
         "adam_beta2": config.adam_beta2,
         "adam_epsilon": config.adam_epsilon,
         "lr_scheduler_kwargs": scheduler_kwargs or None,
+        "neftune_noise_alpha": config.neftune_noise_alpha or None,
         "ddp_timeout": config.ddp_timeout,
         "deepspeed": config.deepspeed,
     }
@@ -183,9 +184,11 @@ def training_arguments(
 def scheduler_arguments(config: Config) -> tuple[str, dict[str, Any]]:
     """Return transformers' name of the learning rate schedule, and its arguments."""
     arguments = dict(config.lr_scheduler_kwargs or {})
-    if config.cosine_min_lr_ratio is None:
-        return config.lr_scheduler, arguments
-    return "cosine_with_min_lr", {**arguments, "min_lr_rate": config.cosine_min_lr_ratio}
+    if config.eta_min is not None:
+        return "cosine_with_min_lr", {**arguments, "min_lr": config.eta_min}
+    if config.cosine_min_lr_ratio is not None:
+        return "cosine_with_min_lr", {**arguments, "min_lr_rate": config.cosine_min_lr_ratio}
+    return config.lr_scheduler, arguments
 
 
 def _warmup(config: Config) -> float:
@@ -327,7 +330,7 @@ def _try_schedule(config: Config) -> None:
             schedule = get_scheduler(
                 name,
                 optimizer=optimizer,
-                num_warmup_steps=min(config.warmup_steps or 0, steps),
+                num_warmup_steps=min(math.ceil(config.warmup_steps or 0), steps),
                 num_training_steps=steps,
                 scheduler_specific_kwargs=arguments,
             )

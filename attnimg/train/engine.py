@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
 from attnimg.errors import AttnimgError, set_backend
@@ -28,6 +29,7 @@ from attnimg.train.offloading import offload_activations
 from attnimg.train.resume import apply_config
 from attnimg.train.rows import COUNTS, EpochSampler
 from attnimg.train.saved_states import CheckpointingTrainer
+from attnimg.train.schedules import cosine_factor
 
 if TYPE_CHECKING:
     from attnimg.train.fit import Session
@@ -98,6 +100,15 @@ class Engine(CheckpointingTrainer):
             # It replaces accelerate's own sampler, so that resuming sets its epoch.
             loader.set_sampler(EpochSampler(rows=rows, added=added, seed=self.args.data_seed))
         return loader
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Create the learning rate schedule; those of axolotl alone are not transformers'."""
+        warmup = self.args.get_warmup_steps(num_training_steps)
+        factor = cosine_factor(self.session.config, warmup=warmup, total=num_training_steps)
+        if self.lr_scheduler is None and factor is not None:
+            self.lr_scheduler: Any = LambdaLR(optimizer or self.optimizer, factor)
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def train(self, *args: Any, **options: Any) -> Any:
         """Train; the last checkpoint is complete when this returns or raises.

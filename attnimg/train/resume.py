@@ -37,7 +37,8 @@ BY_VALUE = frozenset(
         "sample_packing", "pad_to_sequence_len", "batch_flattening", "train_on_inputs",
         "chat_template", "chat_template_jinja", "default_system_message", "eot_tokens",
         "micro_batch_size", "gradient_accumulation_steps", "optimizer", "lr_scheduler",
-        "lr_scheduler_kwargs", "cosine_min_lr_ratio", "warmup_steps", "warmup_ratio",
+        "lr_scheduler_kwargs", "cosine_min_lr_ratio", "cosine_constant_lr_ratio", "eta_min",
+        "lr_quadratic_warmup", "neftune_noise_alpha", "warmup_steps", "warmup_ratio",
         "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "seed",
         "bf16", "fp16", "tf32", "load_in_4bit", "load_in_8bit",
         "adapter", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",
@@ -68,6 +69,8 @@ CHANGEABLE = frozenset({"learning_rate", "max_steps", "num_epochs"})
 # Not compared: paths, logging, saving and speed, which do not change the trained weights.
 NOT_COMPARED = frozenset(
     {
+        # Other names, which `check` replaces.
+        "adam_eps", "batch_size", "bfloat16", "evaluation_strategy", "noisy_embedding_alpha",
         "trust_remote_code", "attn_supports_packing", "attn_uses_flash_lib",
         "attn_needs_dtype_cast", "attn_strict", "attn_forward_only_ok", "attn_known_bad",
         "attn_check_steps",

@@ -302,7 +302,7 @@ CASES: dict[str, Case] = {
     **{f"{key} of axolotl": Case(code="unsupported-key", values={key: "x"})
        for key in ("ring_attn_func", "rope_scaling", "wandb_project", "liger_rope", "trl",
                    "float16", "gpu_count", "group_by_length", "loraplus_lr_ratio", "debug",
-                   "batch_size", "use_ray")},
+                   "lr_groups", "use_ray")},
     "a plugin of axolotl": Case(code="unsupported-key", values={"plugins": ["my.Plugin"]}),
     "plugins that are no names": Case(code="bad-value", values={"plugins": 3}),
     "shards of axolotl": Case(code="unsupported-key", entry={"shards": 4}),
@@ -342,6 +342,24 @@ CASES: dict[str, Case] = {
     "offloading in a reentrant backward pass": Case(code="bad-value", values={
         "gradient_checkpointing": "offload",
         "gradient_checkpointing_kwargs": {"use_reentrant": True}}),
+    "a quadratic warmup on a line": Case(code="bad-value", options=2, values={
+        "lr_scheduler": "linear", "lr_quadratic_warmup": True}),
+    "a constant end without a lowest rate": Case(code="bad-value", options=2, values={
+        "cosine_constant_lr_ratio": 0.8}),
+    "a lowest rate above the highest": Case(code="bad-value", values={"eta_min": 1}),
+    "a lowest rate that axolotl does not read": Case(
+        code="done-otherwise", values={"eta_min": 1e-6}),
+    "a quadratic warmup and a lowest rate": Case(code="bad-value", options=2, values={
+        "lr_quadratic_warmup": True, "cosine_min_lr_ratio": 0.1}),
+    "an epsilon that axolotl does not read": Case(
+        code="done-otherwise", options=2, values={"adam_eps": 1e-6}),
+    "two epsilons": Case(code="bad-value", options=2, values={
+        "adam_eps": 1e-6, "adam_epsilon": 1e-7}),
+    "a batch beside its accumulation": Case(code="bad-value", options=2, values={
+        "batch_size": 4, "gradient_accumulation_steps": 4}),
+    "a batch of no whole passes": Case(code="bad-value", values={
+        "batch_size": 6, "micro_batch_size": 4}),
+    "a batch for its accumulation": Case(code="done-otherwise", values={"batch_size": 4}),
     "evaluations of nothing": Case(code="without-effect", options=2, values={"evals_per_epoch": 2}),
     "no checkpoint": Case(code="no-checkpoint", machine=CPU,
                           values={"resume_from_checkpoint": True}),

@@ -40,6 +40,8 @@ OTHER = {
     "chat_template_jinja": "{{ x }}", "default_system_message": "Be kind: always.",
     "eot_tokens": ["<end>"], "micro_batch_size": 2, "gradient_accumulation_steps": 2,
     "optimizer": "sgd", "lr_scheduler": "linear", "lr_scheduler_kwargs": {"num_cycles": 2},
+    "cosine_constant_lr_ratio": 0.5, "eta_min": 1e-5, "lr_quadratic_warmup": True,
+    "neftune_noise_alpha": 5.0,
     "cosine_min_lr_ratio": 0.1, "warmup_steps": 3, "warmup_ratio": 0.1, "weight_decay": 0.1,
     "max_grad_norm": 0.5, "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-6, "seed": 7,
     "bf16": False, "fp16": True, "tf32": True, "load_in_4bit": True, "load_in_8bit": True,

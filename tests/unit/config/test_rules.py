@@ -66,6 +66,27 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "a cosine's minimum on a line": (
         {"cosine_min_lr_ratio": 0.1, "lr_scheduler": "linear"},
         "bad-value", "cosine_min_lr_ratio"),
+    "a quadratic warmup on a line": (
+        {"lr_quadratic_warmup": True, "lr_scheduler": "linear"},
+        "bad-value", "lr_quadratic_warmup"),
+    "a lowest rate on a line": (
+        {"eta_min": 1e-6, "lr_scheduler": "linear"}, "bad-value", "eta_min"),
+    "two lowest rates": (
+        {"eta_min": 1e-6, "cosine_min_lr_ratio": 0.1}, "bad-value", "eta_min"),
+    "a lowest rate above the highest": ({"eta_min": 1e-3}, "bad-value", "eta_min"),
+    "a constant end without a lowest rate": (
+        {"cosine_constant_lr_ratio": 0.8}, "bad-value", "cosine_constant_lr_ratio"),
+    "a constant end at a rate of zero": (
+        {"cosine_constant_lr_ratio": 0.8, "cosine_min_lr_ratio": 0.0},
+        "bad-value", "cosine_constant_lr_ratio"),
+    "a quadratic warmup and a lowest rate": (
+        {"lr_quadratic_warmup": True, "cosine_min_lr_ratio": 0.1},
+        "bad-value", "cosine_min_lr_ratio"),
+    "arguments that a constant end does not read": (
+        {"cosine_min_lr_ratio": 0.1, "cosine_constant_lr_ratio": 0.8,
+         "lr_scheduler_kwargs": {"num_cycles": 1}}, "bad-value", "lr_scheduler_kwargs"),
+    "one and a half steps of warmup": ({"warmup_steps": 1.5}, "bad-value", "warmup_steps"),
+    "noise below zero": ({"neftune_noise_alpha": -1}, "bad-value", "neftune_noise_alpha"),
     "two warmups": ({"warmup_steps": 5, "warmup_ratio": 0.1}, "bad-value", "warmup_ratio"),
     "no steps and a share of warmup": (
         {"warmup_steps": 0, "warmup_ratio": 0.1}, "bad-value", "warmup_ratio"),
@@ -138,6 +159,15 @@ RIGHT: dict[str, dict[str, Any]] = {
     "no offloading": {"activation_offloading": False},
     "no warmup": {"warmup_steps": 0},
     "a share of warmup": {"warmup_ratio": 0.1},
+    "a share of warmup as steps": {"warmup_steps": 0.1},
+    "a lowest rate": {"eta_min": 1e-6},
+    "a quadratic warmup": {"lr_quadratic_warmup": True, "cosine_min_lr_ratio": 0.0},
+    "a constant end": {"cosine_constant_lr_ratio": 0.8, "cosine_min_lr_ratio": 0.1},
+    "what is off, on a line": {
+        "lr_scheduler": "linear",
+        "lr_quadratic_warmup": False,
+        "cosine_constant_lr_ratio": 0,
+    },
     "a schedule with its argument": DECAY | {"lr_scheduler_kwargs": {"num_decay_steps": 3}},
     "4 bit with an adapter": {"adapter": "qlora", "load_in_4bit": True},
     "the output layer saved whole": LORA
