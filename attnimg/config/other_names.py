@@ -14,6 +14,7 @@ OTHER_NAMES = {
     "adam_eps": "adam_epsilon",
     "bfloat16": "bf16",
     "evaluation_strategy": "eval_strategy",
+    "gc_steps": "gc_collect_steps",
     "noisy_embedding_alpha": "neftune_noise_alpha",
 }
 # The first of these has no effect in axolotl 0.19, which does not read it.

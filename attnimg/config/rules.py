@@ -96,7 +96,7 @@ def _contradictions(config: Config) -> Iterator[Finding]:
         yield _bad_value("fp16", "fp16 contradicts bf16", why, "keep bf16 or fp16")
     for verb in ("eval", "save"):
         strategy = getattr(config, f"{verb}_strategy")
-        if strategy not in ("no", "epoch"):
+        if strategy not in ("no", "epoch", "best"):
             continue
         if getattr(config, f"{verb}_steps") or getattr(config, f"{verb}s_per_epoch"):
             key = f"{verb}_strategy"
@@ -158,6 +158,14 @@ def _evaluation(config: Config) -> Iterator[Finding]:
     stopping = config.early_stopping_patience and "early_stopping_patience"
     if config.lr_scheduler == "reduce_lr_on_plateau":
         stopping = "lr_scheduler: reduce_lr_on_plateau"
+    if config.load_best_model_at_end:
+        stopping = "load_best_model_at_end"
+    if config.save_strategy == "best":
+        stopping = "save_strategy: best"
+    if config.load_best_model_at_end and config.save_strategy == "no":
+        why, do = "the best model is loaded from its checkpoint", "remove save_strategy"
+        what = "save_strategy: no contradicts load_best_model_at_end"
+        yield _bad_value("save_strategy", what, why, do)
     if size or config.test_datasets:
         if stopping and config.eval_strategy == "no":
             key, why = "eval_strategy", "it needs the validation loss, which is never computed"
@@ -166,14 +174,22 @@ def _evaluation(config: Config) -> Iterator[Finding]:
         return
     why = "found val_set_size: 0 and no test_datasets"
     unused = _unused_evaluation_keys(config)
-    requested = [key for key in ("eval_steps", "early_stopping_patience", "eval_strategy")
-                 if getattr(config, key) not in (None, "no") and key not in unused]  # fmt: skip
+    requested = [
+        key
+        for key in ("eval_steps", "early_stopping_patience", "eval_strategy",
+                    "load_best_model_at_end")
+        if getattr(config, key) not in (None, False, "no") and key not in unused
+    ]  # fmt: skip
     for key in requested[:1]:
         do = f"set val_set_size: 0.05, or remove {key}"
         yield _bad_value(key, f"{key} needs evaluation data", why, do)
     if config.lr_scheduler == "reduce_lr_on_plateau":
         what = "lr_scheduler: reduce_lr_on_plateau needs evaluation data"
         yield _bad_value("lr_scheduler", what, why, "set val_set_size: 0.05")
+    if config.save_strategy == "best":
+        what = "save_strategy: best needs evaluation data"
+        do = "set val_set_size: 0.05, or remove save_strategy"
+        yield _bad_value("save_strategy", what, why, do)
 
 
 def _unused_evaluation_keys(config: Config) -> list[str]:
@@ -365,6 +381,9 @@ def _unused_run_keys(config: Config) -> Iterator[tuple[str, list[str]]]:
         yield "gradient_checkpointing is not true", named("gradient_checkpointing_kwargs")
     if not config.torch_compile:
         yield "torch_compile is not set", named("torch_compile_backend", "torch_compile_mode")
+    if not (config.load_best_model_at_end or config.save_strategy == "best"):
+        of_best = named("metric_for_best_model")
+        yield "neither load_best_model_at_end nor save_strategy: best is set", of_best
     if config.loss_watchdog_threshold is None:
         yield "loss_watchdog_threshold is not set", named("loss_watchdog_patience")
     if config.save_strategy == "no":

@@ -47,6 +47,13 @@ def _check_path(text: str) -> str:
     return text
 
 
+def _require_lower_is_better(flag: bool) -> bool:
+    """Raise for true: the only metric is the evaluation loss."""
+    if flag:
+        raise ValueError("should be false: a lower evaluation loss is better")
+    return flag
+
+
 def _to_list(value: object) -> object:
     """Return a list for one string."""
     return [value] if isinstance(value, str) else value
@@ -100,6 +107,7 @@ Scheduler = Literal[
     "cosine_with_restarts", "cosine_with_min_lr", "warmup_stable_decay", "reduce_lr_on_plateau",
 ]  # fmt: skip
 Strategy = Literal["no", "steps", "epoch"]
+SaveStrategy = Literal["no", "steps", "epoch", "best"]
 SpecialToken = Literal[
     "bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token",
     "additional_special_tokens",
@@ -264,11 +272,15 @@ class Config(BaseModel):
     evaluation_strategy: Strategy | None = None
     eval_steps: Count | None = None
     evals_per_epoch: Whole | None = None
-    save_strategy: Strategy | None = None
+    save_strategy: SaveStrategy | None = None
     save_steps: Count | None = None
     saves_per_epoch: Whole | None = None
     save_total_limit: Count | None = None
     save_only_model: Flag | None = None
+    save_first_step: Flag | None = None
+    load_best_model_at_end: Flag | None = None
+    metric_for_best_model: Literal["eval_loss", "loss"] | None = None
+    greater_is_better: Annotated[Flag, AfterValidator(_require_lower_is_better)] | None = None
     early_stopping_patience: Count | None = None
     loss_watchdog_threshold: Positive | None = None
     loss_watchdog_patience: Count | None = None
@@ -282,6 +294,9 @@ class Config(BaseModel):
     deepspeed: PathText | dict[str, Any] | None = None
     ddp_timeout: Count | None = None
     ddp_find_unused_parameters: Flag | None = None
+    gc_collect_steps: Annotated[int, BeforeValidator(_require_number), Field(ge=-1)] | None = None
+    gc_steps: Annotated[int, BeforeValidator(_require_number), Field(ge=-1)] | None = None
+    torch_empty_cache_steps: Count | None = None
     dataloader_num_workers: Workers | None = None
     dataloader_pin_memory: Flag | None = None
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from attnimg.config.rules import SCHEDULER_NEEDS
-from attnimg.config.schema import Config, Strategy
+from attnimg.config.schema import Config, SaveStrategy, Strategy
 from attnimg.errors import bad_value
 from attnimg.facts import Machine, Plan, RunContext
 
@@ -31,7 +31,7 @@ class Schedule:
         total_steps: optimizer steps of the whole run.
         eval_strategy: when it evaluates.
         eval_steps: steps between evaluations, with strategy "steps".
-        save_strategy: when it saves.
+        save_strategy: when it saves; "best" after an evaluation with the lowest loss so far.
         save_steps: steps between checkpoints, with strategy "steps".
     """
 
@@ -39,7 +39,7 @@ class Schedule:
     total_steps: int
     eval_strategy: Strategy
     eval_steps: int | None
-    save_strategy: Strategy
+    save_strategy: SaveStrategy
     save_steps: int | None
 
 
@@ -58,9 +58,12 @@ def plan_steps(config: Config, *, rows: int, world: int, validation: bool) -> Sc
     evaluate, eval_steps = _interval(
         config.eval_strategy, config.eval_steps, config.evals_per_epoch, per_epoch=per_epoch
     )
-    save, save_steps = _interval(
-        config.save_strategy, config.save_steps, config.saves_per_epoch, per_epoch=per_epoch
-    )
+    save: SaveStrategy = "best"
+    save_steps = None
+    if config.save_strategy != "best":
+        save, save_steps = _interval(
+            config.save_strategy, config.save_steps, config.saves_per_epoch, per_epoch=per_epoch
+        )
     return Schedule(
         steps_per_epoch=per_epoch,
         total_steps=total,
@@ -100,7 +103,11 @@ def training_arguments(
     if config.deepspeed and config.bf16 != "full":
         autocast = context.dtype  # DeepSpeed's engine casts where accelerate would autocast.
     scheduler, scheduler_kwargs = scheduler_arguments(config)
-    uses_eval_loss = bool(config.early_stopping_patience) or scheduler == "reduce_lr_on_plateau"
+    uses_eval_loss = (
+        bool(config.early_stopping_patience or config.load_best_model_at_end)
+        or scheduler == "reduce_lr_on_plateau"
+        or schedule.save_strategy == "best"
+    )
     pin_memory = config.dataloader_pin_memory is not False
     fsdp_config = dict(config.fsdp_config or {})
     if config.fsdp_version:
@@ -111,6 +118,7 @@ def training_arguments(
         "adam_beta2": config.adam_beta2,
         "adam_epsilon": config.adam_epsilon,
         "lr_scheduler_kwargs": scheduler_kwargs or None,
+        "torch_empty_cache_steps": config.torch_empty_cache_steps,
         "neftune_noise_alpha": config.neftune_noise_alpha or None,
         "ddp_timeout": config.ddp_timeout,
         "deepspeed": config.deepspeed,

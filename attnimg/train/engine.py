@@ -7,6 +7,7 @@ processes. loss.py computes it; own_loss.py compares it with the model's own los
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -251,6 +252,13 @@ class Engine(CheckpointingTrainer):
         output.metrics[f"{options.get('metric_key_prefix', 'eval')}_loss"] = loss / max(tokens, 1)
         return output
 
+    def _determine_best_metric(self, metrics: Any, trial: Any) -> bool:
+        """Return whether the loss is the lowest so far; the best model is saved for the end."""
+        best: bool = super()._determine_best_metric(metrics=metrics, trial=trial)
+        if best and self.session.config.load_best_model_at_end:
+            self.control.should_save = True
+        return best
+
     def evaluate_missed(self) -> None:
         """Run the evaluation that was due when the previous session was stopped."""
         self._determine_best_metric(self._evaluate(None, None), None)
@@ -418,6 +426,12 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers' types
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Update the bar, and save a checkpoint if any process received a stop signal."""
         self.view.step(state.global_step)
+        config = self.engine.session.config
+        if state.global_step == 1 and config.save_first_step:
+            control.should_save = True
+        every = config.gc_collect_steps
+        if every and (control.should_evaluate or (every > 0 and state.global_step % every == 0)):
+            self._collect_garbage()
         if state.global_step >= state.max_steps:
             control.should_log = True
         if any_rank(self.engine.stop.number is not None):
@@ -429,6 +443,19 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers' types
             args.save_only_model = False
         elif control.should_evaluate:
             self.view.start_evaluation()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Free memory where gc_collect_steps is set."""
+        if self.engine.session.config.gc_collect_steps:
+            self._collect_garbage()
+
+    def _collect_garbage(self) -> None:
+        """Free what no object refers to any more, and unused memory of the GPU.
+
+        Source: axolotl 0.19.0, utils/callbacks/__init__.py, GCCallback (2026-11-27).
+        """
+        gc.collect()
+        torch.cuda.empty_cache()
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Stop training after the checkpoint of a stop is written."""

@@ -43,7 +43,7 @@ BY_VALUE = frozenset(
         "bf16", "fp16", "tf32", "load_in_4bit", "load_in_8bit",
         "adapter", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",
         "lora_target_linear", "lora_modules_to_save", "lora_fan_in_fan_out", "peft_use_dora",
-        "peft_use_rslora", "early_stopping_patience",
+        "peft_use_rslora", "early_stopping_patience", "load_best_model_at_end",
         "fsdp", "fsdp_config", "fsdp_version", "deepspeed", "rl", "context_parallel_size",
     }
 )  # fmt: skip
@@ -70,7 +70,8 @@ CHANGEABLE = frozenset({"learning_rate", "max_steps", "num_epochs"})
 NOT_COMPARED = frozenset(
     {
         # Other names, which `check` replaces.
-        "adam_eps", "batch_size", "bfloat16", "evaluation_strategy", "noisy_embedding_alpha",
+        "adam_eps", "batch_size", "bfloat16", "evaluation_strategy", "gc_steps",
+        "noisy_embedding_alpha",
         "trust_remote_code", "attn_supports_packing", "attn_uses_flash_lib",
         "attn_needs_dtype_cast", "attn_strict", "attn_forward_only_ok", "attn_known_bad",
         "attn_check_steps",
@@ -80,7 +81,8 @@ NOT_COMPARED = frozenset(
         "torch_compile_backend", "torch_compile_mode", "output_dir", "logging_steps",
         "save_strategy", "save_steps", "saves_per_epoch", "save_total_limit", "save_only_model",
         "resume_from_checkpoint", "auto_resume_from_checkpoints", "ddp_timeout",
-        "loss_watchdog_threshold", "loss_watchdog_patience",
+        "loss_watchdog_threshold", "loss_watchdog_patience", "save_first_step",
+        "metric_for_best_model", "greater_is_better", "gc_collect_steps", "torch_empty_cache_steps",
         "ddp_find_unused_parameters", "dataloader_num_workers", "dataloader_pin_memory", "strict",
     }
 )  # fmt: skip
@@ -137,9 +139,10 @@ def compared_keys(config: Config) -> dict[str, Any]:
 
 
 def evaluation_affects_training(keys: Mapping[str, Any]) -> bool:
-    """Return whether the evaluation loss controls early stopping or the learning rate."""
+    """Return whether the evaluation loss controls when the run stops, its rates or its model."""
     plateau = keys.get("lr_scheduler") == "reduce_lr_on_plateau"
-    return plateau or bool(keys.get("early_stopping_patience"))
+    best = keys.get("early_stopping_patience") or keys.get("load_best_model_at_end")
+    return plateau or bool(best)
 
 
 def _plain(key: str, value: Any) -> Any:

@@ -360,6 +360,10 @@ CASES: dict[str, Case] = {
     "a batch of no whole passes": Case(code="bad-value", values={
         "batch_size": 6, "micro_batch_size": 4}),
     "a batch for its accumulation": Case(code="done-otherwise", values={"batch_size": 4}),
+    "the best model without checkpoints": Case(code="bad-value", values={
+        "load_best_model_at_end": True, "val_set_size": 0.1, "save_strategy": "no"}),
+    "the best checkpoint of nothing": Case(code="bad-value", options=2, values={
+        "save_strategy": "best"}),
     "evaluations of nothing": Case(code="without-effect", options=2, values={"evals_per_epoch": 2}),
     "no checkpoint": Case(code="no-checkpoint", machine=CPU,
                           values={"resume_from_checkpoint": True}),

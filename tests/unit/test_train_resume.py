@@ -48,7 +48,8 @@ OTHER = {
     "adapter": None, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.1,
     "lora_target_modules": ["q_proj"], "lora_target_linear": True,
     "lora_modules_to_save": ["lm_head"], "lora_fan_in_fan_out": True, "peft_use_dora": True,
-    "peft_use_rslora": True, "early_stopping_patience": 2, "fsdp": ["full_shard"],
+    "peft_use_rslora": True, "early_stopping_patience": 2, "load_best_model_at_end": True,
+    "fsdp": ["full_shard"],
     "fsdp_config": {"x": 1}, "fsdp_version": 2, "deepspeed": {"zero": 1}, "rl": "dpo",
     "context_parallel_size": 2,
 }  # fmt: skip

@@ -11,7 +11,7 @@ from attnimg.config.other_names import OTHER_NAMES
 from attnimg.config.schema import CheckResult
 
 VALUES = {"adam_eps": 1e-6, "bfloat16": True, "evaluation_strategy": "no",
-          "noisy_embedding_alpha": 5}  # fmt: skip
+          "gc_steps": 10, "noisy_embedding_alpha": 5}  # fmt: skip
 
 
 def check(**keys: Any) -> CheckResult:

@@ -87,6 +87,25 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
          "lr_scheduler_kwargs": {"num_cycles": 1}}, "bad-value", "lr_scheduler_kwargs"),
     "one and a half steps of warmup": ({"warmup_steps": 1.5}, "bad-value", "warmup_steps"),
     "noise below zero": ({"neftune_noise_alpha": -1}, "bad-value", "neftune_noise_alpha"),
+    "the best model without data": (
+        {"load_best_model_at_end": True}, "bad-value", "load_best_model_at_end"),
+    "the best model without evaluations": (
+        {"load_best_model_at_end": True, "val_set_size": 0.1, "eval_strategy": "no"},
+        "bad-value", "eval_strategy"),
+    "the best model without checkpoints": (
+        {"load_best_model_at_end": True, "val_set_size": 0.1, "save_strategy": "no"},
+        "bad-value", "save_strategy"),
+    "the best checkpoint without data": (
+        {"save_strategy": "best"}, "bad-value", "save_strategy"),
+    "the best checkpoint in an interval": (
+        {"save_strategy": "best", "save_steps": 5, "val_set_size": 0.1},
+        "bad-value", "save_strategy"),
+    "the model of another metric": (
+        {"load_best_model_at_end": True, "val_set_size": 0.1, "metric_for_best_model": "bleu"},
+        "bad-value", "metric_for_best_model"),
+    "the highest loss": (
+        {"load_best_model_at_end": True, "val_set_size": 0.1, "greater_is_better": True},
+        "bad-value", "greater_is_better"),
     "two warmups": ({"warmup_steps": 5, "warmup_ratio": 0.1}, "bad-value", "warmup_ratio"),
     "no steps and a share of warmup": (
         {"warmup_steps": 0, "warmup_ratio": 0.1}, "bad-value", "warmup_ratio"),
@@ -159,6 +178,14 @@ RIGHT: dict[str, dict[str, Any]] = {
     "no offloading": {"activation_offloading": False},
     "no warmup": {"warmup_steps": 0},
     "a share of warmup": {"warmup_ratio": 0.1},
+    "the best model": {
+        "load_best_model_at_end": True,
+        "val_set_size": 0.1,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+    },
+    "the best checkpoint": {"save_strategy": "best", "val_set_size": 0.1},
+    "no best model": {"load_best_model_at_end": False, "save_strategy": "no"},
     "a share of warmup as steps": {"warmup_steps": 0.1},
     "a lowest rate": {"eta_min": 1e-6},
     "a quadratic warmup": {"lr_quadratic_warmup": True, "cosine_min_lr_ratio": 0.0},
