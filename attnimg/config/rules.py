@@ -368,6 +368,8 @@ def _unused_run_keys(config: Config) -> Iterator[tuple[str, list[str]]]:
 
     yield f"lr_scheduler is {config.lr_scheduler}", _unused_by_schedule(config)
     yield f"optimizer is {config.optimizer}", _unused_by_optimizer(config)
+    if config.sample_packing:
+        yield "sample_packing is true", named("group_by_length")
     if config.max_steps:
         yield f"max_steps is {config.max_steps}", named("num_epochs")
     if config.adapter is None:

@@ -196,6 +196,7 @@ class Config(BaseModel):
     dataset_num_proc: Processes | None = None
     dataset_processes: Processes | None = None
     shuffle_merged_datasets: Flag = True
+    group_by_length: Flag | None = None
     val_set_size: Number = 0.0
     sequence_len: Count = 512
     excess_length_strategy: Literal["drop", "split", "truncate", "raise"] | None = None

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
@@ -28,7 +29,7 @@ from attnimg.train.loss_watchdog import LossWatchdog
 from attnimg.train.model_files import TRAINER_FILES, correct_saved_config
 from attnimg.train.offloading import offload_activations
 from attnimg.train.resume import apply_config
-from attnimg.train.rows import COUNTS, EpochSampler
+from attnimg.train.rows import COUNTS, EpochSampler, LengthGroupedOrder, row_lengths
 from attnimg.train.saved_states import CheckpointingTrainer
 from attnimg.train.schedules import cosine_factor
 
@@ -96,10 +97,21 @@ class Engine(CheckpointingTrainer):
     def get_train_dataloader(self) -> Any:
         """Return the training batches; with added rows, each other row occurs once per epoch."""
         loader = super().get_train_dataloader()
-        if added := self.session.train.added:
-            rows = len(self.train_dataset) - added
-            # It replaces accelerate's own sampler, so that resuming sets its epoch.
-            loader.set_sampler(EpochSampler(rows=rows, added=added, seed=self.args.data_seed))
+        added, config = self.session.train.added, self.session.config
+        rows, seed = len(self.train_dataset) - added, self.args.data_seed
+        order: SeedableRandomSampler | LengthGroupedOrder
+        if config.group_by_length and not config.sample_packing:
+            args = self.args
+            together = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            lengths = row_lengths(self.train_dataset)[:rows].tolist()
+            order = LengthGroupedOrder(lengths, together=together, seed=seed)
+        elif added:
+            # The order of a single process.
+            order = SeedableRandomSampler(range(rows), data_seed=seed)
+        else:
+            return loader
+        # It replaces accelerate's own sampler, so that resuming sets its epoch.
+        loader.set_sampler(EpochSampler(order, rows=rows, added=added))
         return loader
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:

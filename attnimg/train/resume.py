@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 BY_VALUE = frozenset(
     {
         "model_type", "tokenizer_type", "special_tokens", "tokens", "scaling_softmax",
-        "shuffle_merged_datasets", "val_set_size", "sequence_len", "excess_length_strategy",
+        "shuffle_merged_datasets", "group_by_length", "val_set_size", "sequence_len",
+        "excess_length_strategy",
         "sample_packing", "pad_to_sequence_len", "batch_flattening", "train_on_inputs",
         "chat_template", "chat_template_jinja", "default_system_message", "eot_tokens",
         "micro_batch_size", "gradient_accumulation_steps", "optimizer", "lr_scheduler",

@@ -301,7 +301,7 @@ CASES: dict[str, Case] = {
     # Keys of axolotl, one of each group; all of them below.
     **{f"{key} of axolotl": Case(code="unsupported-key", values={key: "x"})
        for key in ("ring_attn_func", "rope_scaling", "wandb_project", "liger_rope", "trl",
-                   "float16", "gpu_count", "group_by_length", "loraplus_lr_ratio", "debug",
+                   "float16", "gpu_count", "curriculum_sampling", "loraplus_lr_ratio", "debug",
                    "lr_groups", "use_ray")},
     "a plugin of axolotl": Case(code="unsupported-key", values={"plugins": ["my.Plugin"]}),
     "plugins that are no names": Case(code="bad-value", values={"plugins": 3}),

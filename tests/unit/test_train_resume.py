@@ -34,7 +34,8 @@ CLASSES = (
 OTHER = {
     "model_type": "LlamaForCausalLM", "tokenizer_type": "LlamaTokenizer",
     "special_tokens": {"pad_token": "<pad>"}, "tokens": ["<new>"], "scaling_softmax": True,
-    "shuffle_merged_datasets": False, "val_set_size": 0.1, "sequence_len": 128,
+    "shuffle_merged_datasets": False, "group_by_length": True, "val_set_size": 0.1,
+    "sequence_len": 128,
     "excess_length_strategy": "drop", "sample_packing": True, "pad_to_sequence_len": True,
     "batch_flattening": True, "train_on_inputs": True, "chat_template": "chatml",
     "chat_template_jinja": "{{ x }}", "default_system_message": "Be kind: always.",

@@ -32,6 +32,8 @@ ADAM: dict[str, Any] = {"adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e
         ({"optimizer": "sgd"}, None),
         ({"max_steps": 3, "num_epochs": 2}, "num_epochs"),
         ({"max_steps": 3}, None),
+        ({"group_by_length": True, "sample_packing": True}, "group_by_length"),
+        ({"group_by_length": True}, None),
         ({"num_epochs": 2}, None),
         ({"lora_r": 4, "peft_use_dora": True}, "lora_r and peft_use_dora"),
         ({"lora_r": 4, "adapter": "lora"}, None),
