@@ -29,6 +29,9 @@ from attnimg.facts import Finding
 _EITHER_OR = (
     ("warmup_steps", "warmup_ratio"),
     ("cosine_min_lr_ratio", "eta_min"),
+    ("embedding_lr", "embedding_lr_scale"),
+    ("loraplus_lr_ratio", "embedding_lr"),
+    ("loraplus_lr_ratio", "embedding_lr_scale"),
     ("save_steps", "saves_per_epoch"),
     ("eval_steps", "evals_per_epoch"),
     ("datasets", "pretraining_dataset"),
@@ -241,6 +244,13 @@ def _adapter(config: Config) -> Iterator[Finding]:
         yield _bad_value(key, f"{key} needs an adapter",
                       f"found no adapter; weights in {key[8:]} cannot be trained",
                       f"set adapter: {fitting}, or remove {key}")  # fmt: skip
+    if config.adapter is None and config.loraplus_lr_ratio:
+        key, why = (
+            "loraplus_lr_ratio",
+            "it is the ratio of the learning rates of LoRA's two weights",
+        )
+        do = f"set adapter: lora, or remove {key}"
+        yield _bad_value(key, f"{key} needs an adapter", why, do)
     targets = config.lora_target_modules or []
     if "lm_head" in ([targets] if isinstance(targets, str) else targets):
         key = "lora_target_modules"
@@ -368,6 +378,10 @@ def _unused_run_keys(config: Config) -> Iterator[tuple[str, list[str]]]:
 
     yield f"lr_scheduler is {config.lr_scheduler}", _unused_by_schedule(config)
     yield f"optimizer is {config.optimizer}", _unused_by_optimizer(config)
+    if config.loraplus_lr_ratio is None:
+        yield "loraplus_lr_ratio is not set", named("loraplus_lr_embedding")
+    else:
+        yield "loraplus_lr_ratio is set, as in axolotl", named("weight_decay")
     if config.sample_packing:
         yield "sample_packing is true", named("group_by_length")
     if config.max_steps:

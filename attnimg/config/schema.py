@@ -221,6 +221,8 @@ class Config(BaseModel):
         Annotated[float, BeforeValidator(_to_learning_rate), Field(gt=0, allow_inf_nan=False)]
         | None
     ) = None
+    embedding_lr: Positive | None = None
+    embedding_lr_scale: Positive | None = None
     optimizer: Optimizer = "adamw_torch_fused"
     lr_scheduler: Scheduler = "cosine"
     lr_scheduler_kwargs: dict[str, Any] | None = None
@@ -265,6 +267,8 @@ class Config(BaseModel):
     lora_fan_in_fan_out: Flag | None = None
     peft_use_dora: Flag | None = None
     peft_use_rslora: Flag | None = None
+    loraplus_lr_ratio: Positive | None = None
+    loraplus_lr_embedding: Annotated[Positive, BeforeValidator(_to_learning_rate)] | None = None
 
     # Logging, evaluation, checkpoints
     output_dir: PathText = "./model-out"

@@ -31,7 +31,7 @@ from attnimg.train.offloading import offload_activations
 from attnimg.train.resume import apply_config
 from attnimg.train.rows import COUNTS, EpochSampler, LengthGroupedOrder, row_lengths
 from attnimg.train.saved_states import CheckpointingTrainer
-from attnimg.train.schedules import cosine_factor
+from attnimg.train.schedules import cosine_factor, create_optimizer_with_rates
 
 if TYPE_CHECKING:
     from attnimg.train.fit import Session
@@ -58,6 +58,7 @@ class Engine(CheckpointingTrainer):
     Attributes:
         counter: counts tokens and time between two logs.
         watchdog: counts steps with a high loss.
+        base_rates: the learning rate of each group of weights, without schedule.
         pending_checkpoint: the checkpoint that a thread is finishing.
         loaded_config: the model's config before training.
     """
@@ -65,7 +66,7 @@ class Engine(CheckpointingTrainer):
     def __init__(self, session: Session, **options: Any) -> None:
         self.session, self.folder, self.stop = session, session.folder, session.stop
         self.attention_check = session.attention_check
-        self.counter = records.TokenCounter()
+        self.counter, self.base_rates = records.TokenCounter(), list[float]()
         config = session.config
         self.watchdog = LossWatchdog(config.loss_watchdog_threshold, config.loss_watchdog_patience)
         self._eval_sums = torch.zeros(2, dtype=torch.float64)
@@ -113,6 +114,19 @@ class Engine(CheckpointingTrainer):
         # It replaces accelerate's own sampler, so that resuming sets its epoch.
         loader.set_sampler(EpochSampler(order, rows=rows, added=added))
         return loader
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Create the optimizer; base_rates has the learning rates that the schedule changes."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            decay = set(self.get_decay_parameter_names(model))
+            self.optimizer: Any = create_optimizer_with_rates(
+                model, self.session.config, optimizer_class, options, decay=decay
+            )
+        optimizer = super().create_optimizer(model)
+        self.base_rates = [float(group["lr"]) for group in optimizer.param_groups]
+        return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Create the learning rate schedule; those of axolotl alone are not transformers'."""

@@ -39,7 +39,8 @@ BY_VALUE = frozenset(
         "chat_template", "chat_template_jinja", "default_system_message", "eot_tokens",
         "micro_batch_size", "gradient_accumulation_steps", "optimizer", "lr_scheduler",
         "lr_scheduler_kwargs", "cosine_min_lr_ratio", "cosine_constant_lr_ratio", "eta_min",
-        "lr_quadratic_warmup", "neftune_noise_alpha", "warmup_steps", "warmup_ratio",
+        "lr_quadratic_warmup", "neftune_noise_alpha", "embedding_lr", "embedding_lr_scale",
+        "loraplus_lr_ratio", "loraplus_lr_embedding", "warmup_steps", "warmup_ratio",
         "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "seed",
         "bf16", "fp16", "tf32", "load_in_4bit", "load_in_8bit",
         "adapter", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",
@@ -373,11 +374,12 @@ def apply_config(engine: Any, config: Config, before: Mapping[str, Any]) -> None
         for group in groups if previous != rate else ():
             _set_value(group, "lr", float(group["lr"]) / previous * rate)
         return
-    scheduler.base_lrs = [rate] * len(groups)
-    rates = [rate * factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
-    for group, group_rate in zip(groups, rates, strict=True):
-        group["initial_lr"] = rate
-        _set_value(group, "lr", group_rate)
+    # DeepSpeed creates its own optimizer.
+    bases = engine.base_rates or [rate] * len(groups)
+    scheduler.base_lrs = bases
+    for group, base, factor in zip(groups, bases, scheduler.lr_lambdas, strict=True):
+        group["initial_lr"] = base
+        _set_value(group, "lr", base * factor(scheduler.last_epoch))
     scheduler._last_lr = [group["lr"] for group in groups]
 
 

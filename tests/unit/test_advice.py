@@ -301,7 +301,7 @@ CASES: dict[str, Case] = {
     # Keys of axolotl, one of each group; all of them below.
     **{f"{key} of axolotl": Case(code="unsupported-key", values={key: "x"})
        for key in ("ring_attn_func", "rope_scaling", "wandb_project", "liger_rope", "trl",
-                   "float16", "gpu_count", "curriculum_sampling", "loraplus_lr_ratio", "debug",
+                   "float16", "gpu_count", "curriculum_sampling", "relora_steps", "debug",
                    "lr_groups", "use_ray")},
     "a plugin of axolotl": Case(code="unsupported-key", values={"plugins": ["my.Plugin"]}),
     "plugins that are no names": Case(code="bad-value", values={"plugins": 3}),
@@ -364,6 +364,7 @@ CASES: dict[str, Case] = {
         "load_best_model_at_end": True, "val_set_size": 0.1, "save_strategy": "no"}),
     "the best checkpoint of nothing": Case(code="bad-value", options=2, values={
         "save_strategy": "best"}),
+    "LoRA+ without an adapter": Case(code="bad-value", options=2, values={"loraplus_lr_ratio": 16}),
     "evaluations of nothing": Case(code="without-effect", options=2, values={"evals_per_epoch": 2}),
     "no checkpoint": Case(code="no-checkpoint", machine=CPU,
                           values={"resume_from_checkpoint": True}),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from attnimg.errors import AttnimgError
 
 sys.path.append(str(Path(__file__).parents[1] / "fixtures"))
 from tiny_run import lines, losses, make_model, run
@@ -80,3 +84,47 @@ def test_noise_on_embeddings_in_training_alone(tiny: Path, tmp_path: Path) -> No
         return [line["eval_loss"] for line in lines(tmp_path / name) if "eval_loss" in line]
 
     assert evaluated("once") == pytest.approx(evaluated("without"), rel=1e-6)
+
+
+def groups(out: Path) -> list[tuple[int, float, float]]:
+    """Return tensors, base rate and weight decay of each group of weights, from the receipt."""
+    applied = json.loads((out / "receipt.json").read_text())["applied"]
+    rates = applied["scheduler"]["base_lrs"]
+    return [(group["tensors"], rate, group["weight_decay"])
+            for group, rate in zip(applied["groups"], rates, strict=True)]  # fmt: skip
+
+
+def test_embeddings_have_a_rate_of_their_own(tiny: Path, tmp_path: Path) -> None:
+    common = {"max_steps": 2, "learning_rate": RATE, "weight_decay": 0.1, "save_steps": 1}
+    run(tiny, tmp_path / "scaled", embedding_lr_scale=0.5, **common)
+    run(tiny, tmp_path / "same", embedding_lr=RATE / 2, **common)
+    found = groups(tmp_path / "scaled")
+    assert found == [(14, RATE, 0.1), (2, RATE / 2, 0.0), (5, RATE, 0.0)]
+    assert groups(tmp_path / "same") == found
+    assert losses(tmp_path / "same") == losses(tmp_path / "scaled")
+    # Also after resuming, with another learning_rate.
+    shutil.rmtree(tmp_path / "scaled/checkpoint-2")
+    run(tiny, tmp_path / "scaled", embedding_lr_scale=0.5, resume_from_checkpoint=True,
+        **{**common, "learning_rate": 4 * RATE})  # fmt: skip
+    assert [rate for _, rate, _ in groups(tmp_path / "scaled")] == [4 * RATE, 2 * RATE, 4 * RATE]
+
+
+def test_a_rate_of_embeddings_that_are_not_trained_is_refused(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(AttnimgError, match="no embedding is trained") as caught:
+        run(tiny, tmp_path, adapter="lora", embedding_lr=1e-5, max_steps=1)
+    assert (caught.value.code, caught.value.key) == ("bad-value", "embedding_lr")
+    run(tiny, tmp_path / "right", adapter="lora", lora_modules_to_save=["lm_head"],
+        embedding_lr=1e-5, max_steps=1)  # fmt: skip
+    assert groups(tmp_path / "right")[1][:2] == (1, 1e-5)
+
+
+def test_loraplus_trains_b_faster(tiny: Path, tmp_path: Path) -> None:
+    keys = {"adapter": "lora", "lora_target_modules": ["q_proj"], "loraplus_lr_ratio": 16,
+            "learning_rate": RATE, "max_steps": 3, "save_steps": 1}  # fmt: skip
+    run(tiny, tmp_path / "out", **keys)
+    assert groups(tmp_path / "out") == [
+        (2, RATE, 0.0), (0, 1e-6, 0.0), (2, 16 * RATE, 0.0), (0, 16 * RATE, 0.0)
+    ]  # fmt: skip
+    again = {**keys, "resume_from_checkpoint": str(tmp_path / "out/checkpoint-1")}
+    run(tiny, tmp_path / "resumed", **again)
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "out")[1:]

@@ -106,6 +106,11 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "the highest loss": (
         {"load_best_model_at_end": True, "val_set_size": 0.1, "greater_is_better": True},
         "bad-value", "greater_is_better"),
+    "LoRA+ without an adapter": ({"loraplus_lr_ratio": 16}, "bad-value", "loraplus_lr_ratio"),
+    "two rates of embeddings": (
+        {"embedding_lr": 1e-5, "embedding_lr_scale": 0.5}, "bad-value", "embedding_lr_scale"),
+    "a rate of embeddings with LoRA+": (
+        LORA | {"embedding_lr": 1e-5, "loraplus_lr_ratio": 16}, "bad-value", "embedding_lr"),
     "two warmups": ({"warmup_steps": 5, "warmup_ratio": 0.1}, "bad-value", "warmup_ratio"),
     "no steps and a share of warmup": (
         {"warmup_steps": 0, "warmup_ratio": 0.1}, "bad-value", "warmup_ratio"),
@@ -185,6 +190,8 @@ RIGHT: dict[str, dict[str, Any]] = {
         "greater_is_better": False,
     },
     "the best checkpoint": {"save_strategy": "best", "val_set_size": 0.1},
+    "LoRA+": LORA | {"loraplus_lr_ratio": 16, "loraplus_lr_embedding": "1e-5"},
+    "a rate of embeddings": {"embedding_lr": 1e-5},
     "no best model": {"load_best_model_at_end": False, "save_strategy": "no"},
     "a share of warmup as steps": {"warmup_steps": 0.1},
     "a lowest rate": {"eta_min": 1e-6},
@@ -369,7 +376,8 @@ NEEDS = {
     "packages": """
         _check_compile bad_value, _check_optimizer not-installed, _require_packages
         _quantization_error, _try_checkpointing bad_value, _try_schedule bad_value,
-        check_limits not-installed, find_class bad_value, require_versions
+        check_limits not-installed, create_optimizer_with_rates bad_value, find_class
+        bad_value, require_versions
         trainer-not-installed
     """,
     "environment": """
