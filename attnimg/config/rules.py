@@ -402,6 +402,8 @@ def _unused_run_keys(config: Config) -> Iterator[tuple[str, list[str]]]:
         yield "neither load_best_model_at_end nor save_strategy: best is set", of_best
     if config.loss_watchdog_threshold is None:
         yield "loss_watchdog_threshold is not set", named("loss_watchdog_patience")
+    if not config.dataloader_num_workers:
+        yield "dataloader_num_workers is 0", named("dataloader_prefetch_factor")
     if config.save_strategy == "no":
         yield "save_strategy is no", named("save_total_limit", "save_only_model")
     if not (config.fsdp or config.fsdp_config):

@@ -303,6 +303,7 @@ class Config(BaseModel):
     gc_steps: Annotated[int, BeforeValidator(_require_number), Field(ge=-1)] | None = None
     torch_empty_cache_steps: Count | None = None
     dataloader_num_workers: Workers | None = None
+    dataloader_prefetch_factor: Processes | None = None
     dataloader_pin_memory: Flag | None = None
 
     # Not implemented: data/keys.toml refuses them after the rules of config/attention.py.

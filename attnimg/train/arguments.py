@@ -164,6 +164,9 @@ def training_arguments(
         "greater_is_better": False if uses_eval_loss else None,
         # Data loading and processes.
         "dataloader_num_workers": config.dataloader_num_workers or 0,
+        "dataloader_prefetch_factor": config.dataloader_prefetch_factor
+        if config.dataloader_num_workers
+        else None,
         "dataloader_pin_memory": gpu and pin_memory,
         # transformers' default searches for unused weights in every step; only experts can be
         # unused.

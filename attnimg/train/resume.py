@@ -85,7 +85,8 @@ NOT_COMPARED = frozenset(
         "resume_from_checkpoint", "auto_resume_from_checkpoints", "ddp_timeout",
         "loss_watchdog_threshold", "loss_watchdog_patience", "save_first_step",
         "metric_for_best_model", "greater_is_better", "gc_collect_steps", "torch_empty_cache_steps",
-        "ddp_find_unused_parameters", "dataloader_num_workers", "dataloader_pin_memory", "strict",
+        "ddp_find_unused_parameters", "dataloader_num_workers", "dataloader_pin_memory",
+        "dataloader_prefetch_factor", "strict",
     }
 )  # fmt: skip
 

@@ -32,6 +32,8 @@ ADAM: dict[str, Any] = {"adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e
         ({"optimizer": "sgd"}, None),
         ({"max_steps": 3, "num_epochs": 2}, "num_epochs"),
         ({"max_steps": 3}, None),
+        ({"dataloader_prefetch_factor": 4}, "dataloader_prefetch_factor"),
+        ({"dataloader_prefetch_factor": 4, "dataloader_num_workers": 1}, None),
         ({"loraplus_lr_embedding": 1e-5}, "loraplus_lr_embedding"),
         ({"loraplus_lr_embedding": 1e-5, "loraplus_lr_ratio": 4, "adapter": "lora"}, None),
         ({"weight_decay": 0.1, "loraplus_lr_ratio": 4, "adapter": "lora"}, "weight_decay"),
