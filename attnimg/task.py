@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from attnimg.backends import added_backends, all_backends
-from attnimg.config.schema import Config
+from attnimg.config.schema import Config, offloading_mode
 from attnimg.facts import Arch, Finding, LayerKind, Machine, Model, Plan, Problem
 from attnimg.machine import probe
 from attnimg.selection import known_bad, model_config, model_types, plan
@@ -245,18 +245,33 @@ def machine_warnings(machine: Machine) -> tuple[Finding, ...]:
     return tuple(found)
 
 
-def precision_warnings(config: Config, machine: Machine) -> tuple[Finding, ...]:
-    """Return a warning if a run computes in another precision than its config requests."""
-    if not config.fp16 or machine.arch.vendor != "cpu":
+def cpu_warnings(config: Config, machine: Machine) -> tuple[Finding, ...]:
+    """Return a warning for each key of a config that has no effect on a CPU."""
+    if machine.arch.vendor != "cpu":
         return ()
-    return (
-        Finding(
-            code="fp16-on-cpu",
-            key="fp16",
-            what="fp16: true has no effect on a CPU: the run computes in float32",
-            do="remove fp16, or replace it by bf16: true, which works on a CPU",
-        ),
-    )
+    found = []
+    if config.fp16:
+        found.append(
+            Finding(
+                code="fp16-on-cpu",
+                key="fp16",
+                what="fp16: true has no effect on a CPU: the run computes in float32",
+                do="remove fp16, or replace it by bf16: true, which works on a CPU",
+            )
+        )
+    if offloading_mode(config):
+        key, do = "gradient_checkpointing", "set gradient_checkpointing: true"
+        if config.activation_offloading:
+            key, do = "activation_offloading", "remove activation_offloading"
+        found.append(
+            Finding(
+                code="hint-not-used",
+                key=key,
+                what="activations are not offloaded on a CPU: they are in its memory already",
+                do=do,
+            )
+        )
+    return tuple(found)
 
 
 def gpu_text(machine: Machine) -> str:

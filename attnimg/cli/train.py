@@ -15,7 +15,7 @@ from attnimg.config.schema import CheckResult, Config
 from attnimg.errors import printable
 from attnimg.facts import Finding, Plan
 from attnimg.machine.kernel_cache import use_shipped_kernels
-from attnimg.task import Task, gpu_text, installed_machine, machine_warnings, precision_warnings
+from attnimg.task import Task, cpu_warnings, gpu_text, installed_machine, machine_warnings
 from attnimg.train import run
 from attnimg.train.distributed import StopFlag, Stopped, rank, require_group, stop_signals
 from attnimg.train.environment import require_parsable
@@ -76,7 +76,7 @@ def train_file(
     use_shipped_kernels(machine)
     warnings = (*checked.warnings, *machine_warnings(machine))
     if checked.config is not None:
-        warnings += precision_warnings(checked.config, machine)
+        warnings += cpu_warnings(checked.config, machine)
     values = _require_valid(replace(checked, warnings=warnings), report.console)
     for note in keys_without_effect(values):
         report.log(f"warning: {note}")

@@ -23,8 +23,9 @@ from attnimg.config.attention import (
     replace_legacy_keys,
     variable_findings,
 )
+from attnimg.config.other_names import replace_other_names
 from attnimg.config.read import read_yaml, with_overrides
-from attnimg.config.rules import hints, value_errors
+from attnimg.config.rules import hints, value_errors, value_warnings
 from attnimg.config.schema import (
     ALIASES,
     CheckResult,
@@ -95,6 +96,7 @@ def check_values(
     name = values.pop("attn_implementation", None)
     bad_name = list(name_errors(name)) if name is not None else []
     config, bad_values = _validate(values)
+    config, renamed = replace_other_names(config)
     backend = find_backend(name) if isinstance(name, str) and not bad_name else None
     settings = AttentionSettings(
         config=config,
@@ -109,21 +111,23 @@ def check_values(
     elif name in (None, AUTO) and variable:
         attention += variable_findings(variable, settings)
     attention = list(dict.fromkeys(attention))
-    errors += [finding for finding in legacy if finding.why]
+    errors += [finding for finding in (*legacy, *renamed) if finding.why]
     errors += [*bad_name, *_missing_keys(values), *bad_values]
     errors += [finding for finding in attention if finding.why]
-    errors += value_errors(config, {(error.key or "").partition("[")[0] for error in bad_values})
+    failed = {(error.key or "").partition("[")[0] for error in bad_values}
+    errors += value_errors(config, failed)
     others = _other_keys(values, failed={error.key for error in errors})
     errors += [finding for finding in others if finding.why]
     errors = [_with_written_key(error, written) for error in errors]
-    warnings = [finding for finding in (*legacy, *attention, *others) if not finding.why]
+    found = (*legacy, *renamed, *attention, *others)
+    warnings = [finding for finding in found if not finding.why]
     return CheckResult(
         file=file,
         on=on.name if on else None,
         config=config.model_copy(update=_flags(name, backend, bad=bool(bad_name))),
         requested=name if isinstance(name, str) else None,
         errors=tuple(errors),
-        warnings=(*warnings, *hints(config)),
+        warnings=(*warnings, *hints(config), *value_warnings(config, failed)),
     )
 
 

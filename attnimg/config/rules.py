@@ -6,6 +6,7 @@ Only the config is read. Rules on attention are in attention.py, types and range
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from collections.abc import Callable, Collection, Iterator
@@ -26,6 +27,7 @@ from attnimg.config.schema import (
     is_text,
     make_error,
     make_warning,
+    offloading_mode,
     role_names,
     trackers,
     type_name,
@@ -36,6 +38,10 @@ from attnimg.facts import Finding
 # Pairs of keys for the same setting; only one of them may be set.
 _EITHER_OR = (
     ("warmup_steps", "warmup_ratio"),
+    ("cosine_min_lr_ratio", "eta_min"),
+    ("embedding_lr", "embedding_lr_scale"),
+    ("loraplus_lr_ratio", "embedding_lr"),
+    ("loraplus_lr_ratio", "embedding_lr_scale"),
     ("save_steps", "saves_per_epoch"),
     ("eval_steps", "evals_per_epoch"),
     ("datasets", "pretraining_dataset"),
@@ -66,6 +72,13 @@ _NOT_WITH_MISTRAL = (
     "special_tokens", "tokens", "eot_tokens", "chat_template", "chat_template_jinja",
     "tokenizer_type", "tokenizer_legacy",
 )  # fmt: skip
+# Keys that only the cosine schedule reads, and what they add to it.
+_COSINE_KEYS = {
+    "cosine_min_lr_ratio": "a minimum learning rate",
+    "eta_min": "a minimum learning rate",
+    "cosine_constant_lr_ratio": "a constant end",
+    "lr_quadratic_warmup": "a quadratic warmup",
+}
 # The form of `split`: names of splits, or rows of them, such as train[:10%]+test.
 # Source: datasets 5.2, arrow_reader.py:46, _RelativeInstruction (2026-11-27)
 _BOUND = r"-?\d(?:_?\d){0,17}%?"
@@ -155,7 +168,7 @@ def _contradictions(config: Config) -> Iterator[Finding]:
         yield _bad_value("fp16", "fp16 contradicts bf16", why, "keep bf16 or fp16")
     for verb in ("eval", "save"):
         strategy = getattr(config, f"{verb}_strategy")
-        if strategy not in ("no", "epoch"):
+        if strategy not in ("no", "epoch", "best"):
             continue
         if getattr(config, f"{verb}_steps") or getattr(config, f"{verb}s_per_epoch"):
             key = f"{verb}_strategy"
@@ -166,17 +179,44 @@ def _contradictions(config: Config) -> Iterator[Finding]:
 
 def _schedule(config: Config) -> Iterator[Finding]:
     name = config.lr_scheduler
-    if config.cosine_min_lr_ratio is not None and name != "cosine":
-        key = "cosine_min_lr_ratio"
+    used = [key for key in _COSINE_KEYS if getattr(config, key) not in (None, False)]
+    for key in used if name != "cosine" else ():
         do = f"set lr_scheduler: cosine, or remove {key}"
         what = f"{key} contradicts lr_scheduler: {name}"
-        yield _bad_value(key, what, "only the cosine schedule has a minimum learning rate", do)
+        yield _bad_value(key, what, f"only the cosine schedule has {_COSINE_KEYS[key]}", do)
+    if name == "cosine":
+        yield from _cosine(config)
     needed, value = SCHEDULER_NEEDS.get(name, ((), ""))
     if needed and not set(needed) & set(config.lr_scheduler_kwargs or {}):
         key = "lr_scheduler_kwargs"
         do = f"set {key}: {{{needed[0]}: {value}}}"
         what = f"lr_scheduler: {name} needs {key}"
         yield _bad_value(key, what, f"needed {' or '.join(needed)}", do)
+
+
+def _cosine(config: Config) -> Iterator[Finding]:
+    """Yield errors: keys of the cosine schedule that contradict one another."""
+    key = "cosine_constant_lr_ratio"
+    if config.cosine_constant_lr_ratio and not config.cosine_min_lr_ratio:
+        why = "it is the share of the steps after which that learning rate stays"
+        do = f"set cosine_min_lr_ratio: 0.1, or remove {key}"
+        yield _bad_value(key, f"{key} needs cosine_min_lr_ratio", why, do)
+    if config.eta_min and config.eta_min > (config.learning_rate or math.inf):
+        key, why = "eta_min", f"found {config.eta_min} and learning_rate: {config.learning_rate}"
+        yield _bad_value(key, f"{key} is above learning_rate", why, f"remove {key}")
+    variant = next((key for key in ("lr_quadratic_warmup", "cosine_constant_lr_ratio")
+                    if getattr(config, key)), None)  # fmt: skip
+    if variant is None:
+        return
+    # Source: axolotl 0.19.0, core/trainers/mixins/scheduler.py, create_scheduler, which ignores
+    # what is refused here (2026-11-27).
+    others = ["eta_min", "lr_scheduler_kwargs"]
+    if variant == "lr_quadratic_warmup":
+        others += ["cosine_min_lr_ratio", "cosine_constant_lr_ratio"]
+    for key in others:
+        if getattr(config, key):
+            why = f"found both; the cosine with {variant} does not read {key}"
+            yield _bad_value(key, f"{key} contradicts {variant}", why, f"keep {key} or {variant}")
 
 
 def _evaluation(config: Config) -> Iterator[Finding]:
@@ -190,6 +230,14 @@ def _evaluation(config: Config) -> Iterator[Finding]:
     stopping = config.early_stopping_patience and "early_stopping_patience"
     if config.lr_scheduler == "reduce_lr_on_plateau":
         stopping = "lr_scheduler: reduce_lr_on_plateau"
+    if config.load_best_model_at_end:
+        stopping = "load_best_model_at_end"
+    if config.save_strategy == "best":
+        stopping = "save_strategy: best"
+    if config.load_best_model_at_end and config.save_strategy == "no":
+        why, do = "the best model is loaded from its checkpoint", "remove save_strategy"
+        what = "save_strategy: no contradicts load_best_model_at_end"
+        yield _bad_value("save_strategy", what, why, do)
     if size or config.test_datasets:
         if stopping and config.eval_strategy == "no":
             key, why = "eval_strategy", "it needs the validation loss, which is never computed"
@@ -197,17 +245,60 @@ def _evaluation(config: Config) -> Iterator[Finding]:
                           f"remove {key}")  # fmt: skip
         return
     why = "found val_set_size: 0 and no test_datasets"
+    unused = _unused_evaluation_keys(config)
     requested = [
         key
-        for key in ("eval_steps", "evals_per_epoch", "early_stopping_patience", "eval_strategy")
-        if getattr(config, key) not in (None, 0, "no")
-    ]
+        for key in ("eval_steps", "early_stopping_patience", "eval_strategy",
+                    "load_best_model_at_end")
+        if getattr(config, key) not in (None, False, "no") and key not in unused
+    ]  # fmt: skip
     for key in requested[:1]:
         do = f"set val_set_size: 0.05, or remove {key}"
         yield _bad_value(key, f"{key} needs evaluation data", why, do)
     if config.lr_scheduler == "reduce_lr_on_plateau":
         what = "lr_scheduler: reduce_lr_on_plateau needs evaluation data"
         yield _bad_value("lr_scheduler", what, why, "set val_set_size: 0.05")
+    if config.save_strategy == "best":
+        what = "save_strategy: best needs evaluation data"
+        do = "set val_set_size: 0.05, or remove save_strategy"
+        yield _bad_value("save_strategy", what, why, do)
+
+
+def _unused_evaluation_keys(config: Config) -> list[str]:
+    """Return the keys on evaluations that have no effect, since the run has nothing to evaluate on.
+
+    evals_per_epoch stands in many configs without such data. The other two say that evaluations
+    are wanted, unless the config turns them off with val_set_size: 0.
+    Source: axolotl 0.19.0, utils/config/__init__.py, normalize_config (2026-11-27).
+    """
+    if config.val_set_size or config.test_datasets:
+        return []
+    keys = ["evals_per_epoch"]
+    if "val_set_size" in config.model_fields_set:
+        keys += ["eval_steps", "eval_strategy"]
+    return [key for key in keys if getattr(config, key) not in (None, 0, "no")]
+
+
+def value_warnings(config: Config, failed: Collection[str]) -> Iterator[Finding]:
+    """Yield a warning for each key whose values are used otherwise than a reader may expect.
+
+    Args:
+        config: the valid part of the config.
+        failed: the keys that are not in it because their values are invalid.
+    """
+    if not {"val_set_size", "test_datasets"} & set(failed):
+        for key in _unused_evaluation_keys(config):
+            what = f"{key} has no effect: there is no evaluation data"
+            do = f"set val_set_size: 0.05, or remove {key}"
+            yield make_warning("without-effect", key, what, do)
+    if config.eta_min:
+        what = "the cosine ends at eta_min here; axolotl 0.19 does not read it, and ends at 0"
+        yield make_warning("done-otherwise", "eta_min", what, "remove eta_min")
+    for key, value, same in (("activation_offloading", "disk", "true"),
+                             ("gradient_checkpointing", "offload_disk", "offload")):  # fmt: skip
+        if getattr(config, key) == value:
+            what = f"{key}: {value} moves activations to CPU memory, as in axolotl, not to a disk"
+            yield make_warning("done-otherwise", key, what, f"set {key}: {same}")
 
 
 def _adapter(config: Config) -> Iterator[Finding]:
@@ -232,6 +323,13 @@ def _adapter(config: Config) -> Iterator[Finding]:
         yield _bad_value(key, f"{key} needs an adapter",
                       f"found no adapter; weights in {key[8:]} cannot be trained",
                       f"set adapter: {fitting}, or remove {key}")  # fmt: skip
+    if config.adapter is None and config.loraplus_lr_ratio:
+        key, why = (
+            "loraplus_lr_ratio",
+            "it is the ratio of the learning rates of LoRA's two weights",
+        )
+        do = f"set adapter: lora, or remove {key}"
+        yield _bad_value(key, f"{key} needs an adapter", why, do)
     if "lm_head" in ([targets] if isinstance(targets, str) else targets):
         key = "lora_target_modules"
         yield _bad_value(key, f"{key} cannot include lm_head",
@@ -346,6 +444,21 @@ def hints(config: Config) -> Iterator[Finding]:
             "set experts_implementation: grouped_mm; if memory does not suffice, lower "
             "micro_batch_size",
         )  # fmt: skip
+
+
+def _offloading(config: Config) -> Iterator[Finding]:
+    """Yield an error for activation_offloading without checkpointed layers, as axolotl does."""
+    key = "activation_offloading"
+    if config.activation_offloading and not config.gradient_checkpointing:
+        why = "it moves what checkpointed layers keep; found gradient_checkpointing: false"
+        do = f"set gradient_checkpointing: true, or remove {key}"
+        yield _bad_value(key, f"{key} needs gradient_checkpointing", why, do)
+    arguments = config.gradient_checkpointing_kwargs or {}
+    if offloading_mode(config) and arguments.get("use_reentrant"):
+        key = "gradient_checkpointing_kwargs"
+        why = "found use_reentrant: true, which runs a backward pass inside the backward pass"
+        do = f"set {key}: {{use_reentrant: false}}"
+        yield _bad_value(key, "activation_offloading contradicts use_reentrant", why, do)
 
 
 def _dataset_types(config: Config) -> Iterator[Finding]:
@@ -553,6 +666,7 @@ _RULES: tuple[tuple[_Rule, tuple[str, ...]], ...] = (
     ),
     (_mistral_common, _DATASETS),
     (_trained_weights, ("adapter", "unfrozen_parameters", "gradient_checkpointing_kwargs")),
+    (_offloading, ("gradient_checkpointing", "activation_offloading")),
     (_dataset_types, ()),
     (_trained_roles, ()),
     (_messages, ("eot_tokens",)),
@@ -582,6 +696,12 @@ def _unused_run_keys(config: Config) -> Iterator[tuple[str, list[str]]]:
 
     yield f"lr_scheduler is {config.lr_scheduler}", _unused_by_schedule(config)
     yield f"optimizer is {config.optimizer}", _unused_by_optimizer(config)
+    if config.loraplus_lr_ratio is None:
+        yield "loraplus_lr_ratio is not set", named("loraplus_lr_embedding")
+    else:
+        yield "loraplus_lr_ratio is set, as in axolotl", named("weight_decay")
+    if config.sample_packing:
+        yield "sample_packing is true", named("group_by_length")
     if config.max_steps:
         yield f"max_steps is {config.max_steps}", named("num_epochs")
     if config.adapter is None:
@@ -597,6 +717,13 @@ def _unused_run_keys(config: Config) -> Iterator[tuple[str, list[str]]]:
         yield "gradient_checkpointing is not true", named("gradient_checkpointing_kwargs")
     if not config.torch_compile:
         yield "torch_compile is not set", named("torch_compile_backend", "torch_compile_mode")
+    if not (config.load_best_model_at_end or config.save_strategy == "best"):
+        of_best = named("metric_for_best_model")
+        yield "neither load_best_model_at_end nor save_strategy: best is set", of_best
+    if config.loss_watchdog_threshold is None:
+        yield "loss_watchdog_threshold is not set", named("loss_watchdog_patience")
+    if not config.dataloader_num_workers:
+        yield "dataloader_num_workers is 0", named("dataloader_prefetch_factor")
     if config.save_strategy == "no":
         yield "save_strategy is no", named("save_total_limit", "save_only_model")
     if not (config.fsdp or config.fsdp_config):

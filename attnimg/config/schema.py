@@ -87,6 +87,13 @@ def _check_repository(text: str) -> str:
     return text
 
 
+def _require_lower_is_better(flag: bool) -> bool:
+    """Raise for true: the only metric is the evaluation loss."""
+    if flag:
+        raise ValueError("should be false: a lower evaluation loss is better")
+    return flag
+
+
 def _to_list(value: object) -> object:
     """Return a list for one string."""
     return [value] if isinstance(value, str) else value
@@ -139,6 +146,7 @@ Number = Annotated[float, BeforeValidator(_require_number), Field(ge=0, allow_in
 Positive = Annotated[float, BeforeValidator(_require_number), Field(gt=0, allow_inf_nan=False)]
 Beta = Annotated[float, BeforeValidator(_require_number), Field(ge=0, lt=1, allow_inf_nan=False)]
 Share = Annotated[float, BeforeValidator(_require_number), Field(ge=0, le=1, allow_inf_nan=False)]
+Below1 = Annotated[float, BeforeValidator(_require_number), Field(gt=0, lt=1)]
 Text = Annotated[str, Strict(), Field(min_length=1)]
 PathText = Annotated[Text, AfterValidator(_check_path)]
 Texts = Annotated[list[Text], BeforeValidator(_to_list)]
@@ -164,6 +172,7 @@ Scheduler = Literal[
 ]  # fmt: skip
 Strategy = Literal["no", "steps", "epoch"]
 TrainedEnds = Literal["all", "turn", "last", "none"]
+SaveStrategy = Literal["no", "steps", "epoch", "best"]
 SpecialToken = Literal[
     "bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token",
     "additional_special_tokens",
@@ -341,6 +350,7 @@ class Config(BaseModel):
     shuffle_merged_datasets: Flag = True
     shuffle_before_merging_datasets: Flag = False
     dataset_exact_deduplication: Flag = False
+    group_by_length: Flag | None = None
     val_set_size: Number = 0.0
     sequence_len: Count = 512
     min_sample_len: Count | None = None
@@ -360,27 +370,37 @@ class Config(BaseModel):
     micro_batch_size: Rows = 1
     eval_batch_size: Rows | None = None
     gradient_accumulation_steps: Count = 1
+    batch_size: Count | None = None
     num_epochs: Annotated[Positive, Field(le=1e6)] = 1.0
     max_steps: Count | None = None
     learning_rate: (
         Annotated[float, BeforeValidator(_to_learning_rate), Field(gt=0, allow_inf_nan=False)]
         | None
     ) = None
+    embedding_lr: Positive | None = None
+    embedding_lr_scale: Positive | None = None
     optimizer: Optimizer = "adamw_torch_fused"
     lr_scheduler: Scheduler = "cosine"
     lr_scheduler_kwargs: dict[str, Any] | None = None
     cosine_min_lr_ratio: Share | None = None
-    warmup_steps: Whole | None = None
+    cosine_constant_lr_ratio: Share | None = None
+    eta_min: Number | None = None
+    lr_quadratic_warmup: Flag | None = None
+    warmup_steps: Whole | Below1 | None = None
     warmup_ratio: Share | None = None
     weight_decay: Number = 0.0
     max_grad_norm: Number = 1.0
     adam_beta1: Beta | None = None
     adam_beta2: Beta | None = None
     adam_epsilon: Positive | None = None
+    adam_eps: Positive | None = None
+    neftune_noise_alpha: Number | None = None
+    noisy_embedding_alpha: Number | None = None
     seed: Seed = 42
 
     # Precision and memory
     bf16: Literal["auto", "full"] | Flag = "auto"
+    bfloat16: Flag | None = None
     fp16: Flag | None = None
     tf32: Literal["auto"] | Flag | None = None
     load_in_4bit: Flag | None = None
@@ -389,8 +409,9 @@ class Config(BaseModel):
     bnb_config_kwargs: dict[BnbArgument, Any] | None = None
     model_quantization_config: Literal["Mxfp4Config", "FineGrainedFP8Config"] | None = None
     model_quantization_config_kwargs: dict[Text, Any] | None = None
-    gradient_checkpointing: Flag | None = None
+    gradient_checkpointing: Literal["offload", "offload_disk"] | Flag | None = None
     gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    activation_offloading: Literal["legacy", "disk", "hidden_states"] | Flag | None = None
     torch_compile: Literal["auto"] | Flag | None = None
     torch_compile_backend: Text | None = None
     torch_compile_mode: Text | None = None
@@ -417,19 +438,28 @@ class Config(BaseModel):
     peft_init_lora_weights: Literal["gaussian", "orthogonal"] | Flag | None = None
     peft_layers_to_transform: list[Whole] | None = None
     peft_layers_pattern: Texts | None = None
+    loraplus_lr_ratio: Positive | None = None
+    loraplus_lr_embedding: Annotated[Positive, BeforeValidator(_to_learning_rate)] | None = None
 
     # Logging, evaluation, checkpoints
     output_dir: PathText = "./model-out"
     logging_steps: Count = 1
     eval_strategy: Strategy | None = None
+    evaluation_strategy: Strategy | None = None
     eval_steps: Count | None = None
     evals_per_epoch: Whole | None = None
-    save_strategy: Strategy | None = None
+    save_strategy: SaveStrategy | None = None
     save_steps: Count | None = None
     saves_per_epoch: Whole | None = None
     save_total_limit: Count | None = None
     save_only_model: Flag | None = None
+    save_first_step: Flag | None = None
+    load_best_model_at_end: Flag | None = None
+    metric_for_best_model: Literal["eval_loss", "loss"] | None = None
+    greater_is_better: Annotated[Flag, AfterValidator(_require_lower_is_better)] | None = None
     early_stopping_patience: Count | None = None
+    loss_watchdog_threshold: Positive | None = None
+    loss_watchdog_patience: Count | None = None
     resume_from_checkpoint: Flag | PathText | None = None
     auto_resume_from_checkpoints: Flag | None = None
 
@@ -468,7 +498,11 @@ class Config(BaseModel):
     deepspeed: PathText | dict[str, Any] | None = None
     ddp_timeout: Count | None = None
     ddp_find_unused_parameters: Flag | None = None
+    gc_collect_steps: Annotated[int, BeforeValidator(_require_number), Field(ge=-1)] | None = None
+    gc_steps: Annotated[int, BeforeValidator(_require_number), Field(ge=-1)] | None = None
+    torch_empty_cache_steps: Count | None = None
     dataloader_num_workers: Workers | None = None
+    dataloader_prefetch_factor: Processes | None = None
     dataloader_pin_memory: Flag | None = None
 
     # Not implemented: data/keys.toml refuses them after the rules of config/attention.py.
@@ -510,6 +544,20 @@ def trackers(config: Config) -> tuple[str, ...]:
     mlflow = config.use_mlflow or config.mlflow_experiment_name
     requested = {"wandb": wandb, "mlflow": mlflow, "tensorboard": config.use_tensorboard}
     return tuple(name for name, on in requested.items() if on)
+
+
+def offloading_mode(config: Config) -> str | None:
+    """Return how activations are moved to CPU memory: "legacy", without streams, or "streams".
+
+    gradient_checkpointing: offload is the older form.
+    Source: axolotl 0.19.0, utils/schemas/validation.py, check_gradient_checkpointing_w_offload
+    (2026-11-27).
+    """
+    if config.activation_offloading == "legacy":
+        return "legacy"
+    if config.activation_offloading or isinstance(config.gradient_checkpointing, str):
+        return "streams"
+    return None
 
 
 def is_chat(spec: DatasetSpec) -> bool:

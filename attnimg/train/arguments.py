@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from attnimg.config.rules import SCHEDULER_NEEDS
-from attnimg.config.schema import Config, Strategy
+from attnimg.config.schema import Config, SaveStrategy, Strategy
 from attnimg.errors import bad_value
 from attnimg.facts import Machine, Plan, RunContext
 from attnimg.train.experts import experts_in_use
@@ -32,7 +32,7 @@ class Schedule:
         total_steps: optimizer steps of the whole run.
         eval_strategy: when it evaluates.
         eval_steps: steps between evaluations, with strategy "steps".
-        save_strategy: when it saves.
+        save_strategy: when it saves; "best" after an evaluation with the lowest loss so far.
         save_steps: steps between checkpoints, with strategy "steps".
     """
 
@@ -40,7 +40,7 @@ class Schedule:
     total_steps: int
     eval_strategy: Strategy
     eval_steps: int | None
-    save_strategy: Strategy
+    save_strategy: SaveStrategy
     save_steps: int | None
 
 
@@ -59,9 +59,12 @@ def plan_steps(config: Config, *, rows: int, world: int, validation: bool) -> Sc
     evaluate, eval_steps = _interval(
         config.eval_strategy, config.eval_steps, config.evals_per_epoch, per_epoch=per_epoch
     )
-    save, save_steps = _interval(
-        config.save_strategy, config.save_steps, config.saves_per_epoch, per_epoch=per_epoch
-    )
+    save: SaveStrategy = "best"
+    save_steps = None
+    if config.save_strategy != "best":
+        save, save_steps = _interval(
+            config.save_strategy, config.save_steps, config.saves_per_epoch, per_epoch=per_epoch
+        )
     return Schedule(
         steps_per_epoch=per_epoch,
         total_steps=total,
@@ -101,7 +104,11 @@ def training_arguments(
     if config.deepspeed and config.bf16 != "full":
         autocast = context.dtype  # DeepSpeed's engine casts where accelerate would autocast.
     scheduler, scheduler_kwargs = scheduler_arguments(config)
-    uses_eval_loss = bool(config.early_stopping_patience) or scheduler == "reduce_lr_on_plateau"
+    uses_eval_loss = (
+        bool(config.early_stopping_patience or config.load_best_model_at_end)
+        or scheduler == "reduce_lr_on_plateau"
+        or schedule.save_strategy == "best"
+    )
     pin_memory = config.dataloader_pin_memory is not False
     fsdp_config = dict(config.fsdp_config or {})
     if config.fsdp_version:
@@ -112,6 +119,8 @@ def training_arguments(
         "adam_beta2": config.adam_beta2,
         "adam_epsilon": config.adam_epsilon,
         "lr_scheduler_kwargs": scheduler_kwargs or None,
+        "torch_empty_cache_steps": config.torch_empty_cache_steps,
+        "neftune_noise_alpha": config.neftune_noise_alpha or None,
         "ddp_timeout": config.ddp_timeout,
         "deepspeed": config.deepspeed,
     }
@@ -156,6 +165,9 @@ def training_arguments(
         "greater_is_better": False if uses_eval_loss else None,
         # Data loading and processes.
         "dataloader_num_workers": config.dataloader_num_workers or 0,
+        "dataloader_prefetch_factor": config.dataloader_prefetch_factor
+        if config.dataloader_num_workers
+        else None,
         "dataloader_pin_memory": gpu and pin_memory,
         # transformers' default searches for unused weights in every step; only experts can be
         # unused.
@@ -184,9 +196,11 @@ def training_arguments(
 def scheduler_arguments(config: Config) -> tuple[str, dict[str, Any]]:
     """Return transformers' name of the learning rate schedule, and its arguments."""
     arguments = dict(config.lr_scheduler_kwargs or {})
-    if config.cosine_min_lr_ratio is None:
-        return config.lr_scheduler, arguments
-    return "cosine_with_min_lr", {**arguments, "min_lr_rate": config.cosine_min_lr_ratio}
+    if config.eta_min is not None:
+        return "cosine_with_min_lr", {**arguments, "min_lr": config.eta_min}
+    if config.cosine_min_lr_ratio is not None:
+        return "cosine_with_min_lr", {**arguments, "min_lr_rate": config.cosine_min_lr_ratio}
+    return config.lr_scheduler, arguments
 
 
 def _warmup(config: Config) -> float:
@@ -333,7 +347,7 @@ def _try_schedule(config: Config) -> None:
             schedule = get_scheduler(
                 name,
                 optimizer=optimizer,
-                num_warmup_steps=min(config.warmup_steps or 0, steps),
+                num_warmup_steps=min(math.ceil(config.warmup_steps or 0), steps),
                 num_training_steps=steps,
                 scheduler_specific_kwargs=arguments,
             )

@@ -193,11 +193,12 @@ def _check_address_space() -> None:
 def _check_shared_memory(config: Config) -> None:
     """Raise for workers whose batches do not fit in /dev/shm: torch would wait for them forever.
 
-    Each worker prepares two batches in advance (prefetch_factor of torch's DataLoader).
+    Each worker prepares two batches in advance, or dataloader_prefetch_factor.
     """
     workers = config.dataloader_num_workers or 0
     tokens = config.micro_batch_size * config.sequence_len
-    needed = max(_SHARED_BYTES, workers * 2 * tokens * _TOKEN_BYTES)
+    batches = config.dataloader_prefetch_factor or 2
+    needed = max(_SHARED_BYTES, workers * batches * tokens * _TOKEN_BYTES)
     try:
         free = shutil.disk_usage("/dev/shm").free
     except OSError:
@@ -206,7 +207,7 @@ def _check_shared_memory(config: Config) -> None:
         raise AttnimgError(
             "shared memory (/dev/shm) is too small for dataloader_num_workers",
             why=f"found {free / 2**20:,.1f} MiB free; needed {needed / 2**20:,.1f} for "
-            f"{workers} workers with two batches of {tokens:,} tokens each",
+            f"{workers} workers with {batches} batches of {tokens:,} tokens each",
             do="set dataloader_num_workers: 0, or start the container with --shm-size=1g",
             code="out-of-memory",
             key="dataloader_num_workers",

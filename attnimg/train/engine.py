@@ -7,6 +7,7 @@ processes. loss.py computes it; own_loss.py compares it with the model's own los
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.data_loader import SeedableRandomSampler
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
 from attnimg.errors import AttnimgError, set_backend
@@ -23,10 +26,13 @@ from attnimg.train import records
 from attnimg.train.checkpoint import FileHasher, write_errors
 from attnimg.train.distributed import Stopped, any_rank
 from attnimg.train.frozen import restore_after_steps
+from attnimg.train.loss_watchdog import LossWatchdog
 from attnimg.train.model_files import TRAINER_FILES, correct_saved_config
+from attnimg.train.offloading import offload_activations
 from attnimg.train.resume import apply_config
-from attnimg.train.rows import COUNTS, EpochSampler
+from attnimg.train.rows import COUNTS, EpochSampler, LengthGroupedOrder, row_lengths
 from attnimg.train.saved_states import CheckpointingTrainer
+from attnimg.train.schedules import cosine_factor, create_optimizer_with_rates
 
 if TYPE_CHECKING:
     from attnimg.train.fit import Session
@@ -52,6 +58,8 @@ class Engine(CheckpointingTrainer):
 
     Attributes:
         counter: counts tokens and time between two logs.
+        watchdog: counts steps with a high loss.
+        base_rates: the learning rate of each group of weights, without schedule.
         pending_checkpoint: the checkpoint that a thread is finishing.
         loaded_config: the model's config before training.
     """
@@ -59,7 +67,9 @@ class Engine(CheckpointingTrainer):
     def __init__(self, session: Session, **options: Any) -> None:
         self.session, self.folder, self.stop = session, session.folder, session.stop
         self.attention_check = session.attention_check
-        self.counter = records.TokenCounter()
+        self.counter, self.base_rates = records.TokenCounter(), list[float]()
+        config = session.config
+        self.watchdog = LossWatchdog(config.loss_watchdog_threshold, config.loss_watchdog_patience)
         self._eval_sums = torch.zeros(2, dtype=torch.float64)
         self._evaluated_at = -1
         self.pending_checkpoint, self.hashes = checkpoints.PendingCheckpoint(), FileHasher()
@@ -76,6 +86,9 @@ class Engine(CheckpointingTrainer):
         for name, weight in self.model.named_parameters():
             if name in trained:
                 weight.data = weight.data.to(trained[name])
+        self.maybe_activation_offload_context = offload_activations(
+            self.model, config, session.run.machine
+        )
 
     def _send_telemetry(self) -> None:
         """Send nothing: TRL would report the trainer's class to the hub."""
@@ -83,20 +96,51 @@ class Engine(CheckpointingTrainer):
     def create_model_card(self, *args: Any, **options: Any) -> None:
         """Write no model card: TRL's names a hub repository that does not exist."""
 
-    def create_optimizer(self, *args: Any, **options: Any) -> Any:
-        """Create the optimizer; it keeps the rows that unfrozen_parameters freezes."""
-        optimizer = super().create_optimizer(*args, **options)
-        restore_after_steps(self.accelerator.unwrap_model(self.model), optimizer)
-        return optimizer
-
     def get_train_dataloader(self) -> Any:
         """Return the training batches; with added rows, each other row occurs once per epoch."""
         loader = super().get_train_dataloader()
-        if added := self.session.train.added:
-            rows = len(self.train_dataset) - added
-            # It replaces accelerate's own sampler, so that resuming sets its epoch.
-            loader.set_sampler(EpochSampler(rows=rows, added=added, seed=self.args.data_seed))
+        added, config = self.session.train.added, self.session.config
+        rows, seed = len(self.train_dataset) - added, self.args.data_seed
+        order: SeedableRandomSampler | LengthGroupedOrder
+        if config.group_by_length and not config.sample_packing:
+            args = self.args
+            together = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            lengths = row_lengths(self.train_dataset)[:rows].tolist()
+            order = LengthGroupedOrder(lengths, together=together, seed=seed)
+        elif added:
+            # The order of a single process.
+            order = SeedableRandomSampler(range(rows), data_seed=seed)
+        else:
+            return loader
+        # It replaces accelerate's own sampler, so that resuming sets its epoch.
+        loader.set_sampler(EpochSampler(order, rows=rows, added=added))
         return loader
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Create the optimizer, which keeps the rows that unfrozen_parameters freezes.
+
+        base_rates has the learning rates that the schedule changes.
+        """
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            decay = set(self.get_decay_parameter_names(model))
+            self.optimizer: Any = create_optimizer_with_rates(
+                model, self.session.config, optimizer_class, options, decay=decay
+            )
+        optimizer = super().create_optimizer(model)
+        self.base_rates = [float(group["lr"]) for group in optimizer.param_groups]
+        restore_after_steps(self.accelerator.unwrap_model(self.model), optimizer)
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Create the learning rate schedule; those of axolotl alone are not transformers'."""
+        warmup = self.args.get_warmup_steps(num_training_steps)
+        factor = cosine_factor(self.session.config, warmup=warmup, total=num_training_steps)
+        if self.lr_scheduler is None and factor is not None:
+            self.lr_scheduler: Any = LambdaLR(optimizer or self.optimizer, factor)
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def train(self, *args: Any, **options: Any) -> Any:
         """Train; the last checkpoint is complete when this returns or raises.
@@ -126,7 +170,43 @@ class Engine(CheckpointingTrainer):
         if self.pending_checkpoint.is_done or self.attention_check.is_due(step):
             self.pending_checkpoint.wait()
         with self.attention_check.checking(step, self.folder):
-            return super().training_step(model, inputs, num_items_in_batch)
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        self.watchdog.add(loss)
+        return loss
+
+    def _maybe_log_save_evaluate(self, *args: Any, **options: Any) -> None:
+        """Log, evaluate and save; after too many steps with a high loss, only log.
+
+        Raises:
+            AttnimgError: code loss-too-high, exit code 1.
+        """
+        too_high = self.watchdog.count_step(
+            lambda loss: self.accelerator.reduce(loss, reduction="mean")
+        )
+        if too_high:
+            self.control.should_log = True
+            self.control.should_evaluate = self.control.should_save = False
+        super()._maybe_log_save_evaluate(*args, **options)
+        if too_high:
+            raise self._high_loss_error()
+
+    def _high_loss_error(self) -> AttnimgError:
+        self.pending_checkpoint.wait()
+        newest = checkpoints.newest_checkpoint(self.folder)
+        watchdog, step = self.watchdog, self.state.global_step
+        first = step - watchdog.high_steps + 1
+        return AttnimgError(
+            f"the loss has been above loss_watchdog_threshold since step {first}",
+            why=f"found loss {watchdog.loss:.3g} at step {step}; needed at most "
+            f"{watchdog.threshold:g} in one of {watchdog.patience} steps in a row\n"
+            + (f"the newest checkpoint is {newest}" if newest else "no checkpoint was written"),
+            do="lower learning_rate or lengthen warmup_steps, and resume from a checkpoint that is "
+            "older than the rise of the loss; if such losses are expected, raise "
+            "loss_watchdog_threshold",
+            code="loss-too-high",
+            key="loss_watchdog_threshold",
+            exit_code=1,
+        )
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Raise where a loss or gradient is NaN or inf, before the step changes the weights.
@@ -202,6 +282,13 @@ class Engine(CheckpointingTrainer):
         loss, tokens = self.accelerator.reduce(sums, reduction="sum").tolist()
         output.metrics[f"{options.get('metric_key_prefix', 'eval')}_loss"] = loss / max(tokens, 1)
         return output
+
+    def _determine_best_metric(self, metrics: Any, trial: Any) -> bool:
+        """Return whether the loss is the lowest so far; the best model is saved for the end."""
+        best: bool = super()._determine_best_metric(metrics=metrics, trial=trial)
+        if best and self.session.config.load_best_model_at_end:
+            self.control.should_save = True
+        return best
 
     def evaluate_missed(self) -> None:
         """Run the evaluation that was due when the previous session was stopped."""
@@ -313,7 +400,8 @@ class Engine(CheckpointingTrainer):
             "step": self.state.global_step,
             "tokens": self.counter.total_tokens,
             "window": {"loss": loss, "from_step": self._globalstep_last_logged,
-                       "tokens": tokens, "places": positions, "aux": self.aux_window()},
+                       "tokens": tokens, "places": positions, "aux": self.aux_window(),
+                       "high_steps": self.watchdog.high_steps},
             "evaluate_first": self._evaluation_due(),
             "identity": dict(self.session.identity),
         }  # fmt: skip
@@ -326,6 +414,7 @@ class Engine(CheckpointingTrainer):
         self.counter.total_tokens = state["tokens"]
         self._tr_loss += window["loss"]
         self._globalstep_last_logged = window["from_step"]
+        self.watchdog.high_steps = window.get("high_steps", 0)
         # The sums include all processes, so only one of them restores them.
         if self.is_world_process_zero():
             self.counter.count(window["tokens"], window["places"])
@@ -364,6 +453,12 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers' types
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Update the bar, and save a checkpoint if any process received a stop signal."""
         self.view.step(state.global_step)
+        config = self.engine.session.config
+        if state.global_step == 1 and config.save_first_step:
+            control.should_save = True
+        every = config.gc_collect_steps
+        if every and (control.should_evaluate or (every > 0 and state.global_step % every == 0)):
+            self._collect_garbage()
         if state.global_step >= state.max_steps:
             control.should_log = True
         if any_rank(self.engine.stop.number is not None):
@@ -375,6 +470,19 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers' types
             args.save_only_model = False
         elif control.should_evaluate:
             self.view.start_evaluation()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Free memory where gc_collect_steps is set."""
+        if self.engine.session.config.gc_collect_steps:
+            self._collect_garbage()
+
+    def _collect_garbage(self) -> None:
+        """Free what no object refers to any more, and unused memory of the GPU.
+
+        Source: axolotl 0.19.0, utils/callbacks/__init__.py, GCCallback (2026-11-27).
+        """
+        gc.collect()
+        torch.cuda.empty_cache()
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Stop training after the checkpoint of a stop is written."""

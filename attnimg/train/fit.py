@@ -449,16 +449,22 @@ def _run_engine(engine: Any, session: Session) -> list[str]:
         AttnimgError: the GPU's memory is full (out-of-memory, exit code 1).
     """
     import torch
+    from transformers import TrainerState
 
     total, checkpoint = session.schedule.total_steps, session.checkpoint
-    if session.is_done and session.resume:
+    loads_best = session.config.load_best_model_at_end
+    if checkpoint and session.is_done and session.resume:
         # transformers would train one step too many; only the model has to be loaded.
         engine._load_from_checkpoint(str(checkpoint))
+        saved = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        engine.state.best_metric = saved.best_metric
+        engine.state.best_global_step = saved.best_global_step
         engine.state.global_step = session.resume.step
         engine.counter.total_tokens = int(session.restored.get("tokens", 0))
         if session.restored.get("evaluate_first"):
             engine.evaluate_missed()
-        return [f"all {total} steps were done already at {checkpoint}"]
+        notes = [f"all {total} steps were done already at {checkpoint}"]
+        return [*notes, _load_best(engine, "the run is complete")] if loads_best else notes
     try:
         engine.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.OutOfMemoryError as error:
@@ -471,13 +477,22 @@ def _run_engine(engine: Any, session: Session) -> list[str]:
             key="micro_batch_size",
             exit_code=1,
         ) from error
-    return [] if engine.state.global_step >= total else [_load_best(engine)]
+    if engine.state.global_step < total:
+        return [_load_best(engine, f"stopped early at step {engine.state.global_step}")]
+    return [_load_best(engine, "the run is complete")] if loads_best else []
 
 
-def _load_best(engine: Any) -> str:
-    """Load the best checkpoint, if there is one; return a note on which model is saved."""
+def _load_best(engine: Any, ended: str) -> str:
+    """Load the best checkpoint, if there is one; return a note on which model is saved.
+
+    Args:
+        engine: the engine, after training.
+        ended: how the run ended, for the note.
+    """
     best = engine.folder / f"checkpoint-{engine.state.best_global_step}"
-    reason = f"stopped early at step {engine.state.global_step}: the evaluation loss is no better"
+    if engine.state.best_global_step == engine.state.global_step:
+        return f"{ended}: the evaluation loss is the lowest; the model is that of the last step"
+    reason = f"{ended}: the evaluation loss is no better"
     if not best.is_dir():
         return f"{reason}; the model is that of the last step"
     if wrong := find_damage(best):

@@ -36,23 +36,24 @@ BY_VALUE = frozenset(
         "streaming", "streaming_multipack_buffer_size", "pretrain_multipack_attn",
         "shuffle_merged_datasets", "shuffle_before_merging_datasets",
         "dataset_exact_deduplication", "val_set_size", "sequence_len", "min_sample_len",
-        "excess_length_strategy", "chat_template_kwargs",
+        "excess_length_strategy", "chat_template_kwargs", "group_by_length",
         "sample_packing", "pad_to_sequence_len", "batch_flattening", "train_on_inputs",
         "chat_template", "chat_template_jinja", "default_system_message", "eot_tokens",
         "micro_batch_size", "gradient_accumulation_steps", "optimizer", "lr_scheduler",
-        "lr_scheduler_kwargs", "cosine_min_lr_ratio", "warmup_steps", "warmup_ratio",
+        "lr_scheduler_kwargs", "cosine_min_lr_ratio", "cosine_constant_lr_ratio", "eta_min",
+        "lr_quadratic_warmup", "neftune_noise_alpha", "embedding_lr", "embedding_lr_scale",
+        "loraplus_lr_ratio", "loraplus_lr_embedding", "warmup_steps", "warmup_ratio",
         "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "seed",
         "bf16", "fp16", "tf32", "load_in_4bit", "load_in_8bit",
         "adapter", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",
         "lora_target_linear", "lora_modules_to_save", "lora_fan_in_fan_out", "peft_use_dora",
         "peft_use_rslora", "lora_rank_pattern", "lora_alpha_pattern",
         "peft_init_lora_weights", "peft_layers_to_transform", "peft_layers_pattern",
-        "lora_target_parameters", "overrides_of_model_config",
-        "tokenizer_legacy", "tokenizer_use_mistral_common",
-        "resize_token_embeddings_to_32x", "mean_resizing_embeddings",
-        "shrink_embeddings",
-        "reinit_weights", "unfrozen_parameters", "quantize_moe_experts",
-        "bnb_config_kwargs", "early_stopping_patience",
+        "lora_target_parameters", "overrides_of_model_config", "tokenizer_legacy",
+        "tokenizer_use_mistral_common", "resize_token_embeddings_to_32x",
+        "mean_resizing_embeddings", "shrink_embeddings", "reinit_weights",
+        "unfrozen_parameters", "quantize_moe_experts", "bnb_config_kwargs",
+        "early_stopping_patience", "load_best_model_at_end",
         "fsdp", "fsdp_config", "fsdp_version", "deepspeed", "rl", "context_parallel_size",
     }
 )  # fmt: skip
@@ -81,19 +82,24 @@ NOT_COMPARED = frozenset(
         "trust_remote_code", "tokenizer_save_jinja_files", "experts_implementation",
         "model_quantization_config", "model_quantization_config_kwargs",
         "attn_supports_packing", "attn_uses_flash_lib", "attn_needs_dtype_cast",
-        "attn_strict", "attn_forward_only_ok", "attn_known_bad",
+        "attn_strict", "attn_forward_only_ok", "attn_known_bad", "adam_eps", "batch_size",
+        "bfloat16", "evaluation_strategy", "gc_steps", "noisy_embedding_alpha",
         "attn_check_steps",
         "dataset_prepared_path", "dataset_num_proc", "dataset_processes", "eval_batch_size",
-        "gradient_checkpointing", "gradient_checkpointing_kwargs", "torch_compile",
+        "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_offloading",
+        "torch_compile",
         "torch_compile_backend", "torch_compile_mode", "output_dir", "logging_steps",
         "liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_swiglu", "liger_layer_norm",
         "save_strategy", "save_steps", "saves_per_epoch", "save_total_limit", "save_only_model",
         "resume_from_checkpoint", "auto_resume_from_checkpoints", "ddp_timeout",
-        "ddp_find_unused_parameters", "dataloader_num_workers", "dataloader_pin_memory", "strict",
-        "use_wandb", "wandb_project", "wandb_entity", "wandb_name", "wandb_run_id", "wandb_mode",
-        "wandb_watch", "wandb_log_model", "use_mlflow", "mlflow_tracking_uri",
-        "mlflow_experiment_name", "mlflow_run_name", "hf_mlflow_log_artifacts", "use_tensorboard",
-        "hub_model_id", "hub_strategy", "hub_revision",
+        "ddp_find_unused_parameters", "dataloader_num_workers", "dataloader_pin_memory",
+        "strict", "use_wandb", "wandb_project", "wandb_entity", "wandb_name",
+        "wandb_run_id", "wandb_mode", "wandb_watch", "wandb_log_model", "use_mlflow",
+        "mlflow_tracking_uri", "mlflow_experiment_name", "mlflow_run_name",
+        "hf_mlflow_log_artifacts", "use_tensorboard", "hub_model_id", "hub_strategy",
+        "hub_revision", "loss_watchdog_threshold", "loss_watchdog_patience",
+        "save_first_step", "metric_for_best_model", "greater_is_better", "gc_collect_steps",
+        "torch_empty_cache_steps", "dataloader_prefetch_factor",
     }
 )  # fmt: skip
 
@@ -149,9 +155,10 @@ def compared_keys(config: Config) -> dict[str, Any]:
 
 
 def evaluation_affects_training(keys: Mapping[str, Any]) -> bool:
-    """Return whether the evaluation loss controls early stopping or the learning rate."""
+    """Return whether the evaluation loss controls when the run stops, its rates or its model."""
     plateau = keys.get("lr_scheduler") == "reduce_lr_on_plateau"
-    return plateau or bool(keys.get("early_stopping_patience"))
+    best = keys.get("early_stopping_patience") or keys.get("load_best_model_at_end")
+    return plateau or bool(best)
 
 
 def _plain(key: str, value: Any) -> Any:
@@ -388,11 +395,12 @@ def apply_config(engine: Any, config: Config, before: Mapping[str, Any]) -> None
         for group in groups if previous != rate else ():
             _set_value(group, "lr", float(group["lr"]) / previous * rate)
         return
-    scheduler.base_lrs = [rate] * len(groups)
-    rates = [rate * factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
-    for group, group_rate in zip(groups, rates, strict=True):
-        group["initial_lr"] = rate
-        _set_value(group, "lr", group_rate)
+    # DeepSpeed creates its own optimizer.
+    bases = engine.base_rates or [rate] * len(groups)
+    scheduler.base_lrs = bases
+    for group, base, factor in zip(groups, bases, scheduler.lr_lambdas, strict=True):
+        group["initial_lr"] = base
+        _set_value(group, "lr", base * factor(scheduler.last_epoch))
     scheduler._last_lr = [group["lr"] for group in groups]
 
 

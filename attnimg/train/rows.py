@@ -66,10 +66,10 @@ def make_rows(
     fixed = config.sequence_len if config.pad_to_sequence_len else None
     flat = context.padding_free and bool(config.batch_flattening)
     if packed:
-        rows = pack(_lengths(documents), capacity=config.sequence_len, seed=config.seed)
+        rows = pack(row_lengths(documents), capacity=config.sequence_len, seed=config.seed)
         dataset, tokens, filled = pack_dataset(documents, rows), rows.tokens, rows.filled_share
     else:
-        dataset, tokens = documents, int(_lengths(documents).sum())
+        dataset, tokens = documents, int(row_lengths(documents).sum())
         filled = tokens / (len(documents) * config.sequence_len)
     if packed or flat:
         collate: PackedCollator | PaddedCollator = PackedCollator(
@@ -94,7 +94,7 @@ def make_rows(
     )
 
 
-def _lengths(documents: Dataset) -> Any:
+def row_lengths(documents: Dataset) -> Any:
     """Count the tokens of each document, int64 (documents,), without making Python lists."""
     column = documents.with_format("arrow")["input_ids"]
     chunks = column if hasattr(column, "combine_chunks") else column[:]
@@ -259,21 +259,50 @@ def _place_on_tokens(
     return placed
 
 
+class LengthGroupedOrder:
+    """Order the rows of an epoch at random, with rows of similar lengths beside each other.
+
+    The order depends on seed and epoch alone, so that a resumed run continues it; transformers' own
+    sampler draws it from torch's global generator.
+
+    Args:
+        lengths: tokens of each row.
+        together: rows of similar lengths, those of an optimizer step.
+        seed: seed of the order.
+    """
+
+    def __init__(self, lengths: Sequence[int], *, together: int, seed: int) -> None:
+        self.lengths, self.together, self.seed, self.epoch = lengths, together, seed, 0
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the indices of an epoch; the next epoch has another order."""
+        from transformers.trainer_pt_utils import get_length_grouped_indices
+
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        yield from get_length_grouped_indices(self.lengths, self.together, generator=generator)
+        self.epoch += 1
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch, which determines the next order."""
+        self.epoch = epoch
+
+
 class EpochSampler(Sampler[int]):  # type: ignore[misc]  # torch's types are not followed
-    """Sample the rows in the order of a single process, with the added rows at the end of an epoch.
+    """Sample the rows in a given order, with the added rows at the end of an epoch.
 
     accelerate would fill up the last batches with rows from the start of the epoch, which would be
     trained twice.
 
     Args:
-        rows: number of rows to train on.
+        order: yields the rows to train on.
+        rows: number of them.
         added: number of rows without loss after them, from `pad_rows_to_multiple`.
-        seed: seed of the order, used as in accelerate's own sampler.
     """
 
-    def __init__(self, *, rows: int, added: int, seed: int) -> None:
-        self.order = SeedableRandomSampler(range(rows), data_seed=seed)
-        self.rows, self.added = rows, added
+    def __init__(
+        self, order: SeedableRandomSampler | LengthGroupedOrder, *, rows: int, added: int
+    ) -> None:
+        self.order, self.rows, self.added = order, rows, added
 
     def __iter__(self) -> Iterator[int]:
         """Yield the indices of an epoch; the next epoch has another order."""

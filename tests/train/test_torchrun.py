@@ -322,3 +322,13 @@ def test_another_model_of_the_same_name_on_a_rank_is_refused(pair: Path, tmp_pat
     assert process.returncode != 0, output
     assert "the processes do not agree: base_model" in output, output
     assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_a_high_loss_stops_both(tmp_path: Path) -> None:
+    both = forked(tmp_path, loss_watchdog_threshold=1.0, micro_batch_size=1, save_steps=1)
+    output = both.communicate(timeout=200)
+    assert both.returncode == 1, output
+    assert output.count("loss_watchdog_threshold since step 1") == 2, "each rank prints it"
+    assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == [
+        "checkpoint-1", "checkpoint-2"
+    ]  # fmt: skip

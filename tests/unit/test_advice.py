@@ -31,7 +31,7 @@ from attnimg.selection.attention_shapes import read_model
 from attnimg.selection.gpus_and_images import parse_gpu
 from attnimg.selection.model_config import read_config
 from attnimg.selection.plan import choose
-from attnimg.task import build_problem, model_file, precision_warnings
+from attnimg.task import build_problem, cpu_warnings, model_file
 from attnimg.train.arguments import try_options
 from attnimg.train.base_model import judge_files
 from attnimg.train.check import check_inputs
@@ -120,8 +120,8 @@ class Case:
             warnings.simplefilter("ignore", DeprecationWarning)
             checked = check_values(values, file="x.yaml", on=arch, torch=self.torch)
         notes = [w for w in checked.warnings if w.code == self.code]
-        if checked.config is not None and self.code == "fp16-on-cpu":
-            notes = [note for note in precision_warnings(checked.config, CPU)]
+        if checked.config is not None and self.code in ("fp16-on-cpu", "hint-not-used"):
+            notes = [note for note in cpu_warnings(checked.config, CPU)]
         if checked.config is not None and self.files:
             notes += [note for note in self.judged(checked.config)[1] if note.code == self.code]
         found = [(f.code, f.key, f.what, f.do) for f in (*checked.errors, *notes)]
@@ -347,8 +347,8 @@ CASES: dict[str, Case] = {
     # Keys of axolotl, one of each group; all of them below.
     **{f"{key} of axolotl": Case(code="unsupported-key", values={key: "x"})
        for key in ("ring_attn_func", "rope_scaling", "use_trackio", "use_onebitllms", "trl",
-                   "float16", "gpu_count", "group_by_length", "loraplus_lr_ratio", "debug",
-                   "batch_size", "use_ray")},
+                   "float16", "gpu_count", "curriculum_sampling", "relora_steps", "debug",
+                   "lr_groups", "use_ray")},
     "a plugin of axolotl": Case(code="unsupported-key", values={"plugins": ["my.Plugin"]}),
     "plugins that are no names": Case(code="bad-value", values={"plugins": 3}),
     "a transform of axolotl": Case(code="unsupported-key", entry={"input_transform": "x"}),
@@ -410,6 +410,43 @@ CASES: dict[str, Case] = {
         "eval_steps": 2, "eval_strategy": "epoch", "val_set_size": 0.1}),
     "nothing to evaluate on": Case(code="bad-value", machine=CPU, options=2, values={
         "evals_per_epoch": 2, "eval_strategy": "steps"}),
+    "offloading on a CPU": Case(code="hint-not-used", values={
+        "gradient_checkpointing": True, "activation_offloading": "legacy"}),
+    "the older offloading on a CPU": Case(
+        code="hint-not-used", values={"gradient_checkpointing": "offload"}),
+    "offloading to a disk": Case(code="done-otherwise", values={
+        "gradient_checkpointing": True, "activation_offloading": "disk"}),
+    "the older offloading to a disk": Case(
+        code="done-otherwise", values={"gradient_checkpointing": "offload_disk"}),
+    "offloading without checkpoints": Case(
+        code="bad-value", values={"activation_offloading": True}, options=2),
+    "offloading in a reentrant backward pass": Case(code="bad-value", values={
+        "gradient_checkpointing": "offload",
+        "gradient_checkpointing_kwargs": {"use_reentrant": True}}),
+    "a quadratic warmup on a line": Case(code="bad-value", options=2, values={
+        "lr_scheduler": "linear", "lr_quadratic_warmup": True}),
+    "a constant end without a lowest rate": Case(code="bad-value", options=2, values={
+        "cosine_constant_lr_ratio": 0.8}),
+    "a lowest rate above the highest": Case(code="bad-value", values={"eta_min": 1}),
+    "a lowest rate that axolotl does not read": Case(
+        code="done-otherwise", values={"eta_min": 1e-6}),
+    "a quadratic warmup and a lowest rate": Case(code="bad-value", options=2, values={
+        "lr_quadratic_warmup": True, "cosine_min_lr_ratio": 0.1}),
+    "an epsilon that axolotl does not read": Case(
+        code="done-otherwise", options=2, values={"adam_eps": 1e-6}),
+    "two epsilons": Case(code="bad-value", options=2, values={
+        "adam_eps": 1e-6, "adam_epsilon": 1e-7}),
+    "a batch beside its accumulation": Case(code="bad-value", options=2, values={
+        "batch_size": 4, "gradient_accumulation_steps": 4}),
+    "a batch of no whole passes": Case(code="bad-value", values={
+        "batch_size": 6, "micro_batch_size": 4}),
+    "a batch for its accumulation": Case(code="done-otherwise", values={"batch_size": 4}),
+    "the best model without checkpoints": Case(code="bad-value", values={
+        "load_best_model_at_end": True, "val_set_size": 0.1, "save_strategy": "no"}),
+    "the best checkpoint of nothing": Case(code="bad-value", options=2, values={
+        "save_strategy": "best"}),
+    "LoRA+ without an adapter": Case(code="bad-value", options=2, values={"loraplus_lr_ratio": 16}),
+    "evaluations of nothing": Case(code="without-effect", options=2, values={"evals_per_epoch": 2}),
     "no checkpoint": Case(code="no-checkpoint", machine=CPU,
                           values={"resume_from_checkpoint": True}),
     "a folder that is no checkpoint": Case(

@@ -143,6 +143,11 @@ def test_workers_whose_batches_do_not_fit_in_shared_memory_are_refused(
         check_limits(config(**keys), CPU)
     assert caught.value.key == "dataloader_num_workers"
     check_limits(config(**{**keys, "dataloader_num_workers": 0}), CPU)
+    docker.f_bavail = 14 << 20
+    check_limits(config(**keys), CPU)
+    with pytest.raises(AttnimgError, match="/dev/shm") as caught:
+        check_limits(config(**{**keys, "dataloader_prefetch_factor": 4}), CPU)
+    assert "4 batches" in caught.value.why
 
 
 def test_the_checks_before_a_run_import_nothing_heavy() -> None:

@@ -38,11 +38,15 @@ OTHER = {
     "shuffle_merged_datasets": False, "shuffle_before_merging_datasets": True,
     "dataset_exact_deduplication": True, "min_sample_len": 3,
     "chat_template_kwargs": {"enable_thinking": False}, "val_set_size": 0.1, "sequence_len": 128,
+    "group_by_length": True,
     "excess_length_strategy": "drop", "sample_packing": True, "pad_to_sequence_len": True,
     "batch_flattening": True, "train_on_inputs": True, "chat_template": "chatml",
     "chat_template_jinja": "{{ x }}", "default_system_message": "Be kind: always.",
     "eot_tokens": ["<end>"], "micro_batch_size": 2, "gradient_accumulation_steps": 2,
     "optimizer": "sgd", "lr_scheduler": "linear", "lr_scheduler_kwargs": {"num_cycles": 2},
+    "cosine_constant_lr_ratio": 0.5, "eta_min": 1e-5, "lr_quadratic_warmup": True,
+    "neftune_noise_alpha": 5.0, "embedding_lr": 1e-5, "embedding_lr_scale": 0.5,
+    "loraplus_lr_ratio": 16.0, "loraplus_lr_embedding": 1e-5,
     "cosine_min_lr_ratio": 0.1, "warmup_steps": 3, "warmup_ratio": 0.1, "weight_decay": 0.1,
     "max_grad_norm": 0.5, "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-6, "seed": 7,
     "bf16": False, "fp16": True, "tf32": True, "load_in_4bit": True, "load_in_8bit": True,
@@ -61,17 +65,21 @@ OTHER = {
     "early_stopping_patience": 2, "fsdp": ["full_shard"], "fsdp_config": {"x": 1},
     "fsdp_version": 2,
     "deepspeed": {"zero": 1}, "rl": "dpo",
+    "load_best_model_at_end": True,
     "context_parallel_size": 2,
 }  # fmt: skip
 NOT_COMPARED = {
     "trust_remote_code": True, "attn_strict": True, "attn_known_bad": "file",
     "attn_check_steps": 7,
     "dataset_prepared_path": "kept", "dataset_num_proc": 2, "eval_batch_size": 4,
-    "gradient_checkpointing": True, "torch_compile": True, "output_dir": "elsewhere",
+    "gradient_checkpointing": True, "activation_offloading": "legacy", "torch_compile": True,
+    "output_dir": "elsewhere",
     "logging_steps": 5, "save_strategy": "epoch", "save_steps": 7, "save_total_limit": 1,
     "resume_from_checkpoint": True, "dataloader_num_workers": 2, "eval_steps": 3,
     "test_datasets": [{"path": "tests"}], "wandb_project": "p", "use_mlflow": True,
     "hub_model_id": "me/model",
+    "loss_watchdog_threshold": 9.0,
+    "loss_watchdog_patience": 5,
 }  # fmt: skip
 
 

@@ -43,12 +43,14 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "evaluations an epoch under strategy no": (
         {"evals_per_epoch": 1, "eval_strategy": "no", "val_set_size": 0.1},
         "bad-value", "eval_strategy"),
-    "evaluations without data": ({"evals_per_epoch": 1}, "bad-value", "evals_per_epoch"),
     "steps of evaluations without data": ({"eval_steps": 5}, "bad-value", "eval_steps"),
     "a strategy of evaluations without data": (
         {"eval_strategy": "epoch"}, "bad-value", "eval_strategy"),
     "early stopping without data": (
         {"early_stopping_patience": 2}, "bad-value", "early_stopping_patience"),
+    "early stopping where data is turned off": (
+        {"early_stopping_patience": 2, "eval_steps": 2, "val_set_size": 0},
+        "bad-value", "early_stopping_patience"),
     "early stopping without evaluations": (
         {"early_stopping_patience": 2, "val_set_size": 0.1, "eval_strategy": "no"},
         "bad-value", "eval_strategy"),
@@ -64,6 +66,51 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "a cosine's minimum on a line": (
         {"cosine_min_lr_ratio": 0.1, "lr_scheduler": "linear"},
         "bad-value", "cosine_min_lr_ratio"),
+    "a quadratic warmup on a line": (
+        {"lr_quadratic_warmup": True, "lr_scheduler": "linear"},
+        "bad-value", "lr_quadratic_warmup"),
+    "a lowest rate on a line": (
+        {"eta_min": 1e-6, "lr_scheduler": "linear"}, "bad-value", "eta_min"),
+    "two lowest rates": (
+        {"eta_min": 1e-6, "cosine_min_lr_ratio": 0.1}, "bad-value", "eta_min"),
+    "a lowest rate above the highest": ({"eta_min": 1e-3}, "bad-value", "eta_min"),
+    "a constant end without a lowest rate": (
+        {"cosine_constant_lr_ratio": 0.8}, "bad-value", "cosine_constant_lr_ratio"),
+    "a constant end at a rate of zero": (
+        {"cosine_constant_lr_ratio": 0.8, "cosine_min_lr_ratio": 0.0},
+        "bad-value", "cosine_constant_lr_ratio"),
+    "a quadratic warmup and a lowest rate": (
+        {"lr_quadratic_warmup": True, "cosine_min_lr_ratio": 0.1},
+        "bad-value", "cosine_min_lr_ratio"),
+    "arguments that a constant end does not read": (
+        {"cosine_min_lr_ratio": 0.1, "cosine_constant_lr_ratio": 0.8,
+         "lr_scheduler_kwargs": {"num_cycles": 1}}, "bad-value", "lr_scheduler_kwargs"),
+    "one and a half steps of warmup": ({"warmup_steps": 1.5}, "bad-value", "warmup_steps"),
+    "noise below zero": ({"neftune_noise_alpha": -1}, "bad-value", "neftune_noise_alpha"),
+    "the best model without data": (
+        {"load_best_model_at_end": True}, "bad-value", "load_best_model_at_end"),
+    "the best model without evaluations": (
+        {"load_best_model_at_end": True, "val_set_size": 0.1, "eval_strategy": "no"},
+        "bad-value", "eval_strategy"),
+    "the best model without checkpoints": (
+        {"load_best_model_at_end": True, "val_set_size": 0.1, "save_strategy": "no"},
+        "bad-value", "save_strategy"),
+    "the best checkpoint without data": (
+        {"save_strategy": "best"}, "bad-value", "save_strategy"),
+    "the best checkpoint in an interval": (
+        {"save_strategy": "best", "save_steps": 5, "val_set_size": 0.1},
+        "bad-value", "save_strategy"),
+    "the model of another metric": (
+        {"load_best_model_at_end": True, "val_set_size": 0.1, "metric_for_best_model": "bleu"},
+        "bad-value", "metric_for_best_model"),
+    "the highest loss": (
+        {"load_best_model_at_end": True, "val_set_size": 0.1, "greater_is_better": True},
+        "bad-value", "greater_is_better"),
+    "LoRA+ without an adapter": ({"loraplus_lr_ratio": 16}, "bad-value", "loraplus_lr_ratio"),
+    "two rates of embeddings": (
+        {"embedding_lr": 1e-5, "embedding_lr_scale": 0.5}, "bad-value", "embedding_lr_scale"),
+    "a rate of embeddings with LoRA+": (
+        LORA | {"embedding_lr": 1e-5, "loraplus_lr_ratio": 16}, "bad-value", "embedding_lr"),
     "two warmups": ({"warmup_steps": 5, "warmup_ratio": 0.1}, "bad-value", "warmup_ratio"),
     "no steps and a share of warmup": (
         {"warmup_steps": 0, "warmup_ratio": 0.1}, "bad-value", "warmup_ratio"),
@@ -154,6 +201,15 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
         {"model_config": {"a": 1}, "overrides_of_model_config": {"a": 1}},
         "bad-value", "model_config"),
     "fields of the model in a list": ({"model_config": ["a"]}, "bad-value", "model_config"),
+    "offloading without checkpoints": (
+        {"activation_offloading": "legacy"}, "bad-value", "activation_offloading"),
+    "offloading in a backward pass inside another": (
+        {"gradient_checkpointing": "offload",
+         "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        "bad-value", "gradient_checkpointing_kwargs"),
+    "offloading to the moon": (
+        {"gradient_checkpointing": True, "activation_offloading": "moon"},
+        "bad-value", "activation_offloading"),
     "two precisions": ({"fp16": True, "bf16": True}, "bad-value", "fp16"),
     "two kinds of data": ({"pretraining_dataset": [TEXT]}, "bad-value", "pretraining_dataset"),
     "a typo of a type": (
@@ -190,8 +246,34 @@ RIGHT: dict[str, dict[str, Any]] = {
     "early stopping with documents": {"early_stopping_patience": 2, "test_datasets": [TEXT]},
     "a plateau with documents": {"lr_scheduler": "reduce_lr_on_plateau", "val_set_size": 8},
     "a cosine's minimum": {"cosine_min_lr_ratio": 0.0},
+    "offloading": {
+        "gradient_checkpointing": True,
+        "activation_offloading": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    },
+    "the older offloading": {"gradient_checkpointing": "offload"},
+    "no offloading": {"activation_offloading": False},
     "no warmup": {"warmup_steps": 0},
     "a share of warmup": {"warmup_ratio": 0.1},
+    "the best model": {
+        "load_best_model_at_end": True,
+        "val_set_size": 0.1,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+    },
+    "the best checkpoint": {"save_strategy": "best", "val_set_size": 0.1},
+    "LoRA+": LORA | {"loraplus_lr_ratio": 16, "loraplus_lr_embedding": "1e-5"},
+    "a rate of embeddings": {"embedding_lr": 1e-5},
+    "no best model": {"load_best_model_at_end": False, "save_strategy": "no"},
+    "a share of warmup as steps": {"warmup_steps": 0.1},
+    "a lowest rate": {"eta_min": 1e-6},
+    "a quadratic warmup": {"lr_quadratic_warmup": True, "cosine_min_lr_ratio": 0.0},
+    "a constant end": {"cosine_constant_lr_ratio": 0.8, "cosine_min_lr_ratio": 0.1},
+    "what is off, on a line": {
+        "lr_scheduler": "linear",
+        "lr_quadratic_warmup": False,
+        "cosine_constant_lr_ratio": 0,
+    },
     "a schedule with its argument": DECAY | {"lr_scheduler_kwargs": {"num_decay_steps": 3}},
     "4 bit with an adapter": {"adapter": "qlora", "load_in_4bit": True},
     "mistral-common": {"tokenizer_use_mistral_common": True, **chat(roles_to_train=["gpt"])},
@@ -262,6 +344,36 @@ def test_what_train_refuses_on_values_is_refused_by_check(name: str) -> None:
     assert found.what
     assert found.why
     assert found.do
+
+
+# Keys without effect: the config, and the keys that `check` warns of.
+UNUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "evaluations an epoch without data": ({"evals_per_epoch": 1}, ["evals_per_epoch"]),
+    "evaluations where data is turned off": (
+        {"evals_per_epoch": 4, "val_set_size": 0, "eval_strategy": "steps"},
+        ["evals_per_epoch", "eval_strategy"]),
+    "steps where data is turned off": ({"eval_steps": 4, "val_set_size": 0.0}, ["eval_steps"]),
+    "evaluations with data": ({"evals_per_epoch": 4, "val_set_size": 0.1}, []),
+    "evaluations with documents": ({"evals_per_epoch": 4, "test_datasets": [TEXT]}, []),
+    "no evaluations": ({"evals_per_epoch": 0, "val_set_size": 0, "eval_strategy": "no"}, []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNUSED)
+def test_check_warns_of_keys_without_effect(name: str) -> None:
+    values, unused = UNUSED[name]
+    values = {"base_model": "m", "learning_rate": 1e-4, "datasets": [TEXT], **values}
+    found = check_values(values, file="x.yaml")
+    assert found.ok
+    assert [(warning.code, warning.key) for warning in found.warnings] == [
+        ("without-effect", key) for key in unused
+    ]
+
+
+def test_a_wrong_val_set_size_is_not_taken_for_none() -> None:
+    values = {"base_model": "m", "learning_rate": 1e-4, "datasets": [TEXT],
+              "val_set_size": "much", "evals_per_epoch": 2}  # fmt: skip
+    assert check_values(values, file="x.yaml").warnings == ()
 
 
 @pytest.mark.parametrize("name", RIGHT)
@@ -341,8 +453,8 @@ def test_a_split_is_judged_as_datasets_judges_it(split: str) -> None:
 # its function, and by its code or the function that builds it; x2 where there are two.
 NEEDS = {
     "model": """
-        _check_loaded bad_model, _freeze_rows bad_value, _load_errors bad_model x2,
-        _load_errors pickled-weights x2, _no_match bad_value, _no_weight bad_value,
+        _check_loaded bad_model, _freeze_rows bad_value, _load_errors bad_model,
+        _load_errors pickled-weights, _no_match bad_value, _no_weight bad_value,
         _not_causal_error not-causal-lm, _quantization_error quantized-checkpoint,
         _refuse_embeddings bad_value, _refused_field bad_value, _require_adapter
         _quantization_error x4, _require_layers bad_value, _require_patterns bad_value,
@@ -353,7 +465,7 @@ NEEDS = {
         positions-short, judge_quantization _quantization_error x4, list_tasks
         liger-unknown-model, require_causal_class _not_causal_error, require_causal_type
         _not_causal_error, require_embeddings _untrained_error, require_experts bad_value,
-        require_finite weights-not-finite x2, require_known_weights _quantization_error x2,
+        require_finite weights-not-finite, require_known_weights _quantization_error x2,
         require_modules_to_save _unknown_names, require_no_adapter_on_experts bad_value,
         require_trainable AttnimgError, require_trained_tokens _untrained_error,
         require_trained_weights bad_value, resolve_parameters _unknown_names,
@@ -412,8 +524,9 @@ NEEDS = {
     "packages": """
         _check_compile bad_value, _check_optimizer not-installed, _require_packages
         _quantization_error, _try_checkpointing bad_value, _try_schedule bad_value,
-        check_limits not-installed, find_class bad_value, judge_layers not-installed,
-        require_package not-installed, require_versions trainer-not-installed
+        check_limits not-installed, create_optimizer_with_rates bad_value, find_class
+        bad_value, judge_layers not-installed, require_package not-installed,
+        require_versions trainer-not-installed
     """,
     "a server and its login": """
         _require_mlflow_server unavailable, _require_wandb_login tracker-unavailable,
@@ -432,7 +545,8 @@ NEEDS = {
         lost_rank_errors _lost_rank_error, require_same_on_all_ranks rank-mismatch
     """,
     "the run": """
-        _get_grad_norm _not_finite_error, _loss_differs_error loss-differs,
+        _get_grad_norm _not_finite_error, _high_loss_error loss-too-high,
+        _loss_differs_error loss-differs, _maybe_log_save_evaluate _high_loss_error,
         _model_raised_error model-raised, _not_finite_error not-finite, _record_results
         _wrong_kernel_error, _run_engine out-of-memory, _wrong_kernel_error
         kernel-wrong-at-run, compute_likelihood _loss_differs_error, prove_run AttnimgError,
