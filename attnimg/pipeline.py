@@ -115,9 +115,11 @@ def select_verify_apply(
     application.require_applied(model, selected.backend)
     if not task.problem.packing:
         return Applied(model=model, selected=selected, isolation=None)
-    if modules := layers_by_document(task):
-        application.call_by_document(model, modules)
+    from attnimg.application.by_document import call_by_document
     from attnimg.verification.isolation import check_isolation, require_isolation
+
+    if modules := layers_by_document(task):
+        call_by_document(model, modules)
 
     while True:
         name = selected.backend.name

@@ -106,6 +106,8 @@ def apply(model: Any, *, collator: Collator | None = None, **settings: Unpack[Se
 
 def _apply(choice: Choice, model: Any, collator: Collator | None) -> None:
     """Verify a choice, and apply it to a model."""
+    from attnimg.application.by_document import call_whole_rows
+
     before, registered = application.current_implementation(model), application.registered_names()
 
     def switch(selected: pipeline.Selected) -> Any:
@@ -126,7 +128,7 @@ def _apply(choice: Choice, model: Any, collator: Collator | None) -> None:
             collate=_adapt_collator(collator),
         )
     except BaseException:
-        application.call_whole_rows(model)
+        call_whole_rows(model)
         if application.current_implementation(model) != before:
             model.set_attn_implementation(before)
         application.unregister(application.registered_names() - registered)
@@ -159,6 +161,8 @@ def restore(model: Any) -> None:
         >>> model.config._attn_implementation
         'eager'
     """
+    from attnimg.application.by_document import call_whole_rows
+
     model = _unwrapped(model)
     with application.registries:
         found = _find_applied(model)
@@ -170,7 +174,7 @@ def restore(model: Any) -> None:
                 code="not-applied",
             )
         delattr(application.inner_model(model), _APPLIED)
-        application.call_whole_rows(model)
+        call_whole_rows(model)
         model.set_attn_implementation(found.before if isinstance(found, _Applied) else found)
         if isinstance(found, _Applied):
             found.hold.release()

@@ -1,6 +1,5 @@
 """Apply a plan to a model, and check which attention implementation the model runs."""
 
-from attnimg.application.by_document import call_by_document, call_whole_rows
 from attnimg.application.model import (
     current_implementation,
     find_model_class,
@@ -21,8 +20,6 @@ from attnimg.application.router import plan_backend
 
 __all__ = [
     "Hold",
-    "call_by_document",
-    "call_whole_rows",
     "current_implementation",
     "find_model_class",
     "inner_model",

@@ -20,6 +20,14 @@ if TYPE_CHECKING:
     pass
 
 ALL_LINEAR = "all-linear"
+# Names of linear layers in transformers' models. Lists of them are copied from config to config, so
+# that one that this model lacks is no typing error.
+_OF_OTHER_MODELS = frozenset(
+    {"q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj", "gate_proj", "up_proj",
+     "down_proj", "gate_up_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "fc1",
+     "fc2", "w1", "w2", "w3", "in_proj", "x_proj", "dt_proj", "dense", "query_key_value",
+     "dense_h_to_4h", "dense_4h_to_h", "c_attn", "c_proj", "c_fc", "Wqkv"}
+)  # fmt: skip
 
 # Linear layers of transformers whose forward does not return a linear layer's result, so that
 # PEFT's wrapper raises on them. Source: transformers 5.22.2, modeling_llama4.py:140,
@@ -148,6 +156,12 @@ def adapter_notes(model: Any, config: Config) -> list[str]:
             f"lora_modules_to_save: {leaves} are tied in the base model: both are trained, and "
             "stay one weight"
         )
+    entries = config.lora_target_modules
+    if isinstance(entries, list) and (absent := _absent_layers(model, entries)):
+        notes.append(
+            f"lora_target_modules: a {model.config.model_type} model has no "
+            f"{' and no '.join(absent)}; the other layers get an adapter"
+        )
     without = sorted(_experts_without_adapter(model))
     if without and _targets_experts(config):
         notes.append(
@@ -155,6 +169,12 @@ def adapter_notes(model: Any, config: Config) -> list[str]:
             f"does not support them in a {model.config.model_type} model"
         )
     return notes
+
+
+def _absent_layers(model: Any, entries: list[str]) -> list[str]:
+    """Return the names of other models' layers in lora_target_modules that a model lacks."""
+    ends = {last_part(name) for name, _ in model.named_modules()}
+    return [entry for entry in entries if entry in _OF_OTHER_MODELS and entry not in ends]
 
 
 def _experts_without_adapter(model: Any) -> set[str]:
@@ -197,7 +217,8 @@ def resolve_targets(model: Any, config: Config) -> list[str] | str:
     elif missing := [entry for entry in targets if not matching_names(entry, names)]:
         layers = [*list_adaptable(model), *list_expert_names(model)]
         fused = _original_names(model)
-        raise _unknown_names("lora_target_modules", missing, layers, kept=targets, fused=fused)
+        if not found or not set(missing) <= _OF_OTHER_MODELS - fused.keys():
+            raise _unknown_names("lora_target_modules", missing, layers, kept=targets, fused=fused)
     _refuse_embeddings(model, found, config)
     if not config.lora_target_linear:
         return targets

@@ -90,6 +90,7 @@ def load_model(
     model, loading = _from_pretrained(config, implementation=implementation, dtype=context.dtype)
     if loading is not None:
         _check_loaded(model, loading, config, log=log)
+    _keep_packing(model)
     _resize_embeddings(model, len(tokenizer), config)
     if _keeps_float32(config, context=context, needs_dtype_cast=needs_dtype_cast):
         _cast_embeddings_and_norms(model)
@@ -151,6 +152,18 @@ def _check_loaded(
             f"{type(model).__name__} and will not be saved: {', '.join(unused[:3])}"
             + ("..." if len(unused) > 3 else "")
         )
+
+
+def _keep_packing(model: Any) -> None:
+    """Keep 4-bit weights as they are during evaluation on a CPU with AVX512-BF16.
+
+    bitsandbytes repacks them there for a kernel without a backward pass, which it then uses in
+    training too. Source: bitsandbytes 0.50.2, nn/modules.py, Linear4bit.forward;
+    autograd/_functions.py, matmul_4bit (2026-11-27).
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _resize_embeddings(model: Any, tokens: int, config: Config) -> None:

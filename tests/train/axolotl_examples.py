@@ -48,14 +48,14 @@ TYPES: tuple[tuple[str, str | None], ...] = (
     ("phi-3", "phi3"), ("phi", "phi"), ("pythia|redpajama", "gpt_neox"), ("gpt-j", "gptj"),
     ("cerebras-gpt", "gpt2"), ("falcon-h1", "falcon_h1"), ("falcon-e", "llama"),
     ("falcon", "falcon"), ("granite-4", "granitemoehybrid"), ("lfm2-.*a1b", "lfm2_moe"),
-    ("lfm2", "lfm2"), ("dbrx", "dbrx"), ("glm-5", "glm_moe_dsa"), ("glm-4.7", "glm4_moe_lite"),
+    ("lfm2", "lfm2"), ("glm-5", "glm_moe_dsa"), ("glm-4.7", "glm4_moe_lite"),
     ("glm-4.5", "glm4_moe"), ("glm-4", "glm4"), ("minimax-m2", "minimax_m2"),
     ("seed-oss", "seed_oss"), ("apertus", "apertus"), ("hunyuan", "hunyuan_v1_dense"),
     ("nemotron-mini", "nemotron"), ("nemotron-3", "nemotron_h"), ("r7b", "cohere2"),
     ("jamba", "jamba"), ("deepseek-v4", "deepseek_v4"), ("deepseek-v2", "deepseek_v2"),
     ("olmo-3", "olmo3"), ("afm", "arcee"), ("trinity", "afmoe"), ("starcoder2", "starcoder2"),
     ("stablelm", "stablelm"), ("mpt", "mpt"), ("mamba", "mamba"), ("kimi-linear", "kimi_linear"),
-    ("ling-3", "bailing_hybrid"), ("mimo|btlm|replit|xgen", None),
+    ("ling-3", "bailing_hybrid"), ("dbrx|mimo|btlm|replit|xgen", None),
     ("llama|yi-|smollm|orpheus|xgen", "llama"),
 )  # fmt: skip
 # The type of the whole model of images and text -> of its language model.
@@ -71,7 +71,8 @@ OF_GPUS = (
     "ddp_find_unused_parameters",
 )  # fmt: skip
 # Keys of where a model is, which a tiny model of one's own replaces.
-OF_THE_HUB = ("revision_of_model", "tokenizer_config", "base_model_config", "trust_remote_code")
+OF_THE_HUB = ("revision_of_model", "tokenizer_config", "trust_remote_code",
+              "tokenizer_use_mistral_common")  # fmt: skip
 # Sizes of the shrunk run.
 SIZES: Values = {
     "sequence_len": 512, "micro_batch_size": 2, "gradient_accumulation_steps": 1,
@@ -143,7 +144,9 @@ def shrink(values: Values, folder: Path) -> tuple[Values, list[str]]:
     found = model_type(values["base_model"])
     assert found, f"transformers has no class for {values['base_model']}"
     removed = sorted({*OF_GPUS, *OF_THE_HUB} & values.keys())
-    if str(values.get("optimizer", "")).startswith("paged"):
+    if str(values.get("optimizer", "")).startswith(
+        ("paged", "adamw_torch_8bit", "adamw_torch_4bit")
+    ):
         removed.append("optimizer")
     kept = {key: value for key, value in values.items() if key not in removed}
     tokens = [text for text in (kept.get("special_tokens") or {}).values() if isinstance(text, str)]
@@ -171,6 +174,7 @@ def shrink(values: Values, folder: Path) -> tuple[Values, list[str]]:
         "base_model": str(folder / "model"),
         "output_dir": str(folder / "out"),
         "dataset_prepared_path": None,
+        "wandb_mode": "offline" if kept.get("wandb_project") else None,
     }, removed
 
 

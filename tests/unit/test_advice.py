@@ -121,7 +121,7 @@ class Case:
             checked = check_values(values, file="x.yaml", on=arch, torch=self.torch)
         notes = [w for w in checked.warnings if w.code == self.code]
         if checked.config is not None and self.code in ("fp16-on-cpu", "hint-not-used"):
-            notes = [note for note in cpu_warnings(checked.config, CPU)]
+            notes += [note for note in cpu_warnings(checked.config, CPU)]
         if checked.config is not None and self.files:
             notes += [note for note in self.judged(checked.config)[1] if note.code == self.code]
         found = [(f.code, f.key, f.what, f.do) for f in (*checked.errors, *notes)]

@@ -537,3 +537,32 @@ def test_every_linear_layer_of_transformers_with_code_of_its_own_is_known() -> N
         for name in re.findall(r"^class (\w+)\(nn\.Linear\)", file.read_text(), re.MULTILINE)
     }
     assert found == known
+
+
+def test_layers_of_other_models_are_named_and_left_out(tmp_path: Path) -> None:
+    folder = beside(tmp_path, "apertus")
+    keys = {"lora_target_modules": ["q_proj", "gate_proj", "up_proj"]}
+    model = load(folder, **keys)
+    assert leaves(model) == {"q_proj", "up_proj"}
+    config = tiny_run.config_for(folder, adapter="lora", **keys)
+    (note,) = [text for text in adapter_notes(model, config) if "gate_proj" in text]
+    assert note.startswith("lora_target_modules: a apertus model has no gate_proj;")
+    for wrong in (["q_proj", "gate_porj"], ["gate_proj"], ["q_proj", "gate_up_projs"]):
+        with pytest.raises(AttnimgError, match="no module of the model is named"):
+            load(folder, lora_target_modules=wrong)
+
+
+def test_evaluation_does_not_repack_weights_of_4_bits(tiny: Path) -> None:
+    import torch
+
+    model = load(tiny, load_in_4bit=True, lora_target_modules=["q_proj"])
+    linear = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+    assert linear
+    assert not any(module.support_avx512bf16_for_cpu for module in linear)
+    tokens = torch.arange(8)[None]
+    with torch.no_grad():
+        model.eval()(input_ids=tokens)
+    model.train()(input_ids=tokens).logits.sum().backward()
+    gradients = [w.grad for name, w in model.named_parameters() if "lora_B" in name]
+    assert gradients
+    assert all(grad is not None and grad.abs().max() > 0 for grad in gradients)

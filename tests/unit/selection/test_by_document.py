@@ -12,8 +12,7 @@ import torch
 from run_facts import a_problem
 from tiny_models import tiny_model
 
-from attnimg.application import call_by_document, call_whole_rows
-from attnimg.application.by_document import _find_spans
+from attnimg.application.by_document import _find_spans, call_by_document, call_whole_rows
 from attnimg.backends import find_backend
 from attnimg.context import build_context
 from attnimg.selection.model_types import other_layer_kinds
