@@ -8,13 +8,16 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 PIP := $(BIN)/pip install -qq --disable-pip-version-check
 DEMO := outputs/demo
+# mistral-common and what it needs beside requirements/lock.txt; it asks for an older numpy, and runs without.
+MISTRAL := mistral-common==1.13.1 tiktoken==0.14.0 pydantic-extra-types==2.11.1 pycountry==26.2.16 \
+  jsonschema==4.26.0 jsonschema-specifications==2025.9.1 referencing==0.37.0 rpds-py==2026.9.1 attrs==26.1.0
 # Processes for `make test`.
 JOBS ?= 2
 # One thread per process: more are slower on a shared machine, and losses stay the same bit for bit.
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test check docs bench lock render families classes gpu-kit clean
+.PHONY: help setup demo test check docs bench lock render families classes axolotl-examples gpu-kit clean
 
 help: ## Show these targets
 	@grep -hE '^[a-z0-9/%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9\/%-]+):.*## /\1\t/' | expand -t 12
@@ -62,6 +65,18 @@ test/templates: .venv/ready ## Compare prompts and labels with axolotl's wheel; 
 	WHEELS=build/packages $(BIN)/pytest tests/packages/test_chat_templates.py \
 	  tests/packages/test_prompts.py tests/packages/test_chat_options.py \
 	  tests/packages/test_named_templates.py
+
+test/mistral: .venv/ready ## Read Mistral's tokenizers with mistral-common; downloads 9 MB into build/mistral
+	@mkdir -p build/mistral
+	@$(BIN)/pip install -q --disable-pip-version-check --upgrade --no-deps --target build/mistral $(MISTRAL)
+	PYTHONPATH=build/mistral $(BIN)/pytest tests/unit/data/test_chat_mistral.py
+
+axolotl-examples: .venv/ready ## Check axolotl's examples, and train 20 of them on tiny models; downloads 4 MB; 3 minutes
+	@mkdir -p build/axolotl-source
+	$(BIN)/pip download -q --disable-pip-version-check -d build/axolotl-source --no-deps --no-binary axolotl \
+	  --no-build-isolation axolotl==0.19.0
+	tar xzf build/axolotl-source/axolotl-0.19.0.tar.gz -C build/axolotl-source --strip-components 1
+	PYTHONPATH=.:tests/fixtures:tests/train $(BIN)/python tests/train/axolotl_examples.py build/axolotl-source/examples
 
 test/axolotl: build/axolotl/ready ## Train with axolotl and attnimg's plugin, and run the API on axolotl's transformers, 10 minutes
 	PYTHONPATH=. build/axolotl/bin/pytest -p no:anyio --ignore tests/unit/api/test_types.py \
