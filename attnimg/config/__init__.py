@@ -244,8 +244,7 @@ def _other_keys(values: dict[str, Any], *, failed: set[str | None]) -> list[Find
         elif key == "plugins":
             found += _plugins(value)
         elif (answer := keys.key_answers().get(key)) is not None:
-            # 0, "" and an empty list turn a key off, as false does.
-            if value and value not in answer.accepts:
+            if answer.applies(value):
                 found.append(_answered(key, value, answer))
         elif not key.startswith("lora_"):
             found.append(_unknown_key(key, key))

@@ -29,20 +29,26 @@ class KeyAnswer:
         reason: by what it is done, what it would have saved, or why it is refused.
         do: what the user can do.
         accepts: values without effect, which are accepted in silence.
+        means: values that have a meaning, though they turn other keys off, such as false.
     """
 
     answer: Answer
     reason: str
     do: str
     accepts: tuple[Any, ...] = ()
+    means: tuple[Any, ...] = ()
+
+    def applies(self, value: object) -> bool:
+        """Return whether a value requests something; null, false, 0 and empty ones rarely do."""
+        return value in self.means or (bool(value) and value not in self.accepts)
 
 
 @cache
 def key_answers() -> dict[str, KeyAnswer]:
     """Return the answer to each top-level key of axolotl that the schema does not have."""
-    accepts = _table()["accepts"]
+    accepts, means = _table()["accepts"], _table()["means"]
     return {
-        key: _answer(group, tuple(accepts.get(key, ())))
+        key: _answer(group, tuple(accepts.get(key, ())), tuple(means.get(key, ())))
         for group in _table()["group"]
         for key in group["keys"]
     }
@@ -61,9 +67,15 @@ def dataset_key_answers() -> dict[str, KeyAnswer]:
     return dict.fromkeys(table["keys"], _answer({"answer": "refused", **table}))
 
 
-def _answer(group: dict[str, Any], accepts: tuple[Any, ...] = ()) -> KeyAnswer:
+def _answer(
+    group: dict[str, Any], accepts: tuple[Any, ...] = (), means: tuple[Any, ...] = ()
+) -> KeyAnswer:
     return KeyAnswer(
-        answer=group["answer"], reason=group["reason"], do=group["do"], accepts=accepts
+        answer=group["answer"],
+        reason=group["reason"],
+        do=group["do"],
+        accepts=accepts,
+        means=means,
     )
 
 

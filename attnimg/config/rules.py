@@ -294,6 +294,10 @@ def value_warnings(config: Config, failed: Collection[str]) -> Iterator[Finding]
     if config.eta_min:
         what = "the cosine ends at eta_min here; axolotl 0.19 does not read it, and ends at 0"
         yield make_warning("done-otherwise", "eta_min", what, "remove eta_min")
+    if config.peft_init_lora_weights is False:
+        key = "peft_init_lora_weights"
+        what = f"{key}: false has no effect, as in axolotl: adapters start without an effect"
+        yield make_warning("without-effect", key, what, f"remove {key}")
     for key, value, same in (("activation_offloading", "disk", "true"),
                              ("gradient_checkpointing", "offload_disk", "offload")):  # fmt: skip
         if getattr(config, key) == value:

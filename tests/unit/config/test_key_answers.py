@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,8 @@ from attnimg.config.keys import (
 )
 from attnimg.config.schema import ALIASES, Config, DatasetSpec
 
-RECORD = json.loads(
-    (Path(__file__).parents[3] / "docs/measured/axolotl_keys.json").read_text(encoding="utf-8")
-)
+ROOT = Path(__file__).parents[3]
+RECORD = json.loads((ROOT / "docs/measured/axolotl_keys.json").read_text(encoding="utf-8"))
 RUN: dict[str, Any] = {
     "base_model": "org/model",
     "learning_rate": 1e-4,
@@ -84,6 +84,60 @@ def test_what_a_hint_advises_is_a_valid_setting() -> None:
 def test_a_key_that_is_turned_off_is_accepted_in_silence(off: object) -> None:
     for key in ("tiled_mlp", "cut_cross_entropy", "use_eaft", "plugins"):
         assert answers(**{key: off}) == ([], []), key
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("save_safetensors", False), ("peft_autocast_adapter_dtype", False),
+        ("peft_ensure_weight_tying", False), ("ddp_broadcast_buffers", False), ("qat", {}),
+    ],
+)  # fmt: skip
+def test_a_value_that_turns_other_keys_off_is_refused_where_it_has_a_meaning(
+    key: str, value: object
+) -> None:
+    assert answers(**{key: value}) == (["unsupported-key"], [])
+    assert answers(**{key: None}) == ([], [])
+    if key not in ("qat", "peft_ensure_weight_tying"):
+        assert answers(**{key: True}) == ([], [])
+
+
+def test_false_for_a_tokenizer_that_is_always_fast_is_not_silent() -> None:
+    assert answers(tokenizer_use_fast=False) == ([], ["done-otherwise"])
+    assert answers(selective_checkpointing={}) == ([], ["hint-not-used"])
+
+
+def test_values_with_a_meaning_are_of_known_keys_and_not_also_without_effect() -> None:
+    table = tomllib.loads((ROOT / "attnimg/data/keys.toml").read_text(encoding="utf-8"))
+    assert table["means"].keys() <= key_answers().keys()
+    assert not [
+        key
+        for key, found in key_answers().items()
+        if set(map(repr, found.means)) & set(map(repr, found.accepts))
+    ]
+
+
+# They change which documents are in a step, how many steps there are, or the precision of adapters.
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("sample_packing_group_size", 1000), ("sample_packing_bin_size", 8),
+        ("sample_packing_eff_est", 0.9), ("sample_packing_seq_len_multiplier", 4),
+        ("total_num_tokens", 100000), ("sample_packing_sequentially", True),
+        ("curriculum_sampling", True), ("multipack_real_batches", True),
+        ("dataloader_drop_last", True), ("fp32_norms", True), ("float16", True),
+    ],
+)  # fmt: skip
+def test_a_key_that_changes_the_data_or_precision_of_a_step_is_refused(
+    key: str, value: object
+) -> None:
+    assert answers(**{key: value}) == (["unsupported-key"], [])
+    assert answers(**{key: None}) == ([], [])
+
+
+def test_the_dropout_that_axolotls_fused_mlp_leaves_out_is_named() -> None:
+    (warning,) = check_values({**RUN, "lora_mlp_kernel": True}, file="c.yaml").warnings
+    assert "lora_dropout acts on down_proj too" in warning.what
 
 
 def test_no_hint_is_named_like_a_key_that_changes_what_is_learned() -> None:

@@ -356,6 +356,9 @@ UNUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "evaluations with data": ({"evals_per_epoch": 4, "val_set_size": 0.1}, []),
     "evaluations with documents": ({"evals_per_epoch": 4, "test_datasets": [TEXT]}, []),
     "no evaluations": ({"evals_per_epoch": 0, "val_set_size": 0, "eval_strategy": "no"}, []),
+    "an adapter that starts without an effect": (
+        {"adapter": "lora", "peft_init_lora_weights": False}, ["peft_init_lora_weights"]),
+    "the default of an adapter": ({"adapter": "lora", "peft_init_lora_weights": True}, []),
 }  # fmt: skip
 
 
