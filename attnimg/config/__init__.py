@@ -28,7 +28,7 @@ from attnimg.config.other_names import (
     with_written_name,
 )
 from attnimg.config.read import read_yaml, with_overrides
-from attnimg.config.rules import hints, value_errors, value_warnings
+from attnimg.config.rules import value_errors
 from attnimg.config.schema import (
     CheckResult,
     Config,
@@ -37,6 +37,7 @@ from attnimg.config.schema import (
     make_error,
     make_warning,
 )
+from attnimg.config.without_effect import value_warnings
 from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, Backend, Finding
 from attnimg.redact import is_secret, redact
@@ -130,7 +131,7 @@ def check_values(
         config=config.model_copy(update=_flags(name, backend, bad=bool(bad_name))),
         requested=name if isinstance(name, str) else None,
         errors=tuple(errors),
-        warnings=(*warnings, *hints(config), *value_warnings(config, failed)),
+        warnings=(*warnings, *value_warnings(config, failed)),
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 from chat_labels import CALL, TOOL, answer, parse, tokenizer, user
 from test_chat_templates import templates
 
-from attnimg.config.rules import TEMPLATES_OF_AXOLOTL
+from attnimg.config.dataset_rules import TEMPLATES_OF_AXOLOTL
 from attnimg.errors import AttnimgError
 from attnimg.train.data.chat import ChatEncoder
 from attnimg.train.data.named_templates import NAMED, OF_TRL, named_template

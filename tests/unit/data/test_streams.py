@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from attnimg.config import check_values
-from attnimg.config.rules import keys_without_effect
 from attnimg.config.schema import Config, DatasetSpec
+from attnimg.config.without_effect import keys_without_effect
 from attnimg.errors import AttnimgError
 from attnimg.train.data import load_documents
 from attnimg.train.data.sources import Source, read_source
