@@ -105,7 +105,7 @@ def _dataset_types(config: Config) -> Iterator[Finding]:
 
 
 def _placeholders(found: PromptFormat, *, key: str) -> Iterator[Finding]:
-    """Yield an error for each text of a prompt with something else in braces than it may have."""
+    """Yield an error for each text of a prompt with other names in braces than it may have."""
     for name, allowed in _PLACEHOLDERS.items():
         text = getattr(found, name) or ""
         named = " and ".join(f"{{{one}}}" for one in allowed)
@@ -137,7 +137,7 @@ def _trained_roles(config: Config) -> Iterator[Finding]:
 
 
 def _messages(config: Config) -> Iterator[Finding]:
-    """Yield errors: keys of messages for two things, and end tokens trained in two ways."""
+    """Yield errors: one message key for two things, and one end token with two settings."""
     for entry, spec, _ in dataset_entries(config):
         if not is_chat(spec):
             continue
@@ -160,7 +160,7 @@ def _messages(config: Config) -> Iterator[Finding]:
                 why = "found no eot_tokens, so both are about the tokenizer's eos_token"
                 yield bad_value(key, what, why, f"remove {key}")
             elif {eos, eot} == {"all", "last"}:
-                why = "with all, the last turn is not the last trained one; needed one for both"
+                why = "the last turn may not be the last trained one; needed one value"
                 yield bad_value(key, what, why, f"set {key}: {eos}")
 
 

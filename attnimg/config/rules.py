@@ -128,7 +128,7 @@ def _cosine(config: Config) -> Iterator[Finding]:
     """Yield errors: keys of the cosine schedule that contradict one another."""
     key = "cosine_constant_lr_ratio"
     if config.cosine_constant_lr_ratio and not config.cosine_min_lr_ratio:
-        why = "it is the share of the steps after which that learning rate stays"
+        why = "it is the share of the steps after which the rate stays at that minimum"
         do = f"set cosine_min_lr_ratio: 0.1, or remove {key}"
         yield bad_value(key, f"{key} needs cosine_min_lr_ratio", why, do)
     if config.eta_min and config.eta_min > (config.learning_rate or math.inf):
@@ -248,12 +248,12 @@ def _quantization(config: Config) -> Iterator[Finding]:
                          f"{name} can't be trained, and an adapter on them is not tested",
                          f"set {key}: {{dequantize: true}}")  # fmt: skip
     elif arguments and not name:
-        yield bad_value(key, f"{key} has no quantization", "found no model_quantization_config",
+        yield bad_value(key, f"{key} needs model_quantization_config", "found none",
                          f"remove {key}")  # fmt: skip
 
 
 def _quantized_experts(config: Config) -> Iterator[Finding]:
-    """Yield errors: experts that can't be quantized, or not be trained when they are."""
+    """Yield errors: experts that can't be quantized, or can't be trained once they are."""
     key = "quantize_moe_experts"
     if not config.quantize_moe_experts:
         return
@@ -297,7 +297,7 @@ def _mistral_common(config: Config) -> Iterator[Finding]:
 
 
 def _trained_weights(config: Config) -> Iterator[Finding]:
-    """Yield errors: weights that can't be trained, or not be loaded, with the config's adapter."""
+    """Yield errors: weights that can't be trained, or would be lost, with the config's keys."""
     if config.unfrozen_parameters:
         key = "unfrozen_parameters"
         arguments = config.gradient_checkpointing_kwargs or {}
@@ -309,7 +309,7 @@ def _trained_weights(config: Config) -> Iterator[Finding]:
                              f"remove {key}: an adapter trains only its own weights, and only those"
                              " on the language model")  # fmt: skip
         elif arguments.get("use_reentrant") is True:
-            why = "checkpoints that are reentrant lose the gradients of a partly frozen model"
+            why = "reentrant checkpointing loses the gradients of a partly frozen model"
             do = "set gradient_checkpointing_kwargs: {use_reentrant: false}"
             yield bad_value(key, f"{key} contradicts use_reentrant: true", why, do)
         elif (config.fsdp or config.fsdp_config or config.deepspeed) and any(
@@ -330,7 +330,7 @@ def _offloading(config: Config) -> Iterator[Finding]:
     """Yield an error for activation_offloading without checkpointed layers, as axolotl does."""
     key = "activation_offloading"
     if config.activation_offloading and not config.gradient_checkpointing:
-        why = "it moves what checkpointed layers keep; found gradient_checkpointing: false"
+        why = "it moves the activations of checkpointed layers; found gradient_checkpointing: false"
         do = f"set gradient_checkpointing: true, or remove {key}"
         yield bad_value(key, f"{key} needs gradient_checkpointing", why, do)
     arguments = config.gradient_checkpointing_kwargs or {}
@@ -342,7 +342,7 @@ def _offloading(config: Config) -> Iterator[Finding]:
 
 
 def _trackers(config: Config) -> Iterator[Finding]:
-    """Yield an error for a tracker that is off, and named: axolotl would turn it on."""
+    """Yield an error for a tracker that is turned off and has a project: axolotl turns it on."""
     for flag, key in (("use_wandb", "wandb_project"), ("use_mlflow", "mlflow_experiment_name")):
         if getattr(config, flag) is False and getattr(config, key):
             what = f"{key} contradicts {flag}: false"

@@ -205,7 +205,7 @@ DATASET_TYPES = (
     *PROMPT_TYPES, "input_output", "completion", "pretrain", "chat_template",
     "chat_template.default",
 )  # fmt: skip
-# Those that messages name.
+# The types that error messages list.
 COMMON_TYPES = ("alpaca", "alpaca:chat", "completion", "chat_template", "input_output")
 # Name of a role in records -> its name in chat templates. The first seven are axolotl's.
 # Source: axolotl 067b021c, prompt_strategies/chat_template.py:78-87 (2026-11-26)

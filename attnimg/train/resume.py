@@ -154,7 +154,7 @@ def compared_keys(config: Config) -> dict[str, Any]:
 
 
 def evaluation_affects_training(keys: Mapping[str, Any]) -> bool:
-    """Return whether the evaluation loss controls when the run stops, its rates or its model."""
+    """Return whether the evaluation loss controls the end, learning rates or model of a run."""
     plateau = keys.get("lr_scheduler") == "reduce_lr_on_plateau"
     best = keys.get("early_stopping_patience") or keys.get("load_best_model_at_end")
     return plateau or bool(best)
