@@ -30,7 +30,7 @@ from attnimg.redact import redact
 from attnimg.train.distributed import StopFlag, Stopped
 from attnimg.train.trackers import PACKAGES, active_trackers, require_package, require_trackers
 
-# MLflow's client and W&B's handle warn of themselves.
+# Warnings that MLflow's client and W&B's handle raise about their own code.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 ROOT = Path(__file__).parents[2]
