@@ -1,6 +1,6 @@
 """Replace layers of a loaded model by Liger's fused Triton kernels, and undo it.
 
-Liger's own function for the model's class does it, one op at a time, so that it is known which
+Liger's own function for the model's class is called for one op at a time, so that it is known which
 layers an op replaced. The losses are never replaced: the trainer computes its own.
 
 A replaced layer computes the same values; it saves time and the memory of intermediate results.
@@ -47,7 +47,7 @@ class ReplacedFunction:
     Attributes:
         module: the module.
         name: the function's name in it.
-        original: the function before.
+        original: the function that was replaced.
     """
 
     module: ModuleType
@@ -60,7 +60,7 @@ class Replaced:
     """What an op replaced in a model.
 
     Attributes:
-        modules: names of the model's modules that have another forward.
+        modules: names of the model's modules whose forward was replaced.
         functions: functions that the model's modules call.
     """
 

@@ -1,6 +1,6 @@
-"""Raise errors in the words of the API: arguments in place of keys of a config.
+"""Raise errors that name arguments of the API in place of config keys.
 
-The steps that the API shares with the command line advise in the keys of a config, such as
+The steps that the API shares with the command line write their advice with config keys, such as
 "set sample_packing: false". For a caller of the API this becomes "pass packing=False".
 """
 
@@ -79,7 +79,7 @@ def finding_in_api_words(finding: Finding) -> Finding:
 
 @contextmanager
 def api_words() -> Iterator[None]:
-    """Raise the AttnimgErrors of the block in the words of the API; also a decorator."""
+    """Raise the AttnimgErrors of the block with the API's arguments; also a decorator."""
     try:
         yield
     except AttnimgError as error:
@@ -92,12 +92,12 @@ def api_words() -> Iterator[None]:
 def public(
     takes_too: Callable[..., object] | None = None,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Return a decorator for the functions of the API, which raise errors in its words.
+    """Return a decorator for the functions of the API, whose errors name its arguments.
 
     An unknown keyword argument raises TypeError with the nearest known name.
 
     Args:
-        takes_too: another function, whose keyword arguments the decorated one passes on to it.
+        takes_too: a function to which the decorated one passes on keyword arguments.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -132,7 +132,7 @@ def require_known(called: str, given: Iterable[str], known: Collection[str]) -> 
 
 @contextmanager
 def config_words() -> Iterator[None]:
-    """Keep the keys of a config in the errors of the block; also a decorator."""
+    """Keep config keys in the errors of the block; also a decorator."""
     token = _has_config.set(True)
     try:
         yield

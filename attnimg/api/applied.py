@@ -23,7 +23,7 @@ from attnimg.task import gpu_text
 Collator = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
 
 
-# The attribute of a model for what `apply` changed. Copies of the model get it too.
+# The attribute of a model that holds what `apply` changed. Copies of the model have it too.
 _APPLIED = "_attnimg_applied"
 
 
@@ -42,7 +42,7 @@ class _Applied:
     hold: application.Hold
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Applied:
-        """Return the same for a copy of the model, which runs the same choice."""
+        """Return the record for a copy of the model, which runs the same choice."""
         return replace(self, hold=deepcopy(self.hold, memo))
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -51,7 +51,7 @@ class _Applied:
 
 
 def _find_applied(model: Any) -> _Applied | str | None:
-    """Return what `apply` changed in a model; in an unpickled one, its attention before."""
+    """Return what `apply` changed in a model; for an unpickled one, its previous attention."""
     found: _Applied | str | None = vars(application.inner_model(model)).get(_APPLIED)
     return found
 
@@ -368,7 +368,7 @@ def _adapt_collator(collator: Collator | None) -> Any:
 
 
 def _require_boundaries(batch: Mapping[str, Any], collator: str, *, documents: int) -> None:
-    """Raise if a batch has several documents in a row, and nothing that separates them."""
+    """Raise if a row of a batch has several documents without their boundaries."""
     if not batch.keys() <= {"input_ids", "labels", "attention_mask"}:
         return
     mask = batch.get("attention_mask")

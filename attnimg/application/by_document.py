@@ -1,4 +1,4 @@
-"""Call layers without softmax attention once per document, where they take no boundaries.
+"""Call layers without softmax attention once per document, if they take no boundaries.
 
 Linear attention, state spaces and short convolutions carry a state from token to token, which only
 some of their kernels reset at document boundaries. A layer that is called with one document at a
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from attnimg.application.model import inner_model
 
-# Arguments of a layer that describe documents, padding or a cache: not those of one document.
+# Arguments about documents, padding or cache of a whole batch; a call for one document has none.
 _OF_THE_BATCH = frozenset(
     {"attention_mask", "cache_params", "past_key_values", "cu_seq_lens_q", "cu_seq_lens_k",
      "cu_seqlens", "max_length_q", "max_length_k", "seq_idx", "position_ids"}
 )  # fmt: skip
-# A row of the batch, and the begin and end of a document in it.
+# A document: its row in the batch, its first token, and the token after its last one.
 Span = tuple[int, int, int]
 
 
@@ -31,8 +31,9 @@ def call_by_document(model: Any, class_names: Collection[str]) -> None:
     """Change a model so that some of its layers are called with one document at a time.
 
     The documents are read from the arguments of the model's decoder: seq_idx (B, S), else
-    position_ids (B, S), which start at 0 in each document. The layers take hidden_states (B, S, D)
-    first, or by this name, and return a tensor (B, S, D).
+    position_ids (B, S), which start at 0 in each document, with B rows of S tokens. The layers take
+    hidden_states (B, S, D), with hidden size D, as the first argument or by this name, and return a
+    tensor (B, S, D).
 
     Args:
         model: a transformers model, which PEFT may have wrapped.
@@ -90,7 +91,7 @@ def _find_spans(seq_idx: Tensor | None, position_ids: Tensor | None) -> Iterator
         yield from ((row, begin, end) for begin, end in pairwise(bounds))
 
 
-# Its loop depends on the documents of the batch, for which torch.compile would compile it again.
+# Its loop depends on the documents of the batch: torch.compile would compile it for each batch.
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch 2.13 has no types for it
 def _forward_by_document(layer: Any, documents: _Documents, *args: Any, **arguments: Any) -> Tensor:
     forward = partial(type(layer).forward, layer)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from attnimg import config
 from attnimg.cli import as_text
-from attnimg.config.rules import keys_without_effect
 from attnimg.config.schema import CheckResult, Config
+from attnimg.config.without_effect import keys_without_effect
 from attnimg.errors import printable
 from attnimg.facts import Finding, Plan
 from attnimg.machine.kernel_cache import use_shipped_kernels

@@ -5,7 +5,6 @@ Only the config's values are read: no model, GPU, package, network or other file
 
 from __future__ import annotations
 
-import re
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, get_args
@@ -23,11 +22,14 @@ from attnimg.config.attention import (
     replace_legacy_keys,
     variable_findings,
 )
-from attnimg.config.other_names import replace_other_names
+from attnimg.config.other_names import (
+    replace_batch_size,
+    replace_other_names,
+    with_written_name,
+)
 from attnimg.config.read import read_yaml, with_overrides
-from attnimg.config.rules import hints, value_errors, value_warnings
+from attnimg.config.rules import value_errors
 from attnimg.config.schema import (
-    ALIASES,
     CheckResult,
     Config,
     DatasetSpec,
@@ -35,6 +37,7 @@ from attnimg.config.schema import (
     make_error,
     make_warning,
 )
+from attnimg.config.without_effect import value_warnings
 from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, Backend, Finding
 from attnimg.redact import is_secret, redact
@@ -89,14 +92,15 @@ def check_values(
     """Check one mapping of config keys; see check_file."""
     present = {key: value for key, value in values.items() if value is not None}
     errors = [_computed_key(key) for key in keys.COMPUTED if key in present]
-    present, written = _replace_aliases(present, errors)
+    present, written, renamed = replace_other_names(present)
     values, legacy = replace_legacy_keys(
         {key: value for key, value in present.items() if key not in keys.COMPUTED}
     )
     name = values.pop("attn_implementation", None)
     bad_name = list(name_errors(name)) if name is not None else []
     config, bad_values = _validate(values)
-    config, renamed = replace_other_names(config)
+    config, accumulation = replace_batch_size(config)
+    renamed += accumulation
     backend = find_backend(name) if isinstance(name, str) and not bad_name else None
     settings = AttentionSettings(
         config=config,
@@ -118,7 +122,7 @@ def check_values(
     errors += value_errors(config, failed)
     others = _other_keys(values, failed={error.key for error in errors})
     errors += [finding for finding in others if finding.why]
-    errors = [_with_written_key(error, written) for error in errors]
+    errors = [with_written_name(error, written) for error in errors]
     found = (*legacy, *renamed, *attention, *others)
     warnings = [finding for finding in found if not finding.why]
     return CheckResult(
@@ -127,39 +131,8 @@ def check_values(
         config=config.model_copy(update=_flags(name, backend, bad=bool(bad_name))),
         requested=name if isinstance(name, str) else None,
         errors=tuple(errors),
-        warnings=(*warnings, *hints(config), *value_warnings(config, failed)),
+        warnings=(*warnings, *value_warnings(config, failed)),
     )
-
-
-def _replace_aliases(
-    values: dict[str, Any], errors: list[Finding]
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Replace other names of keys; return the values, and key -> the name that was written.
-
-    Args:
-        values: the keys that are set.
-        errors: receives an error for each key that is set under both names.
-    """
-    result, written = dict(values), {}
-    for alias, key in ALIASES.items():
-        if alias not in result:
-            continue
-        value = result.pop(alias)
-        if key in result:
-            what, why = f"{alias} contradicts {key}", "found both, which are names of one key"
-            errors.append(make_error("bad-value", alias, what, why, f"remove {alias}"))
-        else:
-            result[key], written[key] = value, alias
-    return result, written
-
-
-def _with_written_key(error: Finding, written: dict[str, str]) -> Finding:
-    """Return an error that has the key's name in the config in place of the schema's."""
-    if (alias := written.get(error.key or "")) is None:
-        return error
-    name = re.compile(rf"\b{error.key}\b")
-    texts = {field: name.sub(alias, getattr(error, field)) for field in ("what", "why", "do")}
-    return replace(error, key=alias, **texts)
 
 
 def parse_torch(version: str) -> tuple[int, int]:

@@ -185,10 +185,6 @@ BnbArgument = Literal[
     "bnb_4bit_quant_storage",
 ]  # fmt: skip
 
-# Other names of keys, as in axolotl.
-# Source: axolotl 0.19.0, utils/schemas/deprecated.py, RemappedParameters (2026-11-27)
-ALIASES = {"model_config": "overrides_of_model_config", "type_of_model": "model_type"}
-
 # The dataset types, with axolotl's names; `pretrain` is `completion` in pretraining_dataset. Those
 # with a prompt are in train/data/prompts.py; the first five of them also exist in four styles.
 PROMPT_STYLES = ("instruct", "chat", "chatml", "phi")
@@ -209,7 +205,7 @@ DATASET_TYPES = (
     *PROMPT_TYPES, "input_output", "completion", "pretrain", "chat_template",
     "chat_template.default",
 )  # fmt: skip
-# Those that messages name.
+# The types that error messages list.
 COMMON_TYPES = ("alpaca", "alpaca:chat", "completion", "chat_template", "input_output")
 # Name of a role in records -> its name in chat templates. The first seven are axolotl's.
 # Source: axolotl 067b021c, prompt_strategies/chat_template.py:78-87 (2026-11-26)
@@ -393,14 +389,11 @@ class Config(BaseModel):
     adam_beta1: Beta | None = None
     adam_beta2: Beta | None = None
     adam_epsilon: Positive | None = None
-    adam_eps: Positive | None = None
     neftune_noise_alpha: Number | None = None
-    noisy_embedding_alpha: Number | None = None
     seed: Seed = 42
 
     # Precision and memory
     bf16: Literal["auto", "full"] | Flag = "auto"
-    bfloat16: Flag | None = None
     fp16: Flag | None = None
     tf32: Literal["auto"] | Flag | None = None
     load_in_4bit: Flag | None = None
@@ -445,7 +438,6 @@ class Config(BaseModel):
     output_dir: PathText = "./model-out"
     logging_steps: Count = 1
     eval_strategy: Strategy | None = None
-    evaluation_strategy: Strategy | None = None
     eval_steps: Count | None = None
     evals_per_epoch: Whole | None = None
     save_strategy: SaveStrategy | None = None
@@ -499,7 +491,6 @@ class Config(BaseModel):
     ddp_timeout: Count | None = None
     ddp_find_unused_parameters: Flag | None = None
     gc_collect_steps: Annotated[int, BeforeValidator(_require_number), Field(ge=-1)] | None = None
-    gc_steps: Annotated[int, BeforeValidator(_require_number), Field(ge=-1)] | None = None
     torch_empty_cache_steps: Count | None = None
     dataloader_num_workers: Workers | None = None
     dataloader_prefetch_factor: Processes | None = None

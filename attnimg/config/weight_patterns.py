@@ -11,8 +11,8 @@ def parse_weight_pattern(text: str) -> tuple[re.Pattern[str], tuple[int, int | N
     Source: axolotl 0.19.0, utils/freeze.py, LayerNamePattern (2026-11-27).
 
     Args:
-        text: a regular expression for the beginning of a weight's name, in which a dot is only a
-            dot; rows may follow it, [3], [:32000] or [32000:].
+        text: a regular expression for the beginning of a weight's name, in which a dot
+            matches only a dot; rows may follow it, [3], [:32000] or [32000:].
 
     Returns:
         The expression, and the first row and the one after the last; None without rows, and in

@@ -134,7 +134,7 @@ class Engine(CheckpointingTrainer):
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Create the learning rate schedule; those of axolotl alone are not transformers'."""
+        """Create the learning rate schedule: one of axolotl's own, or one of transformers."""
         warmup = self.args.get_warmup_steps(num_training_steps)
         factor = cosine_factor(self.session.config, warmup=warmup, total=num_training_steps)
         if self.lr_scheduler is None and factor is not None:

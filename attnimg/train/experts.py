@@ -28,7 +28,7 @@ def experts_implementation(config: Config) -> str | None:
 
 
 def require_experts(model: Any, config: Config) -> None:
-    """Raise if the config chooses how experts are computed, and the model has none to choose for.
+    """Raise if experts_implementation is set, and has no effect on the model.
 
     Args:
         model: a transformers model, also one without weights.
@@ -71,7 +71,7 @@ def _is_fused_experts(name: str, weight: Any) -> bool:
 def quantized_experts(config: Config, quantization: Any) -> Iterator[list[str]]:
     """Quantize the fused weights of experts while a model is loaded in the block, one at a time.
 
-    Each is computed back to the run's precision when a layer is called.
+    Each is dequantized to the run's precision when its layer is called.
     Source: axolotl 0.19.0, monkeypatch/moe_quant.py, patch_moe_quantization_on_load (2026-11-27).
 
     Args:
@@ -137,7 +137,7 @@ def _quantize_weight(module: torch.nn.Module, name: str, quantization: Any) -> N
 
 
 def _int8_rows(scales: torch.Tensor, dtype: torch.dtype) -> torch.nn.Module:
-    """Return the module that computes a weight from int8 rows and the largest value of each row."""
+    """Return the module that dequantizes a weight: int8 rows, and the largest value of each row."""
     import torch
     from bitsandbytes.functional import int8_vectorwise_dequant
 

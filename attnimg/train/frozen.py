@@ -26,7 +26,7 @@ class FrozenRows:
     Attributes:
         weight: the weight.
         rows: bool (rows of the weight,), True where a row is frozen.
-        values: a copy of the frozen rows.
+        values: a copy of the frozen rows, (frozen rows, ...).
     """
 
     weight: torch.nn.Parameter
@@ -34,7 +34,7 @@ class FrozenRows:
     values: torch.Tensor
 
     def restore(self) -> None:
-        """Write the kept values: weight decay and momentum change rows without gradients."""
+        """Write the kept values back: weight decay and momentum change rows without gradients."""
         with_device = self.rows.to(self.weight.device)
         self.weight.data[with_device] = self.values.to(self.weight.device, self.weight.dtype)
 
@@ -104,7 +104,7 @@ def _freeze_rows(
 
 
 def restore_after_steps(model: Any, optimizer: Any) -> None:
-    """Make an optimizer keep the frozen rows of a model after each of its steps."""
+    """Restore the frozen rows of a model after each step of an optimizer."""
     rows: list[FrozenRows] = getattr(model, "attnimg_frozen_rows", [])
     if not rows:
         return

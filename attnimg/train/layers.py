@@ -97,8 +97,8 @@ def judge_layers(
             Finding(
                 code="hint-not-used",
                 key=without[0],
-                what=f"{' and '.join(without)} has no effect: Liger has no such layer for "
-                f"{types[0]}; {_SAME}",
+                what=f"{' and '.join(without)} {'has' if len(without) == 1 else 'have'} no effect: "
+                f"Liger has no such layer for {types[0]}; {_SAME}",
                 do="remove it",
             )
         )

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     pass
 
 ALL_LINEAR = "all-linear"
-# Names of linear layers in transformers' models. Lists of them are copied from config to config, so
-# that one that this model lacks is no typing error.
+# Names of linear layers in transformers' models. Lists of them are copied between configs, so that
+# a name that this model lacks is not a typo.
 _OF_OTHER_MODELS = frozenset(
     {"q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj", "gate_proj", "up_proj",
      "down_proj", "gate_up_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "fc1",
@@ -71,7 +71,7 @@ def add_adapter(model: Any, config: Config) -> Any:
         # A copy, since PEFT adds patterns for experts.
         rank_pattern=dict(config.lora_rank_pattern or {}),
         alpha_pattern=dict(config.lora_alpha_pattern or {}),
-        # false is the default in axolotl too, not an adapter that changes the model at its start.
+        # As in axolotl, false is PEFT's default: PEFT's own False would start with random changes.
         init_lora_weights=config.peft_init_lora_weights or True,
         layers_to_transform=config.peft_layers_to_transform or None,
         layers_pattern=config.peft_layers_pattern or None,

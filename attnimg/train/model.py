@@ -605,7 +605,7 @@ def cast_unquantized(model: Any, dtype: torch.dtype) -> None:
 
 
 def _device(config: Config) -> torch.device | None:
-    """Return the GPU to move a loaded model to; None without one, and where it is sharded later.
+    """Return the GPU to move a loaded model to; None without a GPU, or if it is sharded later.
 
     from_pretrained leaves it on the CPU, where the check of its packing could not run the kernels.
     """

@@ -12,7 +12,7 @@ from attnimg.facts import Machine
 def offload_activations(
     model: Any, config: Config, machine: Machine
 ) -> AbstractContextManager[object]:
-    """Return a context for a training step in which activations wait in CPU memory.
+    """Return a context for a training step that keeps activations in CPU memory.
 
     Layers are checkpointed, so these are the inputs of each layer. axolotl does the same, except
     under an adapter: there it moves all activations and recomputes nothing.

@@ -82,8 +82,7 @@ NOT_COMPARED = frozenset(
         "trust_remote_code", "tokenizer_save_jinja_files", "experts_implementation",
         "model_quantization_config", "model_quantization_config_kwargs",
         "attn_supports_packing", "attn_uses_flash_lib", "attn_needs_dtype_cast",
-        "attn_strict", "attn_forward_only_ok", "attn_known_bad", "adam_eps", "batch_size",
-        "bfloat16", "evaluation_strategy", "gc_steps", "noisy_embedding_alpha",
+        "attn_strict", "attn_forward_only_ok", "attn_known_bad", "batch_size",
         "attn_check_steps",
         "dataset_prepared_path", "dataset_num_proc", "dataset_processes", "eval_batch_size",
         "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_offloading",
@@ -155,7 +154,7 @@ def compared_keys(config: Config) -> dict[str, Any]:
 
 
 def evaluation_affects_training(keys: Mapping[str, Any]) -> bool:
-    """Return whether the evaluation loss controls when the run stops, its rates or its model."""
+    """Return whether the evaluation loss controls the end, learning rates or model of a run."""
     plateau = keys.get("lr_scheduler") == "reduce_lr_on_plateau"
     best = keys.get("early_stopping_patience") or keys.get("load_best_model_at_end")
     return plateau or bool(best)

@@ -267,7 +267,7 @@ class LengthGroupedOrder:
 
     Args:
         lengths: tokens of each row.
-        together: rows of similar lengths, those of an optimizer step.
+        together: number of rows that get similar lengths: those of an optimizer step.
         seed: seed of the order.
     """
 

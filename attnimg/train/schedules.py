@@ -1,4 +1,4 @@
-"""Compute learning rates as axolotl does: its own schedules, and rates of some weights alone.
+"""Compute learning rates as axolotl does: its own schedules, and separate rates of some weights.
 
 Source: axolotl 0.19.0, core/trainers/mixins/scheduler.py and optimizer.py, utils/schedulers.py
 (2026-11-27).
@@ -19,7 +19,7 @@ Factor = Callable[[int], float]
 
 
 def cosine_factor(config: Config, *, warmup: int, total: int) -> Factor | None:
-    """Return the cosine with a constant end or a quadratic warmup; None if neither is set.
+    """Return the cosine schedule with a constant end or quadratic warmup; None if neither is set.
 
     Args:
         config: the validated run.

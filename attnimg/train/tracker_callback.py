@@ -1,6 +1,7 @@
 """Report a run to wandb, mlflow and tensorboard, through transformers' own callbacks.
 
-A tracker that fails while the model trains is warned of and left out; training continues.
+A tracker that fails while the model trains is a warning, and is not used any more; training
+continues.
 """
 
 from __future__ import annotations
@@ -274,7 +275,7 @@ class TrackerCallback(CheckpointCallback):
 
     @contextmanager
     def ended(self) -> Iterator[None]:
-        """End the runs after the block, with its result."""
+        """End the runs when the block ends, with its status."""
         status = "FINISHED"
         try:
             yield
@@ -285,7 +286,7 @@ class TrackerCallback(CheckpointCallback):
             self._each(lambda tracker: tracker.finish(status))
 
     def _each(self, act: Callable[[Tracker], Any]) -> None:
-        """Call a function with each running tracker; leave out those for which it raises."""
+        """Call a function with each running tracker; stop using those for which it raises."""
         for name, tracker in list(self._running.items()):
             try:
                 act(tracker)
@@ -294,4 +295,4 @@ class TrackerCallback(CheckpointCallback):
                 with suppress(Exception):
                     tracker.finish("FAILED")
                 text = redact(exception_text(error))
-                self.log(f"warning: {name} has failed, and is left out from here on: {text}")
+                self.log(f"warning: {name} failed and is not used any more: {text}")

@@ -51,7 +51,7 @@ Call = Callable[[Mapping[str, Tensor]], tuple[Tensor, ...]]
 
 
 class Subject(NamedTuple):
-    """One kind of layer: how it is called, replaced and as the model has it, and its inputs.
+    """One kind of layer: how to call the replaced layer and the model's own, and its inputs.
 
     Attributes:
         name: for messages, "LlamaRMSNorm".
@@ -103,7 +103,7 @@ def list_subjects(
         else:
             yield _norm(own, found, shapes, task)
     for function in replaced.functions:
-        # Towers for other inputs call it; a run trains on text.
+        # The towers for images and audio call it, and a run trains on text.
         if "vision" not in function.name:
             yield from _ropes(exact, function, task)
 
@@ -137,7 +137,7 @@ def _precisions(task: LayersTask, *, casts_weights: bool) -> tuple[tuple[str, st
 def _norm(
     own: nn.Module, found: nn.Module, shapes: Mapping[str, tuple[int, ...]], task: LayersTask
 ) -> Subject:
-    """Return a norm: its input is the residual stream, which the model uses afterwards."""
+    """Return the subject of a norm, whose input, the residual stream, the model uses afterwards."""
     width = next(
         (shape[0] for shape in shapes.values()), json.loads(task.config).get("hidden_size", 64)
     )
@@ -180,7 +180,7 @@ class _Given(nn.Module):  # type: ignore[misc]  # torch is Any here
 
 
 def _glu(own: nn.Module, found: nn.Module, dtypes: tuple[tuple[str, str], ...]) -> Subject:
-    """Return an MLP without its products: what its linear layers compute is given."""
+    """Return the subject of an MLP; the outputs of its input layers are given."""
     linears = {name: child for name, child in own.named_children() if isinstance(child, nn.Linear)}
     first = [name for name in linears if name not in _LAST_LINEARS]
     width = sum(linears[name].out_features for name in first)
@@ -217,7 +217,7 @@ def _glu(own: nn.Module, found: nn.Module, dtypes: tuple[tuple[str, str], ...]) 
 def _experts(
     own: nn.Module, found: nn.Module, shapes: Mapping[str, tuple[int, ...]], task: LayersTask
 ) -> Subject:
-    """Return the experts of a layer, with random routing."""
+    """Return the subject of the experts of a layer, with random routing."""
     count = min(EXPERTS, next(iter(shapes.values()))[0])
     sizes = {name: (count, *shape[1:]) for name, shape in shapes.items()}
     hidden = sizes["gate_up_proj"][2]
@@ -262,7 +262,7 @@ def _experts(
 
 
 def _ropes(model: Any, replaced: ReplacedFunction, task: LayersTask) -> Iterator[Subject]:
-    """Yield a function that rotates q and k, for each kind of layer that has its own angles."""
+    """Yield a subject of the function that rotates q and k, for each set of angles."""
     text = model.config.get_text_config(decoder=True)
     heads = text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads

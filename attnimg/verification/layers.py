@@ -23,9 +23,9 @@ from attnimg.verification.layer_subjects import Call, Draw, Subject, build_model
 
 # The lowest precision of the inputs -> how far the largest error of a row, the root mean square
 # error and the factor that fits the result best may be off, beyond FACTOR times the errors of the
-# model's own layer: two units in the last place, half of one, and a 32nd, as rounding has no
-# direction (more where there are few values); in float32 the errors of a GPU's fast exp, rsqrt and
-# tanh. Our choice (2026-11-27).
+# model's own layer. In half precision: two units in the last place, half of one, and a 32nd of one,
+# since rounding errors have both signs (more for few values). In float32: errors of a GPU's fast
+# exp, rsqrt and tanh. Our choice (2026-11-27).
 LARGEST = {"bfloat16": 2.0**-6, "float16": 2.0**-9, "float32": 1e-5}
 MEAN = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 3e-6}
 GAIN = {"bfloat16": 2.0**-12, "float16": 2.0**-15, "float32": 1e-6}
@@ -206,8 +206,8 @@ def _moved(drawn: Draw, device: str) -> Draw:
 def _run(call: Call, drawn: Draw, *, in_float64: bool, layout: str) -> Result:
     """Call a layer forward and backward.
 
-    The activations are copies of the leaves: the model's are results of other layers too, so that
-    a kernel may reuse their memory.
+    The activations are copies of the leaves: in a model they are results of other layers, whose
+    memory a kernel may reuse.
     """
 
     def cast(key: str, value: Tensor) -> Tensor:
@@ -271,11 +271,11 @@ def _judge(
         value can't be compared.
     """
     if found is None:
-        return "has no gradient: it would never learn"
+        return "has no gradient, so that it would not be trained"
     if found.shape != exact.shape:
         return f"is {tuple(found.shape)}, needed {tuple(exact.shape)}"
     if not torch.isfinite(found).all():
-        return "is NaN or infinite"
+        return "is NaN or inf"
     assert plain is not None
     base = TF32 if multiplies and lowest == "float32" else 0.0
     errors = _errors(found, exact)
@@ -289,7 +289,7 @@ def _judge(
     )
     words = (
         "is {:.1e} of a row's largest value off the reference, allowed {:.1e}",
-        "is {:.1e} of a row off the reference in the mean, allowed {:.1e}",
+        "is {:.1e} of a row off the reference on average, allowed {:.1e}",
         "is off by a factor of 1 +- {:.1e}, allowed {:.1e}",
     )
     for error, limit, text in zip(errors, limits, words, strict=True):

@@ -16,7 +16,7 @@ STEPS = 10
 
 # Bits of the states -> how far the sum of ten updates may be from the exact one, as a share of it,
 # beyond the error of exact states in the same precision of weights; and how far the factor that
-# fits it best may be from 1. Our choice, from what right ones are off on a CPU: 8 bits of
+# fits it best may be from 1. Our choice, from the errors of correct ones on a CPU: 8 bits of
 # bitsandbytes 0.50.2 and torchao 0.18.0 by 0.06 and 0.003, 4 bits of torchao by 0.5 and 0.24
 # (2026-11-27).
 UPDATE = {8: 0.12, 4: 0.8}

@@ -12,7 +12,7 @@ from attnimg.verification.runner import Candidate, run
 
 Task = LayersTask | OptimizerTask
 
-# The beginnings of the environment variables that choose among kernels, or interpret them.
+# Prefixes of the environment variables that choose among kernels, or run them in an interpreter.
 _VARIABLES = ("LIGER_", "TRITON_INTERPRET")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from attnimg.config.attention import LEGACY
 from attnimg.config.keys import COMPUTED, dataset_key_answers, key_answers, plugin_answers
+from attnimg.config.other_names import OTHER_NAMES
 from attnimg.config.schema import Config, DatasetSpec
 from attnimg.errors import AttnimgError
 from recipes.files import NOTICE
@@ -169,6 +170,7 @@ def _default(schema: Mapping[str, Any], key: str) -> str:
 
 def _other_keys() -> str:
     """Write the tables of axolotl's keys that the schema does not have, by their answer."""
+    others = ", ".join(f"`{name}` for `{key}`" for name, key in OTHER_NAMES.items())
     parts = [
         "## Other keys of axolotl\n\n"
         "Every key of axolotl 0.19 has one of four answers: it is done (the tables above), it is\n"
@@ -179,6 +181,7 @@ def _other_keys() -> str:
         "a warning.\n\n"
         f"The older keys {', '.join(f'`{key}`' for key in LEGACY)} still work,\n"
         "with a warning that has the line to write instead.\n\n"
+        f"These other names of keys work as well: {others}.\n\n"
     ]
     titles = {
         "done-otherwise": "### Done by other means (`done-otherwise`)",

@@ -1,6 +1,6 @@
-"""Attack with kernels: variants that round differently must pass a proof, wrong ones must not.
+"""Test that kernels that round differently pass a proof, and that wrong ones do not.
 
-One child process proves them, as `verify` does: some of them, and all in `make attack`.
+One child process proves them, as `verify` does; `make attack` proves all of them.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ WRONG: list[tuple[str, Geometry]] = [
     ("in inference mode on long rows", LONG),
 ]
 EVERY = [(*row, False) for row in RIGHT] + [(*row, True) for row in WRONG]
-# Without ATTACK_SECONDS: every tenth one, and those that a rule of its own finds.
+# Without ATTACK_SECONDS: every tenth one, and those that only one rule refuses.
 SOME = {"whole keys dropped", "dk in blocks of bfloat16", "in inference mode on long rows"}
 VARIANTS = [
     row for number, row in enumerate(EVERY) if SECONDS or number % 10 == 1 or row[0] in SOME

@@ -1,4 +1,4 @@
-"""Gradients are the same, bit by bit, where activations wait in CPU memory."""
+"""Test that gradients are the same, bit by bit, with activations in CPU memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Labels by the keys of a chat_template entry are those of axolotl's own class, from its wheel."""
+"""Test that the keys of a chat_template entry give axolotl's labels, from its wheel."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def ours(keys: dict[str, Any], record: dict[str, Any], tokens: Any) -> Any:
 
 
 def talk(pick: random.Random, *, detail: bool) -> list[dict[str, Any]]:
-    """Some turns, with flags; with parts of the answers that are trained or not."""
+    """Return turns with flags, and with parts of the answers that are trained or not."""
     turns = [{"role": "system", "content": "Be brief."}] if pick.random() < 0.3 else []
     for _ in range(pick.randint(1, 3)):
         for role in ("user", "assistant"):

@@ -1,4 +1,4 @@
-"""Templates that a config names write the texts of axolotl's, and label the same tokens."""
+"""Test that templates by axolotl's names write its texts, and label the same tokens."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from chat_labels import CALL, TOOL, answer, parse, tokenizer, user
 from test_chat_templates import templates
 
-from attnimg.config.rules import TEMPLATES_OF_AXOLOTL
+from attnimg.config.dataset_rules import TEMPLATES_OF_AXOLOTL
 from attnimg.errors import AttnimgError
 from attnimg.train.data.chat import ChatEncoder
 from attnimg.train.data.named_templates import NAMED, OF_TRL, named_template
@@ -32,7 +32,7 @@ WITHOUT_TOOLS = {"llama4", "falcon_h1"}
 
 
 def encoded(template: str, tokens: Any, record: Any) -> Any:
-    """The text, tokens and labels; None where the template is refused."""
+    """Return the text, tokens and labels; None where the template is refused."""
     encode = ChatEncoder(tokens, template)
     try:
         ids, labels = encode([(Place("d", 1, "line", "datasets[0]"), parse(record))])[0]

@@ -1,4 +1,4 @@
-"""Tokens and labels of each dataset type are those of axolotl's own classes, from its wheel.
+"""Test that each dataset type has the tokens and labels of axolotl's classes, from its wheel.
 
 `make test/templates` downloads axolotl, addict and colorama, 2 MB, and runs this.
 """
@@ -135,7 +135,7 @@ def axolotl(axolotl_modules: None) -> Axolotl:
 
 
 def with_start(kind: str) -> Any:
-    """A tokenizer of this kind that starts each text with <s>."""
+    """Return a tokenizer of this kind that starts each text with <s>."""
     from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
 

@@ -319,8 +319,8 @@ CASES: dict[str, Case] = {
         "model_quantization_config_kwargs": {"dequantize": True}}),
     "an experts' kernel": Case(code="hint-not-used", values={
         "experts_implementation": "scattermoe"}),
-    "fields of the model by both names": Case(code="bad-value", values={
-        "model_config": {"use_cache": True}, "overrides_of_model_config": {"use_cache": True}}),
+    "fields of the model by both names": Case(code="bad-value", options=2, values={
+        "model_config": {"use_cache": True}, "overrides_of_model_config": {"use_cache": False}}),
     "all held out": Case(code="bad-value", values={"val_set_size": 1.0}),
     "half a document": Case(code="bad-value", values={"val_set_size": 2.5}),
     **{f"{one} and {two}": Case(code="bad-value", values=found, options=2) for one, two, found in (

@@ -74,7 +74,7 @@ def test_a_gpu_with_liger_uses_it_without_a_warning() -> None:
     assert judge(BARE, liger_rope=False) == ([], [])
 
 
-def test_a_cpu_says_that_the_keys_are_not_used() -> None:
+def test_a_cpu_warns_that_the_keys_are_not_used() -> None:
     assert judge(CPU, **ALL) == ([], [("hint-not-used", "liger_rope")])
     assert layers.used_ops(config(**ALL), "llama", CPU) == ()
 

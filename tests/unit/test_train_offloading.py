@@ -1,6 +1,6 @@
 """Test that activations are offloaded by TRL where a GPU would, and nowhere on a CPU.
 
-Here TRL's offloader takes the CPU for the GPU: it copies the same tensors at the same places, to
+Here TRL's offloader treats the CPU as the GPU: it copies the same tensors at the same places, to
 memory that is not pinned. tests/gpu/test_offloading.py runs it on a GPU.
 """
 
@@ -33,7 +33,7 @@ class Stream(torch.cpu.Stream):
 
 @pytest.fixture
 def copied(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Let TRL take the CPU for the GPU; return the shapes of the tensors that it moves."""
+    """Make TRL treat the CPU as the GPU; return the shapes of the tensors that it moves."""
     shapes: list[tuple[int, ...]] = []
 
     def empty_like(x: torch.Tensor, *, pin_memory: bool, **options: Any) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The plot of a run has margins, and its smoothed line lies among the losses that it smooths."""
+"""Test that the plot of a run has margins, and that its smoothed line lies among the losses."""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
-"""Which weights are trained, and how they start: unfrozen_parameters, model_config, reinit_weights,
-the size of the embeddings, and how experts are computed."""
+"""Test which weights are trained, and how they start.
+
+The keys are unfrozen_parameters, model_config, reinit_weights, those on the size of the embeddings,
+and those on experts.
+"""
 
 from __future__ import annotations
 

@@ -354,7 +354,7 @@ class _Written:
 
 
 def _content_offset(turn: Turn, message: Message, text: str, span: Span) -> int:
-    """Return what to add to a character's number in a content for its number in the text.
+    """Return the index in the text at which a message's unstripped content would begin.
 
     Raises:
         RewrittenError: the template does not write the content as it is in the record.

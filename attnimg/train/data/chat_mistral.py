@@ -1,7 +1,7 @@
 """Encode conversations with mistral-common, the tokenizer of Mistral's models without a template.
 
 It writes tokens, not text: an answer begins after [/INST] or [/TOOL_RESULTS], and ends with the end
-token. No text of a record is read as one of these tokens.
+token. No text of a record is tokenized to one of these tokens.
 Source: mistral-common 1.13.1, tokens/tokenizers/instruct.py (2026-11-27)
 """
 
@@ -33,7 +33,7 @@ _KEYS = frozenset({"tool_calls", "tool_call_id", "name", "reasoning_content"})
 
 
 def describe_tokenizer(tokenizer: Any) -> str:
-    """Return a text that differs for another tokenizer file or another mistral-common."""
+    """Return a text that identifies the tokenizer's file and the version of mistral-common."""
     content = Path(tokenizer.tokenizer.instruct_tokenizer.tokenizer.file_path).read_bytes()
     return f"mistral-common {version('mistral-common')} {hashlib.sha256(content).hexdigest()}"
 
@@ -104,7 +104,7 @@ class MistralEncoder:
         return (Turn("system", self.system_message), *turns)
 
     def _require_supported(self, place: Place, turns: Sequence[Turn]) -> None:
-        """Raise for what can't be labelled: parts of a message, and other roles than answers."""
+        """Raise for flags that can't be applied: on parts of a message, or on another role."""
         for number, turn in enumerate(turns, start=1):
             others = turn.role != "assistant" and (
                 turn.train is True or (self.train_on_inputs and turn.train is False)

@@ -1,7 +1,7 @@
 """Read only as many records of a dataset as max_steps needs, in the order of a shuffle buffer.
 
-The documents are tokenized before the first step, as all others are: so they are packed, proven
-and resumed in the same way. Neither memory nor time depends on the size of the dataset.
+The documents are tokenized before the first step, as in any other run, so that packing, proofs
+and resuming work in the same way. Neither memory nor time depends on the size of the dataset.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def need_of(config: Config) -> Need | None:
 
 
 def shuffle_in_buffer(records: Iterable[Record], *, size: int, seed: int) -> Iterator[Record]:
-    """Yield all records, each from a random place of a buffer that the next one takes."""
+    """Yield all records from a buffer: a random one is replaced by the next, until none is left."""
     import numpy
 
     rng = numpy.random.default_rng(seed)

@@ -163,7 +163,7 @@ class PairEncoder:
         return encoded
 
     def _completions(self, pairs: Sequence[tuple[Place, Pair]]) -> list[list[int]]:
-        """Return the tokens of each completion: of its own, or as they follow its prompt."""
+        """Return the tokens of each completion, tokenized alone or together with its prompt."""
         if not self.joined:
             return self._tokenize([pair.completion for _, pair in pairs])
         completions = []

@@ -1,4 +1,4 @@
-"""Errors of the API advise in its own arguments; applied literally, the advice helps."""
+"""Test that errors of the API name its arguments, and that their advice helps as written."""
 
 from __future__ import annotations
 

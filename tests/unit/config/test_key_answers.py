@@ -19,7 +19,8 @@ from attnimg.config.keys import (
     key_answers,
     plugin_answers,
 )
-from attnimg.config.schema import ALIASES, Config, DatasetSpec
+from attnimg.config.other_names import OTHER_NAMES
+from attnimg.config.schema import Config, DatasetSpec
 
 ROOT = Path(__file__).parents[3]
 RECORD = json.loads((ROOT / "docs/measured/axolotl_keys.json").read_text(encoding="utf-8"))
@@ -45,7 +46,10 @@ def answers(**keys: Any) -> tuple[list[str], list[str]]:
 
 def test_every_key_of_axolotl_has_an_answer() -> None:
     known = (
-        Config.model_fields.keys() | key_answers().keys() | LEGACY.keys() | {*COMPUTED, *ALIASES}
+        Config.model_fields.keys()
+        | key_answers().keys()
+        | LEGACY.keys()
+        | {*COMPUTED, *OTHER_NAMES}
     )
     assert {*RECORD["keys"], *RECORD["examples_keys"]} - known == {"plugins"}
     entries = DatasetSpec.model_fields.keys() | dataset_key_answers().keys()

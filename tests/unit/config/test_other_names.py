@@ -10,8 +10,9 @@ from attnimg.config import check_values
 from attnimg.config.other_names import OTHER_NAMES
 from attnimg.config.schema import CheckResult
 
-VALUES = {"adam_eps": 1e-6, "bfloat16": True, "evaluation_strategy": "no",
-          "gc_steps": 10, "noisy_embedding_alpha": 5}  # fmt: skip
+VALUES = {"adam_eps": 1e-6, "bfloat16": True, "evaluation_strategy": "no", "gc_steps": 10,
+          "model_config": {"rms_norm_eps": 1e-5}, "noisy_embedding_alpha": 5,
+          "type_of_model": "LlamaForCausalLM"}  # fmt: skip
 
 
 def check(**keys: Any) -> CheckResult:
@@ -26,7 +27,7 @@ def test_another_name_is_replaced(name: str) -> None:
         found = check(**keys)
         assert found.ok
         assert found.config is not None
-        assert (getattr(found.config, key), getattr(found.config, name)) == (VALUES[name], None)
+        assert getattr(found.config, key) == VALUES[name]
     codes = [(warning.code, warning.key) for warning in found.warnings]
     assert codes == ([("done-otherwise", name)] if name == "adam_eps" else [])
 
@@ -38,6 +39,7 @@ def test_another_name_is_replaced(name: str) -> None:
         {"bfloat16": True, "bf16": False},
         {"evaluation_strategy": "epoch", "eval_strategy": "no", "val_set_size": 0.1},
         {"noisy_embedding_alpha": 5, "neftune_noise_alpha": 4},
+        {"model_config": {"a": 1}, "overrides_of_model_config": {"a": 2}},
     ],
     ids=str,
 )
@@ -58,7 +60,7 @@ def test_bfloat16_agrees_with_values_of_bf16(precision: str) -> None:
 
 def test_a_wrong_value_is_an_error_of_its_own_key() -> None:
     for key in (*VALUES, "batch_size"):
-        (error,) = check(**{key: "much"}).errors
+        (error,) = check(**{key: ["much"]}).errors
         assert (error.code, error.key) == ("bad-value", key)
 
 

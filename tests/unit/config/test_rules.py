@@ -198,7 +198,7 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "an unknown way to compute experts": (
         {"experts_implementation": "deep_ep"}, "bad-value", "experts_implementation"),
     "fields of the model by both names": (
-        {"model_config": {"a": 1}, "overrides_of_model_config": {"a": 1}},
+        {"model_config": {"a": 1}, "overrides_of_model_config": {"a": 2}},
         "bad-value", "model_config"),
     "fields of the model in a list": ({"model_config": ["a"]}, "bad-value", "model_config"),
     "offloading without checkpoints": (

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from attnimg.config.rules import keys_without_effect
 from attnimg.config.schema import Config
+from attnimg.config.without_effect import keys_without_effect
 
 CHAT = {"path": "a.jsonl", "type": "chat_template"}
 TEXT = {"path": "a.jsonl", "type": "completion"}

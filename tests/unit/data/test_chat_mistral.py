@@ -1,4 +1,4 @@
-"""Conversations that mistral-common writes: the tokens are its own, and the answers are trained."""
+"""Test that conversations have mistral-common's own tokens, and that answers are trained."""
 
 from __future__ import annotations
 

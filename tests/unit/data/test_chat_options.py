@@ -1,4 +1,4 @@
-"""The keys of a chat_template entry: reasoning, system messages, what has loss, ends of turns."""
+"""Test the keys of a chat_template entry: reasoning, system messages, loss, ends of turns."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from attnimg.config import check_values
-from attnimg.config.rules import keys_without_effect
 from attnimg.config.schema import Config
+from attnimg.config.without_effect import keys_without_effect
 from attnimg.errors import AttnimgError
 from attnimg.train.data import load_documents
 
@@ -39,7 +39,7 @@ def load(tokenizer: Any, write: Write, record: Any, **keys: Any) -> Any:
 
 
 def seen(tokenizer: Any, write: Write, record: Any, **keys: Any) -> tuple[str, list[str]]:
-    """The text of the only document, and each run of tokens with loss."""
+    """Return the text of the only document, and each run of tokens with loss."""
     row = load(tokenizer, write, record, **keys).train[0]
     parts, run = list[str](), list[int]()
     for label in (*row["labels"], -100):
@@ -147,7 +147,7 @@ def test_variables_reach_the_template_and_unread_ones_are_named(
         ((None, False), ["Yes. Go.<|im_end|>"]),
     ],
 )
-def test_a_key_of_the_record_says_what_has_loss(
+def test_a_key_of_the_record_decides_what_has_loss(
     tokenizer: Any, json_lines: Write, flags: Any, learnt: list[str]
 ) -> None:
     talk = [USER, {**TALK[1], "use": flags[0]}, USER, {**TALK[3], "use": flags[1]}]
@@ -206,7 +206,7 @@ def test_tokens_that_end_turns_have_a_setting_of_their_own(
     ends = {"<|im_end|>": eos, "<|pad|>": eot or eos}
     for token, setting in ends.items():
         kept = {"none": 0, "last": 1}.get(setting, text.count(token))
-        # A turn without a flag is trained with its end, whoever speaks.
+        # A turn without a flag is trained with its end, in every role.
         assert "".join(found).count(token) == kept, token
 
 

@@ -1,4 +1,4 @@
-"""Which records and documents are used: shards, short ones, copies, and the order of datasets."""
+"""Test which records and documents are used: shards, short ones, copies, order of datasets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chat templates by axolotl's names: the text that they write, and names that are refused.
+"""Test chat templates by axolotl's names: their text, and names that are refused.
 
 `make test/templates` compares all of them with axolotl's own.
 """

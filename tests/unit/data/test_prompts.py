@@ -1,4 +1,4 @@
-"""The prompts of named types and of the config, segments with labels, and tokenized records.
+"""Test prompts of named types and of the config, labelled segments, and tokenized records.
 
 `make test/templates` compares all of them with axolotl's own classes; these are the same texts.
 """
@@ -27,8 +27,8 @@ SHORT = "Below is an instruction that describes a task. " + TASK.partition("cont
 IM_END = "<|im_end|>"
 
 
-def learnt(type: Any, record: Any, tokenizer: Any, write: Write, **keys: Any) -> Any:
-    """The only document: the text before the trained part, and the trained part."""
+def trained_text(type: Any, record: Any, tokenizer: Any, write: Write, **keys: Any) -> Any:
+    """Return the only document: the text before the trained part, and the trained part."""
     config = Config(datasets=[{"path": write(record), "type": type}], **keys)
     row = load_documents(config, tokenizer).train[0]
     trained = [label for label in row["labels"] if label != -100]
@@ -76,7 +76,7 @@ def learnt(type: Any, record: Any, tokenizer: Any, write: Write, **keys: Any) ->
 def test_prompts_are_axolotl_s(
     tokenizer: Any, json_lines: Write, type: Any, record: Any, prompt: str, answer: str
 ) -> None:
-    assert learnt(type, record, tokenizer, json_lines) == (prompt, answer + IM_END)
+    assert trained_text(type, record, tokenizer, json_lines) == (prompt, answer + IM_END)
 
 
 def test_every_prompt_has_a_type_and_every_type_a_prompt() -> None:
@@ -117,7 +117,7 @@ def test_records_that_do_not_fit_are_refused_with_their_place(
     tokenizer: Any, json_lines: Write, type: Any, record: Any, why: str
 ) -> None:
     with pytest.raises(AttnimgError) as caught:
-        learnt(type, record, tokenizer, json_lines)
+        trained_text(type, record, tokenizer, json_lines)
     assert why in caught.value.why
     assert "data.jsonl, line 1" in caught.value.what
     assert caught.value.code in ("bad-data", "wrong-columns")
@@ -133,7 +133,7 @@ def test_a_prompt_whose_last_token_has_a_part_of_the_answer_is_refused(json_line
     joins = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), eos_token="</s>")
     record = {"instruction": "a", "output": "b", "reflection": "c", "corrected": "d"}
     with pytest.raises(AttnimgError, match="has a part of the completion"):
-        learnt("reflection", record, joins, json_lines)
+        trained_text("reflection", record, joins, json_lines)
 
 
 def test_segments_are_trained_by_their_labels(tokenizer: Any, json_lines: Write) -> None:
@@ -145,7 +145,7 @@ def test_segments_are_trained_by_their_labels(tokenizer: Any, json_lines: Write)
     assert tokenizer.decode(row["input_ids"]) == "Is it? Yes. Go."
     assert tokenizer.decode([n for n in row["labels"] if n != -100]) == "Yes."
     assert any("do not end with the end token '<|im_end|>'" in text for text in documents.warnings)
-    assert learnt("input_output", record, tokenizer, json_lines, train_on_inputs=True) == (
+    assert trained_text("input_output", record, tokenizer, json_lines, train_on_inputs=True) == (
         "", "Is it? Yes. Go.",
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Streams: what is read of them, in which order, and what is refused beside them."""
+"""Test what is read of a stream, in which order, and which keys it refuses."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from attnimg.config import check_values
-from attnimg.config.rules import keys_without_effect
 from attnimg.config.schema import Config, DatasetSpec
+from attnimg.config.without_effect import keys_without_effect
 from attnimg.errors import AttnimgError
 from attnimg.train.data import load_documents
 from attnimg.train.data.sources import Source, read_source
@@ -27,7 +27,7 @@ RUN: dict[str, Any] = {
 
 @pytest.fixture
 def endless(tmp_path: Path) -> str:
-    """A file of 2,000 records; the last one is broken, so that reading all of it fails."""
+    """Write a file of 2,000 records; the last one is broken, so that reading all of it fails."""
     path = tmp_path / "data.jsonl"
     path.write_text("".join(f'{{"text": "zq {n}"}}\n' for n in range(2000)) + "{broken\n")
     return str(path)
@@ -84,7 +84,7 @@ def test_the_buffer_loses_no_record(size: int) -> None:
     assert sorted(shuffle_in_buffer(records, size=size, seed=1)) == records
 
 
-def test_a_stream_that_ends_early_says_so(tokenizer: Any, json_lines: Write) -> None:
+def test_a_stream_that_ends_early_is_a_warning(tokenizer: Any, json_lines: Write) -> None:
     found = load_documents(config(json_lines({"text": "zq 1"}, {"text": "zq 2"})), tokenizer)
     assert any("has 2 documents, fewer than max_steps needs" in text for text in found.warnings)
     assert len(found.train) == 2

@@ -1,4 +1,4 @@
-"""Dropout of single weights passes for many seeds, that of whole queries or keys does not."""
+"""Test that dropout of single weights passes, and that of whole queries or keys does not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Right kernels pass where queries see few keys or scores are in the hundreds, wrong ones don't."""
+"""Test that right kernels pass with few keys or scores in the hundreds, and wrong ones don't."""
 
 from __future__ import annotations
 
