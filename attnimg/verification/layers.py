@@ -41,7 +41,7 @@ CPU_ROWS, NUMBERS = 512, 1 << 24
 NARROW, MANY_ROWS = 256, 32768 + 37
 
 
-class Findings(NamedTuple):
+class TaskResult(NamedTuple):
     """The figures nearest to their bounds, the broken rules, and the number of cases."""
 
     figures: list[Figure]
@@ -49,14 +49,14 @@ class Findings(NamedTuple):
     cases: int
 
 
-class Result(NamedTuple):
+class LayerCall(NamedTuple):
     """Outputs and gradients of a call, by name; and inputs that the model uses and it changed."""
 
     values: dict[str, Tensor | None]
     changed: tuple[str, ...]
 
 
-def prove_layers(task: LayersTask, *, device: str, on_case: Callable[[str], None]) -> Findings:
+def prove_layers(task: LayersTask, *, device: str, on_case: Callable[[str], None]) -> TaskResult:
     """Prove all layers of an op in a run's model.
 
     Args:
@@ -73,7 +73,7 @@ def prove_layers(task: LayersTask, *, device: str, on_case: Callable[[str], None
         subjects = list(list_subjects(task, exact, model, replaced))
         if not subjects:
             text = f"Liger's function replaced no layer of {type(model).__name__}"
-            return Findings([], [Reason(code="not-applied", text=text)], 0)
+            return TaskResult([], [Reason(code="not-applied", text=text)], 0)
         return _prove(subjects, task, device=device, on_case=on_case)
     finally:
         replaced.undo()
@@ -81,7 +81,7 @@ def prove_layers(task: LayersTask, *, device: str, on_case: Callable[[str], None
 
 def _prove(
     subjects: list[Subject], task: LayersTask, *, device: str, on_case: Callable[[str], None]
-) -> Findings:
+) -> TaskResult:
     """Run the cases of all layers until one is wrong."""
     figures: dict[str, Figure] = {}
     reasons: list[Reason] = []
@@ -99,7 +99,7 @@ def _prove(
                 break
         if reasons:
             break
-    return Findings(list(figures.values()), reasons, cases)
+    return TaskResult(list(figures.values()), reasons, cases)
 
 
 def _share(figure: Figure) -> float:
@@ -157,7 +157,7 @@ def _check_case(
         drawn = drawn._replace(d_out=tuple(x.flatten(0, -2)[:1] for x in drawn.d_out))
     drawn = _moved(drawn, device)
 
-    def run(call: Call, *, in_float64: bool) -> Result:
+    def run(call: Call, *, in_float64: bool) -> LayerCall:
         casting = torch.autocast(device, autocast) if autocast and not in_float64 else nullcontext()
         with _InFloat64() if in_float64 else casting:
             return _run(call, drawn, in_float64=in_float64, layout=layout)
@@ -203,7 +203,7 @@ def _moved(drawn: Draw, device: str) -> Draw:
     )
 
 
-def _run(call: Call, drawn: Draw, *, in_float64: bool, layout: str) -> Result:
+def _run(call: Call, drawn: Draw, *, in_float64: bool, layout: str) -> LayerCall:
     """Call a layer forward and backward.
 
     The activations are copies of the leaves: in a model they are results of other layers, whose
@@ -228,7 +228,7 @@ def _run(call: Call, drawn: Draw, *, in_float64: bool, layout: str) -> Result:
     for number, out in enumerate(outputs):
         values["out" if len(outputs) == 1 else f"out {number}"] = out.detach().clone()
     if not any(out.requires_grad for out in outputs):
-        return Result(values | {f"d{key}": None for key in leaves}, ())
+        return LayerCall(values | {f"d{key}": None for key in leaves}, ())
     # The gradient of a sum over rows is one row, with strides of 0.
     gradients = [
         d_out.to(out.dtype)[0].expand(out.shape)
@@ -241,7 +241,7 @@ def _run(call: Call, drawn: Draw, *, in_float64: bool, layout: str) -> Result:
         if leaf.requires_grad:
             values[f"d{key}"] = leaf.grad
     changed = tuple(key for key in watched if not torch.equal(given[key].detach(), before[key]))
-    return Result(values, changed)
+    return LayerCall(values, changed)
 
 
 def _copy(leaf: Tensor, *, strided: bool) -> Tensor:

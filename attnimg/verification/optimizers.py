@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from attnimg.facts import Figure, OptimizerTask, Reason
-from attnimg.verification.layers import Findings
+from attnimg.verification.layers import TaskResult
 
 STEPS = 10
 
@@ -33,7 +33,7 @@ LEARNING_RATE = 1e-3
 
 def prove_optimizer(
     task: OptimizerTask, *, device: str, on_case: Callable[[str], None]
-) -> Findings:
+) -> TaskResult:
     """Compare ten steps of an optimizer with those of its exact form.
 
     Args:
@@ -72,7 +72,7 @@ def prove_optimizer(
             text = f"{name}: the update is {off}"
             reasons.append(Reason(code="optimizer-wrong", text=text))
     worst = max(figures, key=lambda figure: figure.error / figure.allowed)
-    return Findings([worst], reasons, len(figures))
+    return TaskResult([worst], reasons, len(figures))
 
 
 def _draw(
@@ -152,7 +152,7 @@ class _Lion(torch.optim.Optimizer):  # type: ignore[misc]  # torch is Any here
 
     @torch.no_grad()  # type: ignore[untyped-decorator]  # torch is Any here
     def step(self, _closure: Any = None) -> None:
-        """Do one step."""
+        """Update the weights once."""
         for group in self.param_groups:
             (first, second), lr = group["betas"], group["lr"]
             for weight in group["params"]:

@@ -157,7 +157,7 @@ def prove_candidate(
 
 def prove_task(candidate: dict[str, Any], *, device: str, report: TextIO) -> Proof:
     """Prove layers or an optimizer; an exception of their code becomes a reason."""
-    from attnimg.verification.layers import Findings, prove_layers
+    from attnimg.verification.layers import TaskResult, prove_layers
     from attnimg.verification.optimizers import prove_optimizer
 
     started = time.perf_counter()
@@ -173,9 +173,9 @@ def prove_task(candidate: dict[str, Any], *, device: str, report: TextIO) -> Pro
             found = prove_layers(LayersTask(**values), device=device, on_case=on_case)
         else:
             found = prove_optimizer(OptimizerTask(**values), device=device, on_case=on_case)
-    # As in prove_candidate.
+    # SystemExit as well, as in prove_candidate: the child must report it and go on.
     except (Exception, SystemExit) as error:
-        found = Findings([], [_reason(error, stage=stage[0])], 0)
+        found = TaskResult([], [_reason(error, stage=stage[0])], 0)
     return Proof(
         backend=name,
         reasons=tuple(found.reasons),

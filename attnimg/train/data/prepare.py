@@ -151,7 +151,7 @@ def prepare_source(
     encoder = make_encoder(source, config, tokenizer)
     # Other processes would read ahead, past what is needed.
     processes = 1 if need else config.dataset_num_proc or config.dataset_processes or 1
-    limits = Limits(
+    limits = DocumentLimits(
         strategy=strategy_for(source, config),
         sequence_len=config.sequence_len,
         min_sample_len=config.min_sample_len or 1,
@@ -292,7 +292,7 @@ def _encode(batch: Batch) -> Encoded:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Limits:
+class DocumentLimits:
     """Which documents are kept: how long they may be, and what happens to longer ones."""
 
     strategy: Strategy
@@ -301,7 +301,7 @@ class Limits:
 
 
 def _cut_documents(
-    encoded: Iterable[tuple[Place, Tokens]], tally: Counter[str], limits: Limits
+    encoded: Iterable[tuple[Place, Tokens]], tally: Counter[str], limits: DocumentLimits
 ) -> Iterator[Tokens]:
     """Yield documents of at most sequence_len tokens, some of them with loss; count each.
 

@@ -12,7 +12,7 @@ from liger_in_torch import WRONG, in_torch
 from tiny_models import tiny_config
 
 from attnimg.facts import Arch, DType, LayersTask, Machine
-from attnimg.verification.layers import Findings, prove_layers
+from attnimg.verification.layers import TaskResult, prove_layers
 from attnimg.verification.proofs import Setting
 from attnimg.verification.task_proofs import prove_tasks
 
@@ -39,7 +39,7 @@ def task(op: Any, model_type: str = "llama", *, dtype: DType = "float32", autoca
     )
 
 
-def prove(one: LayersTask, wrong: str = "") -> Findings:
+def prove(one: LayersTask, wrong: str = "") -> TaskResult:
     with in_torch(wrong):
         return prove_layers(one, device="cpu", on_case=lambda _: None)
 

@@ -11,7 +11,7 @@ import torch
 
 from attnimg.facts import Arch, DType, Machine, OptimizerTask
 from attnimg.verification import optimizers
-from attnimg.verification.layers import Findings
+from attnimg.verification.layers import TaskResult
 from attnimg.verification.optimizers import prove_optimizer
 from attnimg.verification.proofs import Setting
 from attnimg.verification.task_proofs import prove_tasks
@@ -28,7 +28,7 @@ def task(
                          beta1=betas[0], beta2=betas[1], epsilon=1e-8)  # fmt: skip
 
 
-def prove(one: OptimizerTask) -> Findings:
+def prove(one: OptimizerTask) -> TaskResult:
     return prove_optimizer(one, device="cpu", on_case=lambda _: None)
 
 
