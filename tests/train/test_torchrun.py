@@ -324,7 +324,8 @@ def test_another_model_of_the_same_name_on_a_rank_is_refused(pair: Path, tmp_pat
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
-def test_a_high_loss_stops_both(tmp_path: Path) -> None:
+def test_a_high_loss_stops_both(tmp_path: Path, pair: Path) -> None:
+    shutil.copytree(pair / "model", tmp_path / "model")
     both = forked(tmp_path, loss_watchdog_threshold=1.0, micro_batch_size=1, save_steps=1)
     output = both.communicate(timeout=200)
     assert both.returncode == 1, output

@@ -343,10 +343,10 @@ def test_the_best_checkpoint_is_loaded_only_where_it_is_whole(
 ) -> None:
     end_early = fit._load_best
 
-    def damaged_first(engine: Any) -> str:
+    def damaged_first(engine: Any, *ended: str) -> str:
         if not whole:
             flipped(ADAPTER)(tmp_path / "out/checkpoint-1")
-        return end_early(engine)
+        return end_early(engine, *ended)
 
     monkeypatch.setattr(fit, "_load_best", damaged_first)
     result = run(
