@@ -4,8 +4,9 @@ Trains all weights of models: a checkpoint has the weights and twice their size 
 saves checkpoints in turn with hashes, and by the same code with a constant for each hash; the last
 ones as attnimg 0.1.0 did: pickled, without hashes, and finished before training continues. Resuming
 is timed in new processes, from their start to the first step; the files are in the page cache.
+The folder is in memory (tmpfs): a disk delays some writes by several times what hashing takes.
 Writes docs/measured/checkpoints.json, and exits with 1 where a share is above TARGET. It needs two
-idle cores: a thread hashes while another trains.
+idle cores and 12 GB of memory: a thread hashes while another trains.
 
     python benchmarks/checkpoints.py
 """
@@ -32,11 +33,14 @@ ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "docs/measured/checkpoints.json"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/fixtures")]
 
+# Linux's file system in memory.
+IN_MEMORY = Path("/dev/shm")
+
 # Limit on the share that hashing adds to the time for which a save stops training, and on the share
 # of the check in resuming. Source: issue 12, item 2.
 TARGET = 0.10
 KINDS = ("hashed", "plain", "earlier")
-# The disk's state depends on the save before, so each of these kinds follows every kind.
+# A save may depend on the one before, so each of these kinds follows every kind.
 COMPARED = ("hashed", "plain", "plain", "hashed")
 EARLIER = ("earlier",) * 3
 STEPS_BETWEEN = 5
@@ -47,7 +51,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "medium": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8,
                "vocab_size": 8192, "rounds": 8, "cores": (2, 1)},
     "large": {"hidden_size": 1024, "intermediate_size": 2752, "num_hidden_layers": 8,
-              "vocab_size": 8192, "rounds": 3, "cores": (2,)},
+              "vocab_size": 8192, "rounds": 3, "cores": (2, 1)},
 }  # fmt: skip
 RUNS: dict[str, dict[str, Any]] = {
     f"{size}, {cores} {'cores' if cores > 1 else 'core'}": values | {"cores": cores}
@@ -69,7 +73,7 @@ def main() -> int:
 
     saves, resumes = {}, {}
     for name in RUNS:
-        with tempfile.TemporaryDirectory(dir=ROOT / "build") as folder:
+        with tempfile.TemporaryDirectory(dir=IN_MEMORY) as folder:
             saves[name] = call_in_process(f"measure_saves({folder!r}, {name!r})")
             resumes[name] = [
                 call_in_process(f"measure_resume({folder!r}, {name!r})") for _ in range(RESUMES)
