@@ -1,20 +1,33 @@
-"""Find secrets in text, and replace them, before it is printed or written to a file."""
+"""Find secrets in text and in configs, and replace them, before they are printed or written."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-# A user or a password in a URI: https://user:password@host, postgresql://user@host.
-_CREDENTIALS = re.compile(r"(?<=://)[^/?#\s'\"]*@")
+# What stands in place of a secret.
+MASK = "***"
+
+# A user or a password in a URI: https://user:password@host, postgresql://user@host. Passwords with
+# "/", "?" or "#" are found too, unless they look like a port and a path.
+_CREDENTIALS = re.compile(r"(?<=://)([^/?#\s'\"]*|[^/?#@:\s'\"]*:(?!\d{1,5}[/?#])[^@\s'\"]*)@")
+_QUERY_SECRET = re.compile(
+    r"(?<=[?&])([\w.-]*(?:token|sig|signature|key|password|secret|credential)=)[^&#\s'\"]+",
+    re.IGNORECASE,
+)
+# user:password@host, without a scheme.
+_USER_AT_HOST = re.compile(r"[^\s/:@]+:[^\s/:@]+@[\w.-]+(:\d+)?(/\S*)?")
+_URI = re.compile(r"\w[\w+.-]*://\S+")
 
 # Variables whose values are secret; HF_TOKEN_PATH's is not.
 _SECRET_VARIABLE = re.compile(r"(API_?KEY|ACCESS_KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE)
 
 # Config keys whose values would be secret; special_tokens and eot_tokens are not among them.
 _SECRET_KEY = re.compile(
-    r"(api_?key|(auth|hub|hf|access)_token|secret|password|webhook_url)$", re.IGNORECASE
+    r"(api_?key|access_key|(auth|hub|hf|access)_token|^token|secrets?|password|webhook_url)$",
+    re.IGNORECASE,
 )
 
 # A token of the Hugging Face hub.
@@ -26,13 +39,47 @@ _SHORTEST = 8
 
 
 def has_credentials(uri: str) -> bool:
-    """Return whether a URI has a user or a password."""
-    return _CREDENTIALS.search(uri) is not None
+    """Return whether a URI has a user, a password or a token."""
+    return bool(_CREDENTIALS.search(uri) or _QUERY_SECRET.search(uri))
+
+
+def is_secret_key(key: str) -> bool:
+    """Return whether the text values of a config key are secret."""
+    return _SECRET_KEY.search(key) is not None
 
 
 def is_secret(key: str, value: object) -> bool:
     """Return whether a config key has a secret as its value; hf_use_auth_token: true has none."""
-    return isinstance(value, str) and bool(value) and _SECRET_KEY.search(key) is not None
+    if not isinstance(value, str) or not value:
+        return False
+    if is_secret_key(key) or _HUB_TOKEN.search(value) or _USER_AT_HOST.fullmatch(value):
+        return True
+    return _URI.fullmatch(value) is not None and has_credentials(value)
+
+
+def mask_secrets(value: Any, found: list[str], *, key: str = "", path: str = "") -> Any:
+    """Return a value of a config with MASK in place of each secret.
+
+    Args:
+        value: of the key; mappings and lists are searched.
+        found: the paths of the secrets are added to it, such as "env.WANDB_API_KEY".
+        key: the name of the key; the items of a list have the list's.
+        path: the path of the key.
+    """
+    if isinstance(value, Mapping):
+        return {
+            name: mask_secrets(item, found, key=str(name), path=f"{path}.{name}" if path else name)
+            for name, item in value.items()
+        }
+    if isinstance(value, list):
+        return [
+            mask_secrets(item, found, key=key, path=f"{path}[{index}]")
+            for index, item in enumerate(value)
+        ]
+    if not is_secret(key, value):
+        return value
+    found.append(path)
+    return MASK
 
 
 def redact(text: str, environ: Mapping[str, str] = os.environ) -> str:
@@ -40,10 +87,22 @@ def redact(text: str, environ: Mapping[str, str] = os.environ) -> str:
 
     Args:
         text: from a library or a config.
-        environ: the variables; those with a name such as WANDB_API_KEY are secret.
+        environ: the variables; those with a name such as WANDB_API_KEY are secret, and the
+            passwords of those that are URIs.
     """
-    text = _HUB_TOKEN.sub("***", _CREDENTIALS.sub("***@", text))
+    text = _QUERY_SECRET.sub(rf"\1{MASK}", _CREDENTIALS.sub(f"{MASK}@", text))
+    text = _HUB_TOKEN.sub(MASK, text)
+    for secret in _secret_values(environ):
+        text = text.replace(secret, MASK)
+    return text
+
+
+def _secret_values(environ: Mapping[str, str]) -> Iterator[str]:
+    """Yield the secrets of variables, and the parts of them that an error of a URI may quote."""
     for name, value in environ.items():
         if len(value) >= _SHORTEST and _SECRET_VARIABLE.search(name):
-            text = text.replace(value, "***")
-    return text
+            yield value
+        elif "://" in value and (found := _CREDENTIALS.search(value)):
+            password = found.group(1).partition(":")[2]
+            parts = [password, *re.split("[/?#]", password)]
+            yield from (part for part in parts if len(part) >= _SHORTEST)

@@ -40,7 +40,7 @@ from attnimg.config.schema import (
 from attnimg.config.without_effect import value_warnings
 from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, Backend, Finding
-from attnimg.redact import is_secret, redact
+from attnimg.redact import is_secret_key, mask_secrets, redact
 
 __all__ = ["check_file", "check_values", "parse_torch", "with_overrides"]
 
@@ -90,8 +90,11 @@ def check_values(
     variable: str = "",
 ) -> CheckResult:
     """Check one mapping of config keys; see check_file."""
+    secrets: list[str] = []
+    values = mask_secrets(values, secrets)
     present = {key: value for key, value in values.items() if value is not None}
-    errors = [_computed_key(key) for key in keys.COMPUTED if key in present]
+    errors = [_secret_key(path) for path in secrets]
+    errors += [_computed_key(key) for key in keys.COMPUTED if key in present]
     present, written, renamed = replace_other_names(present)
     values, legacy = replace_legacy_keys(
         {key: value for key, value in present.items() if key not in keys.COMPUTED}
@@ -99,6 +102,7 @@ def check_values(
     name = values.pop("attn_implementation", None)
     bad_name = list(name_errors(name)) if name is not None else []
     config, bad_values = _validate(values)
+    bad_values = [error for error in bad_values if error.key not in secrets]
     config, accumulation = replace_batch_size(config)
     renamed += accumulation
     backend = find_backend(name) if isinstance(name, str) and not bad_name else None
@@ -212,9 +216,7 @@ def _other_keys(values: dict[str, Any], *, failed: set[str | None]) -> list[Find
     for key, value in values.items():
         if key in failed or (key in Config.model_fields and key not in keys.IN_SCHEMA):
             continue
-        if is_secret(key, value):
-            found.append(_secret_key(key))
-        elif key == "plugins":
+        if key == "plugins":
             found += _plugins(value)
         elif (answer := keys.key_answers().get(key)) is not None:
             if answer.applies(value):
@@ -267,12 +269,36 @@ def _missing_key(key: str, why: str) -> Finding:
     return make_error("missing-key", key, f"{key} is missing", why, f"add a line `{key}: ...`")
 
 
-def _secret_key(key: str) -> Finding:
+# The variables from which libraries read secrets that axolotl's users write in configs.
+# Source: huggingface_hub 1.x, constants.py; wandb 0.31, env.py; mlflow 3.17,
+# environment_variables.py (2026-11-27)
+_VARIABLES = {
+    "hf_use_auth_token": "HF_TOKEN",
+    "hub_token": "HF_TOKEN",
+    "mlflow_tracking_password": "MLFLOW_TRACKING_PASSWORD",
+    "mlflow_tracking_uri": "MLFLOW_TRACKING_URI",
+    "push_to_hub_token": "HF_TOKEN",
+    "wandb_api_key": "WANDB_API_KEY",
+}
+
+
+def _secret_key(path: str) -> Finding:
     """Return the error for a key that has a secret; the value is not in it."""
-    code = "unsupported-key" if key in keys.key_answers() else "unknown-key"
+    top = path.partition(".")[0].partition("[")[0]
+    known = top in Config.model_fields and top not in keys.IN_SCHEMA
+    code = "bad-value" if known else "unknown-key"
+    if top in keys.key_answers():
+        code = "unsupported-key"
     why = "found a value, which is not shown here; receipts and checkpoints keep the config"
-    do = f"remove it, and set the environment variable {key.upper()}"
-    return make_error(code, key, f"{key} is a secret, and can't be in a config", why, do)
+    name = path.rpartition(".")[2].partition("[")[0]
+    if variable := _VARIABLES.get(name.lower()):
+        do = f"remove it, and set the environment variable {variable}"
+    elif is_secret_key(name) or not known:
+        do = f"remove {path}"
+    else:
+        do = "write it without a user, a password or a token"
+    what = f"{path} has a secret, which can't be in a config"
+    return make_error(code, path, what, why, do)
 
 
 def _unknown_key(key: str, name: str) -> Finding:

@@ -11,6 +11,7 @@ import yaml
 
 from attnimg.errors import AttnimgError
 from attnimg.files import read_regular
+from attnimg.redact import redact
 
 MAX_BYTES = 1_000_000
 # A YAML file of 1 MB without aliases has fewer nodes.
@@ -108,13 +109,17 @@ def _key_text(key: object) -> str:
     return "null" if key is None else str(key).lower()
 
 
-def parse_value(text: str) -> Any:
+def parse_value(text: str, *, name: str = "the value") -> Any:
     """Parse the value of a `key=value` argument as YAML.
+
+    Args:
+        text: the value; errors do not quote it, since it may be a secret.
+        name: its name in errors.
 
     Raises:
         AttnimgError: it is not YAML.
     """
-    return _construct(text, name=f"the value {text!r}")
+    return _construct(text, name=name)
 
 
 def with_overrides(values: dict[str, Any], overrides: tuple[str, ...]) -> dict[str, Any]:
@@ -132,11 +137,13 @@ def with_overrides(values: dict[str, Any], overrides: tuple[str, ...]) -> dict[s
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
-            what = f"{text!r} is not key=value"
+            what = f"{redact(text)!r} is not key=value"
             why = "needed a setting such as learning_rate=1e-4 after the config"
             do = "write it as key=value, without spaces around the ="
             raise AttnimgError(what, why=why, do=do, code="bad-value")
-        result = _replace(result, key.strip().split("."), parse_value(value), setting=text)
+        key = key.strip()
+        new = parse_value(value, name=f"the value of {key}")
+        result = _replace(result, key.split("."), new, setting=key)
     assert isinstance(result, dict)
     return result
 
@@ -155,8 +162,8 @@ def _replace(node: Any, parts: list[str], value: Any, *, setting: str) -> Any:
         copy = list(node)
         copy[int(part)] = _replace(node[int(part)], rest, value, setting=setting)
         return copy
-    kind = f"a list of {len(node)}" if isinstance(node, list) else repr(node)
-    what = f"{setting!r} does not fit the config"
+    kind = f"a list of {len(node)}" if isinstance(node, list) else f"a {type(node).__name__}"
+    what = f"the key {setting!r} does not fit the config"
     why = f"found {kind}, needed a value that has the key {part!r}"
     do = "correct the key so that it names a value of the config file"
     raise AttnimgError(what, why=why, do=do, code="bad-value")
