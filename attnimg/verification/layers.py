@@ -1,7 +1,7 @@
-"""Prove the layers that Liger replaces in a run's model, against the model's own in float64.
+"""Prove the layers that Liger or a hub kernel replaces in a model, against its own in float64.
 
-The model is built twice on the meta device, and Liger's function patches one of them. Each kind of
-layer that it replaced is called with weights and inputs of the model's sizes, forward and backward.
+The model is built twice on the meta device, and the layers of one of them are replaced. Each kind
+of replaced layer is called with weights and inputs of the model's sizes, forward and backward.
 The reference is the same layer of the other model, in float64. So a wrong kernel is refused, and a
 right kernel with a wrong setting too: epsilon, offset, activation.
 """
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from attnimg import hub_layers, liger
 from attnimg.facts import Figure, LayersTask, Reason
-from attnimg.liger import replace_layers
 from attnimg.verification.layer_subjects import Call, Draw, Subject, build_model, list_subjects
 
 # The lowest precision of the inputs -> how far the largest error of a row, the root mean square
@@ -65,14 +65,17 @@ def prove_layers(task: LayersTask, *, device: str, on_case: Callable[[str], None
         on_case: called with the name of each case before it runs.
 
     Raises:
-        Exception: whatever Liger's functions or kernels raise.
+        Exception: whatever Liger's functions or the kernels raise.
     """
     exact, model = build_model(task), build_model(task)
-    replaced = replace_layers(model, task.op)
+    if task.hub is not None:
+        replaced = hub_layers.replace_layers(model, task.hub, device=device)
+    else:
+        replaced = liger.replace_layers(model, task.op)
     try:
         subjects = list(list_subjects(task, exact, model, replaced))
         if not subjects:
-            text = f"Liger's function replaced no layer of {type(model).__name__}"
+            text = f"no layer of {type(model).__name__} was replaced"
             return TaskResult([], [Reason(code="not-applied", text=text)], 0)
         return _prove(subjects, task, device=device, on_case=on_case)
     finally:

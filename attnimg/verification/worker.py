@@ -21,7 +21,7 @@ from typing import Any, TextIO
 
 from attnimg.backends import find_backend
 from attnimg.errors import AttnimgError
-from attnimg.facts import Geometry, LayersTask, OptimizerTask, Proof, Reason
+from attnimg.facts import Geometry, HubLayer, LayersTask, OptimizerTask, Proof, Reason
 from attnimg.verification.cases import full_row_length, longest_document
 
 
@@ -170,7 +170,9 @@ def prove_task(candidate: dict[str, Any], *, device: str, report: TextIO) -> Pro
 
     try:
         if "op" in values:
-            found = prove_layers(LayersTask(**values), device=device, on_case=on_case)
+            hub = HubLayer(**values["hub"]) if values["hub"] else None
+            task = LayersTask(**{**values, "hub": hub})
+            found = prove_layers(task, device=device, on_case=on_case)
         else:
             found = prove_optimizer(OptimizerTask(**values), device=device, on_case=on_case)
     # SystemExit as well, as in prove_candidate: the child must report it and go on.
