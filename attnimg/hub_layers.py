@@ -104,6 +104,24 @@ def find_hub_layer(
         )
 
 
+def load_layer(hub: HubLayer) -> Any:
+    """Load a kernel, and return the class of its layer.
+
+    Raises:
+        AttnimgError: the kernel does not load, or its layer has no backward pass.
+    """
+    with hub_errors(hub.repo, trusted=hub.trusted, otherwise=OFF):
+        layer = _repository(hub).load()
+    if not getattr(layer, "has_backward", True):
+        raise kernel_error(
+            f"{hub.repo}:{hub.layer} can't be trained with",
+            why="found has_backward = False in the kernel's layer; needed a backward pass",
+            do=OFF,
+            code="no-backward",
+        )
+    return layer
+
+
 def replace_layers(model: Any, hub: HubLayer, *, device: str) -> Replaced:
     """Replace the layers of a kind in a model.
 
@@ -122,28 +140,38 @@ def replace_layers(model: Any, hub: HubLayer, *, device: str) -> Replaced:
     import kernels
     import torch
 
+    load_layer(hub)
     if device == "cuda" and torch.version.hip is not None:
         device = "rocm"
-    with hub_errors(hub.repo, trusted=hub.trusted, otherwise=OFF):
-        repository = _repository(hub)
-        if not getattr(repository.load(), "has_backward", True):
-            raise kernel_error(
-                f"{hub.repo}:{hub.layer} can't be trained with",
-                why="found has_backward = False in the kernel's layer; needed a backward pass",
-                do=OFF,
-                code="no-backward",
+    mapping = {hub.name: {device: {kernels.Mode.TRAINING: _repository(hub)}}}
+    names = [name for name, module in model.named_modules() if _is(module, hub.name)]
+    with (
+        hub_errors(hub.repo, trusted=hub.trusted, otherwise=OFF),
+        kernels.use_kernel_mapping(mapping, inherit_mapping=False),
+    ):
+        for name in names:
+            kernels.kernelize(
+                model.get_submodule(name),
+                mode=kernels.Mode.TRAINING,
+                device=device,
+                use_fallback=False,
             )
-        mapping = {hub.name: {device: {kernels.Mode.TRAINING: repository}}}
-        with kernels.use_kernel_mapping(mapping, inherit_mapping=False):
-            names = [name for name, module in model.named_modules() if _is(module, hub.name)]
-            for name in names:
-                kernels.kernelize(
-                    model.get_submodule(name),
-                    mode=kernels.Mode.TRAINING,
-                    device=device,
-                    use_fallback=False,
-                )
-    return Replaced(modules=tuple(name for name in names if _is_replaced(model, name)))
+    replaced = tuple(name for name in names if _is_replaced(model, name))
+    for name in replaced:
+        model.get_submodule(name).register_forward_hook(_copy_gradient)
+    return Replaced(modules=replaced)
+
+
+def _copy_gradient(_module: Any, _inputs: Any, output: Any) -> None:
+    """Copy the gradient of a layer's output before the layer's backward pass overwrites it.
+
+    LigerRMSNorm of the hub always writes the gradient of its input over that of its output, which a
+    residual still needs where a norm follows a layer, as in olmo2 (linkedin/Liger-Kernel#370).
+    Source: huggingface/kernels-community, liger-kernels/torch-ext/liger_kernels/layers.py, in_place
+    (2026-11-27)
+    """
+    if output.requires_grad:
+        output.register_hook(lambda gradient: gradient.clone())
 
 
 def _is(module: Any, name: str) -> bool:

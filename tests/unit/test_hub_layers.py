@@ -192,6 +192,22 @@ def test_only_the_norms_of_a_model_are_replaced_and_it_computes_the_same(tmp_pat
     assert norm.forward.__func__.__qualname__ == "LigerRMSNorm.forward"
 
 
+@pytest.mark.parametrize("model_type", ["olmo2", "glm4"])
+def test_the_gradients_of_a_model_with_norms_after_its_layers_stay_the_same(
+    tmp_path: Path, model_type: str
+) -> None:
+    import torch
+
+    ids = torch.arange(3, 43).view(2, 20)
+    models = [tiny_model(model_type) for _ in range(2)]
+    assert replace_layers(models[1], layer(tmp_path / "kernel"), device="cpu").modules
+    for model in models:
+        model(input_ids=ids, labels=ids).loss.backward()
+    for (name, own), (_, found) in zip(*(m.named_parameters() for m in models), strict=True):
+        assert found.grad is not None, name
+        assert (own.grad - found.grad).norm() <= 1e-3 * own.grad.norm() + 1e-7, name
+
+
 def test_an_adapter_s_copy_of_a_norm_computes_with_its_own_weight(tmp_path: Path) -> None:
     import torch
     from peft import LoraConfig, get_peft_model

@@ -24,7 +24,7 @@ PRECISIONS = [("float32", False), ("float16", True), ("bfloat16", True), ("bfloa
 NORM_FAULTS = [
     "dx lacks its second term", "dweight is one percent too large", "epsilon is left out",
     "the last columns are left out", "the input is overwritten", "dweight is missing",
-    "the gradient is missing", "the backward pass is missing",
+    "the gradient is missing", "the backward pass is missing", "a call without gradients is wrong",
 ]  # fmt: skip
 GATE_FAULTS = ["dgate is exchanged", "the gate has another activation", *NORM_FAULTS[2:4]]
 
@@ -105,5 +105,8 @@ def test_proofs_in_a_child_name_the_kernel_and_are_kept_for_its_files(tmp_path: 
     source = tmp_path / "right/build/torch-cpu/__init__.py"
     source.write_text(source.read_text().replace('FAULT = "none"', 'FAULT = "no such"'))
     assert not proofs("right", "none")[0].cached
-    (none,) = proofs("none", "the backward pass is missing")
-    assert [reason.code for reason in none.reasons] == ["no-backward"]
+    faults = ("the backward pass is missing", "torch's generator is seeded")
+    wrong = [task(hub(tmp_path / fault, "RMSNorm", fault)) for fault in faults]
+    found = prove_tasks(wrong, setting=setting, log=lambda _: None)
+    assert [[reason.code for reason in proof.reasons] for proof in found] == [
+        ["no-backward"], ["process-state"]]  # fmt: skip
