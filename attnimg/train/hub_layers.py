@@ -150,6 +150,7 @@ def list_hub_tasks(
     tasks = []
     for layer in used_layers(config, types, machine):
         if layer.name not in present:
+            log(f"use_kernels: {type(model).__name__} has no {layer.name} here")
             continue
         hub = find_hub_layer(
             layer,

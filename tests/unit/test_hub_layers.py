@@ -305,6 +305,12 @@ def test_a_run_proves_the_layers_that_its_model_has(tmp_path: Path) -> None:
     assert re.search(rf"{LIGER}:LigerRMSNorm in .*kernel \(sha256 [0-9a-f]{{12}}\)", log[0])
     assert tasks(lambda: tiny_model("llama"), use_kernels=False) == []
     assert tasks(lambda: tiny_model("gemma2")) == []
+    without = tiny_model("llama")
+    for name, module in list(without.named_modules()):
+        if "norm" in name:
+            without.set_submodule(name, type(module).__base__())
+    assert tasks(lambda: without) == []
+    assert log[-1] == "use_kernels: LlamaForCausalLM has no RMSNorm here"
     with pytest.raises(AttnimgError) as caught:
         tasks(lambda: None)
     assert (caught.value.code, caught.value.key) == ("bad-value", "use_kernels")
