@@ -158,7 +158,7 @@ def list_hub_tasks(
             trusted=bool(config.trust_remote_code),
             hash_folder=hasher.hash_folder,
         )
-        log(f"use_kernels: {layer.name} is {describe_kernel(hub)}")
+        log(f"use_kernels: {layer.name} from {describe_kernel(hub)}")
         tasks.append(layers_task(model, layer.op, problem, hub=hub))
     hasher.save()
     return tasks
