@@ -26,8 +26,9 @@ Feature = Literal["packing", "window", "softcap", "sinks", "dropout", "training"
 RequestedBy = Literal["config", "ATTNIMG_BACKEND", "attn_backends"]
 # The layers that `attn_backends` names: those with a sliding window, and all others.
 LayerKind = Literal["sliding", "full"]
-# What Liger replaces in a model; the names are those of axolotl's keys, without "liger_".
-LayerOp = Literal["rope", "rms_norm", "glu_activation", "layer_norm"]
+# What Liger and hub kernels replace in a model; the names are those of axolotl's keys, without
+# "liger_". Liger has no rms_norm_gated.
+LayerOp = Literal["rope", "rms_norm", "glu_activation", "layer_norm", "rms_norm_gated"]
 # transformers' attention interface: (module, query, key, value, attention_mask, **arguments) ->
 # (output, weights). The types are Any because this file does not import torch.
 AttentionFunction = Callable[..., Any]
@@ -608,17 +609,43 @@ class Proof:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LayersTask:
-    """The layers that Liger replaces in a run's model for one key, to be proven.
+class HubLayer:
+    """A layer of a hub kernel that replaces layers of a run's model.
 
     Attributes:
-        op: the key without "liger_".
+        name: transformers' name for the replaced layers, "RMSNorm".
+        op: what they compute.
+        repo: the kernel's org/name.
+        layer: the class in the kernel, "LigerRMSNorm".
+        revision: the kernel's commit; None where LOCAL_KERNELS names its folder.
+        folder: of its files.
+        files: the hash of its files.
+        trusted: whether the user set trust_remote_code.
+    """
+
+    name: str
+    op: LayerOp
+    repo: str
+    layer: str
+    revision: str | None
+    folder: str
+    files: str
+    trusted: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayersTask:
+    """The layers that Liger or a hub kernel replaces in a run's model, to be proven.
+
+    Attributes:
+        op: what they compute.
         model_class: module:name of the model's class, in transformers.
         config_class: module:name of its config's class.
         config: the config as JSON.
         dtype: the precision of the run.
         autocast: whether the forward pass runs under torch.autocast.
         tokens: tokens of a batch.
+        hub: the layer of a hub kernel; None for Liger's.
     """
 
     op: LayerOp
@@ -628,6 +655,7 @@ class LayersTask:
     dtype: DType
     autocast: bool
     tokens: int
+    hub: HubLayer | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

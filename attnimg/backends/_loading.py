@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from attnimg.errors import AttnimgError, KernelError, set_backend
 
 # `kernels lock` writes it to the current folder.
-_LOCK = Path("kernels.lock")
+LOCK_FILE = Path("kernels.lock")
 # The error of kernels' get_kernel for a publisher that is not trusted.
 _UNTRUSTED = re.compile("not from a trusted publisher")
 # Results of kernels' verify_variant for a kernel without a signature, or whose signature covers no
@@ -52,12 +52,14 @@ def kernel_error(what: str, *, why: str, code: str, do: str = set_backend("sdpa"
     return KernelError(what, why=why, do=do, code=code, exit_code=1)
 
 
-def load_error(backend: str, error: Exception, *, do: str) -> AttnimgError:
-    """Return the error for a kernel that does not load."""
+def load_error(
+    backend: str, error: Exception, *, do: str, otherwise: str = set_backend("sdpa")
+) -> AttnimgError:
+    """Return the error for a kernel that does not load, which a run can do without."""
     return kernel_error(
         f"{backend} does not load",
         why=f"loading it raised {type(error).__name__}: {error}".strip(),
-        do=f"{do}, or {set_backend('sdpa')}",
+        do=f"{do}, or {otherwise}",
         code="import-error",
     )
 
@@ -109,7 +111,7 @@ def load_hub_kernel(name: str, *, trusted: bool) -> ModuleType:
         module: ModuleType
         if revision is not None and "@" not in path:
             # The lock file also has the revisions of the kernels that this one depends on.
-            module = kernels.get_locked_kernel(repo, lockfile=_LOCK, trust_remote_code=trusted)
+            module = kernels.get_locked_kernel(repo, lockfile=LOCK_FILE, trust_remote_code=trusted)
         else:
             module = kernels.get_kernel(
                 repo, revision=revision, version=version, trust_remote_code=trusted
@@ -118,8 +120,14 @@ def load_hub_kernel(name: str, *, trusted: bool) -> ModuleType:
 
 
 @contextmanager
-def hub_errors(path: str, *, trusted: bool) -> Iterator[None]:
-    """Convert any exception of the block, which loads org/name[@rev], to an AttnimgError."""
+def hub_errors(path: str, *, trusted: bool, otherwise: str = set_backend("sdpa")) -> Iterator[None]:
+    """Convert any exception of the block, which loads org/name[@rev], to an AttnimgError.
+
+    Args:
+        path: org/name[@rev].
+        trusted: whether the user set trust_remote_code.
+        otherwise: the edit of the config with which the run does not need the kernel.
+    """
     repo = path.partition("@")[0]
     try:
         yield
@@ -137,10 +145,17 @@ def hub_errors(path: str, *, trusted: bool) -> Iterator[None]:
                 code="untrusted-kernel",
                 key="trust_remote_code",
             ) from error
-        raise load_error(path, error, do="serve its folder by LOCAL_KERNELS") from error
+        do = f"serve its folder by LOCAL_KERNELS={repo}=/path"
+        raise load_error(path, error, do=do, otherwise=otherwise) from error
 
 
-def check_hub_kernel(path: str, *, trusted: bool) -> HubKernel:
+def check_hub_kernel(
+    path: str,
+    *,
+    trusted: bool,
+    version: int | None = None,
+    otherwise: str = set_backend("sdpa"),
+) -> HubKernel:
     """Download a kernel, without running it, and check its signature and its files.
 
     A kernel that can't be checked is used, with a warning. Its dependencies are not checked, nor is
@@ -150,6 +165,8 @@ def check_hub_kernel(path: str, *, trusted: bool) -> HubKernel:
         path: org/name[@rev]; the default revision is that of kernels.lock, or else the major
             version that transformers pins.
         trusted: whether the user set trust_remote_code.
+        version: that major version; None for transformers' version of an attention kernel.
+        otherwise: as for hub_errors.
 
     Raises:
         AttnimgError: the signature is invalid, or the files are not the signed ones, or
@@ -162,9 +179,10 @@ def check_hub_kernel(path: str, *, trusted: bool) -> HubKernel:
     repo, _, wanted = path.partition("@")
     local = repo in local_kernel_repos()
     revision = wanted or (None if local else locked_revision(repo))
-    version = get_attn_kernel_version(repo) if revision is None else None
+    default = get_attn_kernel_version(repo) if version is None else version
+    pinned = default if revision is None else None
     if local:
-        return HubKernel(repo, revision, version, None)
+        return HubKernel(repo, revision, pinned, None)
     import kernels
     from huggingface_hub import constants
 
@@ -172,13 +190,13 @@ def check_hub_kernel(path: str, *, trusted: bool) -> HubKernel:
     folder = kernels.install_kernel(
         repo,
         revision=revision,
-        version=version,
+        version=pinned,
         local_files_only=offline,
         trust_remote_code=trusted,
     )
-    if unchecked := _check_signature(repo, folder, offline=offline):
+    if unchecked := _check_signature(repo, folder, offline=offline, otherwise=otherwise):
         _LOG.warning("attnimg: the signature of %s was not checked: %s", repo, unchecked)
-    return HubKernel(repo, revision, version, Path(str(folder)))
+    return HubKernel(repo, revision, pinned, Path(str(folder)))
 
 
 def hub_folder(name: str, *, trusted: bool) -> Path:
@@ -215,19 +233,19 @@ def locked_revision(repo: str) -> str | None:
     Raises:
         AttnimgError: the lock file names the kernel and can't be read.
     """
-    if not _LOCK.is_file() or f'"{repo}"' not in _LOCK.read_text(encoding="utf-8"):
+    if not LOCK_FILE.is_file() or f'"{repo}"' not in LOCK_FILE.read_text(encoding="utf-8"):
         return None
     from kernels.locking import get_locked_kernel_revision
 
     try:
-        locks, kernel = get_locked_kernel_revision(repo, _LOCK)
+        locks, kernel = get_locked_kernel_revision(repo, LOCK_FILE)
     except ValueError as error:  # not a lock file of the library kernels
         do = "run `kernels lock`, which writes kernels.lock again"
         raise load_error(repo, error, do=do) from error
     return str(locks[kernel].commit)
 
 
-def _check_signature(repo: str, folder: Path, *, offline: bool) -> str | None:
+def _check_signature(repo: str, folder: Path, *, offline: bool, otherwise: str) -> str | None:
     """Check a kernel's signature; return None if it is valid, or why it can't be checked."""
     try:
         from kernels.verify import verify_variant
@@ -252,6 +270,6 @@ def _check_signature(repo: str, folder: Path, *, offline: bool) -> str | None:
         why=f"found {found}{f' ({details})' if details else ''}; "
         "needed files that a publisher known to kernels signed",
         do="delete it from the cache and try again; or name a revision that is signed, "
-        f"or {set_backend('sdpa')}",
+        f"or {otherwise}",
         code="kernel-signature",
     )

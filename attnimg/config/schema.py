@@ -413,6 +413,7 @@ class Config(BaseModel):
     liger_glu_activation: Flag | None = None
     liger_swiglu: Flag | None = None
     liger_layer_norm: Flag | None = None
+    use_kernels: Flag | None = None
 
     # Adapter
     adapter: Literal["lora", "qlora"] | None = None

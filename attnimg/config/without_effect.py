@@ -73,6 +73,19 @@ def _hints(config: Config) -> Iterator[Finding]:
             "set experts_implementation: grouped_mm; if memory does not suffice, lower "
             "micro_batch_size",
         )  # fmt: skip
+    if config.use_kernels and config.torch_compile:
+        yield make_warning(
+            "hint-not-used", "use_kernels",
+            "use_kernels is not used: the hub's kernels are not made for torch_compile, which "
+            "compiles the model's own layers",
+            "remove use_kernels, or remove torch_compile",
+        )  # fmt: skip
+    elif config.use_kernels and config.liger_rms_norm:
+        yield make_warning(
+            "hint-not-used", "use_kernels",
+            "use_kernels is not used for RMSNorm, which liger_rms_norm replaces",
+            "remove use_kernels, or remove liger_rms_norm",
+        )  # fmt: skip
 
 
 def unused_evaluation_keys(config: Config) -> list[str]:

@@ -26,6 +26,7 @@ from attnimg.selection.model_types import (
     weight_bits,
 )
 from attnimg.task import model_file
+from attnimg.train.hub_layers import judge_hub_layers
 from attnimg.train.layers import judge_layers
 from attnimg.train.model_files import OTHER_PARTS, TORCH_NAMES, StoredTensor, read_tensor_headers
 from attnimg.train.pickled_weights import require_safetensors
@@ -56,8 +57,10 @@ def judge_base_model(
     errors, warnings = judge_files(
         config, raw, packages=machine.packages, folder=path.parent if path is not None else None
     )
-    of_layers, notes = judge_layers(config, raw, machine)
-    return errors + of_layers, warnings + notes
+    for judge in (judge_layers, judge_hub_layers):
+        more, notes = judge(config, raw, machine)
+        errors, warnings = errors + more, warnings + notes
+    return errors, warnings
 
 
 def judge_files(

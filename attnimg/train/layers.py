@@ -14,7 +14,16 @@ from typing import Any
 from attnimg import liger
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
-from attnimg.facts import Finding, LayerOp, LayersTask, Machine, OptimizerTask, Problem, Proof
+from attnimg.facts import (
+    Finding,
+    HubLayer,
+    LayerOp,
+    LayersTask,
+    Machine,
+    OptimizerTask,
+    Problem,
+    Proof,
+)
 from attnimg.selection.model_config import LANGUAGE_PARTS
 
 # Key -> the op that it requests; liger_swiglu is the older name.
@@ -75,8 +84,8 @@ def judge_layers(
                 "not suffice",
             )
         ]
-    types = [raw.get("model_type"), *(_type_of(raw.get(name)) for name in LANGUAGE_PARTS)]
-    known = next((found for t in types if (found := liger.known_types().get(str(t)))
+    types = list_types(raw)
+    known = next((found for t in types if (found := liger.known_types().get(t))
                   is not None), None)  # fmt: skip
     off = f"remove {' and '.join(keys)}"
     if known is None:
@@ -115,14 +124,16 @@ def judge_layers(
     return [], warnings
 
 
-def _type_of(part: object) -> object:
-    return part.get("model_type") if isinstance(part, Mapping) else None
+def list_types(raw: Mapping[str, Any]) -> list[str]:
+    """Return the model type in a config.json, and that of its language model where it has one."""
+    parts = (raw, *(raw.get(name) for name in LANGUAGE_PARTS))
+    return [str(part.get("model_type")) for part in parts if isinstance(part, Mapping)]
 
 
 def list_tasks(
     config: Config, problem: Problem, machine: Machine, *, build: Callable[[], Any]
 ) -> list[LayersTask | OptimizerTask]:
-    """Return what a run has to prove besides its attention.
+    """Return what a run has to prove besides its attention and the layers of hub kernels.
 
     Args:
         config: the validated run.
@@ -137,9 +148,7 @@ def list_tasks(
     tasks: list[LayersTask | OptimizerTask] = []
     if requested_ops(config) and _runs_on(machine):
         model = build()
-        classes = (type(model), type(model.config)) if model is not None else ()
-        own = classes and all(found.__module__.startswith("transformers.") for found in classes)
-        if not own or model.config.model_type not in liger.known_types():
+        if not is_transformers_model(model) or model.config.model_type not in liger.known_types():
             raise AttnimgError(
                 f"Liger's layers can't be proven for {config.base_model}",
                 why="needed a model class of transformers that liger-kernel knows",
@@ -147,17 +156,8 @@ def list_tasks(
                 code="liger-unknown-model",
                 key=next(key for key in KEYS if getattr(config, key)),
             )
-        model_class, config_class = (f"{found.__module__}:{found.__name__}" for found in classes)
         tasks += [
-            LayersTask(
-                op=op,
-                model_class=model_class,
-                config_class=config_class,
-                config=json.dumps(model.config.to_dict(), sort_keys=True),
-                dtype=problem.dtype,
-                autocast=problem.autocast,
-                tokens=problem.rows * (problem.sequence_len or 1),
-            )
+            layers_task(model, op, problem)
             for op in used_ops(config, model.config.model_type, machine)
         ]
     if "8bit" in config.optimizer or "4bit" in config.optimizer:
@@ -173,6 +173,31 @@ def list_tasks(
             )
         )
     return tasks
+
+
+def is_transformers_model(model: Any) -> bool:
+    """Return whether a model and its config are of classes of transformers; None is not."""
+    parts = (model, model.config) if model is not None else (model,)
+    return all(type(part).__module__.startswith("transformers.") for part in parts)
+
+
+def layers_task(
+    model: Any, op: LayerOp, problem: Problem, *, hub: HubLayer | None = None
+) -> LayersTask:
+    """Return the task to prove some layers of a model of transformers."""
+    model_class, config_class = (
+        f"{type(part).__module__}:{type(part).__name__}" for part in (model, model.config)
+    )
+    return LayersTask(
+        op=op,
+        model_class=model_class,
+        config_class=config_class,
+        config=json.dumps(model.config.to_dict(), sort_keys=True),
+        dtype=problem.dtype,
+        autocast=problem.autocast,
+        tokens=problem.rows * (problem.sequence_len or 1),
+        hub=hub,
+    )
 
 
 def prove_run(
@@ -198,22 +223,32 @@ def prove_run(
         if proof.passed:
             log(describe_proof(proof))
             continue
-        keys = [key for key in KEYS if f"liger_{KEYS[key]}" == proof.backend]
-        key = next((key for key in keys if getattr(config, key)), "optimizer")
+        key = _key_of(task, config)
         do = "set optimizer: adamw_torch_fused" if key == "optimizer" else f"set {key}: false"
         found = "\n".join(f"found {reason.code}: {reason.text}" for reason in proof.reasons[:3])
         exact = "the updates of exact states" if key == "optimizer" else (
             "the outputs and gradients of the model's own layers"
         )  # fmt: skip
+        publisher = package_of(task)
+        kernel = proof.backend if key == "use_kernels" else f"{proof.backend} of {publisher}"
         raise AttnimgError(
-            f"{proof.backend} of {package_of(task)} failed its proof on this machine",
+            f"{kernel} failed its proof on this machine",
             why=f"{found}\nneeded: {exact}",
-            do=f"{do}, and report it to {package_of(task)}",
+            do=f"{do}, and report it to {publisher}",
             code=proof.reasons[0].code,
             key=key,
             exit_code=1,
         )
     return tuple(proofs)
+
+
+def _key_of(task: LayersTask | OptimizerTask, config: Config) -> str:
+    """Return the key of the config that requests what a task proves."""
+    if isinstance(task, OptimizerTask):
+        return "optimizer"
+    if task.hub is not None:
+        return "use_kernels"
+    return next(key for key, op in KEYS.items() if op == task.op and getattr(config, key))
 
 
 def replace_proven_layers(

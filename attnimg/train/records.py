@@ -313,9 +313,11 @@ class RunFacts:
         context: how the model is called, as it was proven.
         isolation: figures of the packing proof; None without packing.
         proofs: proofs of the attention kernels, failed ones included.
-        kernels: backend -> hashes of the files that compute it, by their kind, such as "torch";
-            None where some are unknown.
+        kernels: backend, or layer of a hub kernel -> hashes of the files that compute it, by their
+            kind, such as "torch"; None where some are unknown.
         layers: liger key without its prefix -> the layers of the model that it replaced.
+        hub_layers: layer of a hub kernel -> the layers of the model that it replaced ("layers"),
+            and its "kernel" and "revision".
         other_proofs: proofs of those layers, and of an optimizer with quantized states.
     """
 
@@ -327,6 +329,7 @@ class RunFacts:
     proofs: tuple[Proof, ...] = ()
     kernels: Mapping[str, Mapping[str, str] | None] = field(default_factory=dict)
     layers: Mapping[str, str] = field(default_factory=dict)
+    hub_layers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     other_proofs: tuple[Proof, ...] = ()
 
     @property
@@ -394,6 +397,7 @@ def build_receipt(
         "isolation": run.isolation,
         "proofs": run.proofs,
         "liger": run.layers,
+        "use_kernels": run.hub_layers,
         "other_proofs": run.other_proofs,
         **figures,
         "metrics": {},

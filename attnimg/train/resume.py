@@ -89,6 +89,7 @@ NOT_COMPARED = frozenset(
         "torch_compile",
         "torch_compile_backend", "torch_compile_mode", "output_dir", "logging_steps",
         "liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_swiglu", "liger_layer_norm",
+        "use_kernels",
         "save_strategy", "save_steps", "saves_per_epoch", "save_total_limit", "save_only_model",
         "resume_from_checkpoint", "auto_resume_from_checkpoints", "ddp_timeout",
         "ddp_find_unused_parameters", "dataloader_num_workers", "dataloader_pin_memory",

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -140,17 +141,23 @@ def fit_selected(
     """
     from attnimg.train.attention_check import build_attention_check
     from attnimg.train.fit import fit
+    from attnimg.train.hub_layers import kernel_record, list_hub_tasks, replace_by_hub_layers
     from attnimg.train.layers import list_tasks, prove_run, replace_proven_layers
     from attnimg.train.model import load_without_weights
     from attnimg.train.tokenizer import load_tokenizer
 
-    tasks = list_tasks(
-        config, task.problem, task.machine, build=lambda: load_without_weights(config)
-    )
-    other_proofs = prove_run(config, tasks, machine=task.machine, log=report.log)
+    build = cache(partial(load_without_weights, config))
+    tasks = list_tasks(config, task.problem, task.machine, build=build)
     ops = [found.op for found in tasks if isinstance(found, LayersTask)]
+    of_hub = list_hub_tasks(config, task.problem, task.machine, build=build, log=report.log)
+    hubs = [found.hub for found in of_hub if found.hub is not None]
+    layer_kernels = {f"{hub.repo}:{hub.layer}": kernel_record(hub) for hub in hubs}
+    if config.use_kernels:
+        _require_same(config, task.machine, {"kernels of use_kernels": layer_kernels})
+    other_proofs = prove_run(config, [*tasks, *of_hub], machine=task.machine, log=report.log)
     inputs: dict[str, Any] = {}
     replaced: dict[str, str] = {}
+    by_hub: dict[str, dict[str, str]] = {}
 
     with ExitStack() as undo:
 
@@ -159,6 +166,8 @@ def fit_selected(
             replaced.update(found)
             for function in functions:
                 undo.callback(function)
+            device = "cpu" if task.machine.arch.vendor == "cpu" else "cuda"
+            by_hub.update(replace_by_hub_layers(model, hubs, device=device, log=report.log))
 
         def load(selected: Selected) -> Any:
             hashes = kernel_hashes(selected.plan, task)
@@ -190,8 +199,9 @@ def fit_selected(
                 context=selected.context,
                 isolation=asdict(applied.isolation) if applied.isolation else None,
                 proofs=selected.proofs,
-                kernels=kernels,
+                kernels={**kernels, **layer_kernels},
                 layers=replaced,
+                hub_layers=by_hub,
                 other_proofs=other_proofs,
             ),
             resume=resume,

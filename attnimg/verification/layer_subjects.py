@@ -1,4 +1,4 @@
-"""List the layers that Liger replaced in a model: how each is called, and its random inputs.
+"""List the layers that were replaced in a model: how each is called, and its random inputs.
 
 A layer is called with weights and inputs of the model's sizes. The linear layers of an MLP are left
 out: their products are given, so that only the fused part is compared.
@@ -137,10 +137,15 @@ def _precisions(task: LayersTask, *, casts_weights: bool) -> tuple[tuple[str, st
 def _norm(
     own: nn.Module, found: nn.Module, shapes: Mapping[str, tuple[int, ...]], task: LayersTask
 ) -> Subject:
-    """Return the subject of a norm, whose input, the residual stream, the model uses afterwards."""
+    """Return the subject of a norm, whose input, the residual stream, the model uses afterwards.
+
+    A gated norm has a second input, which multiplies the result after an activation.
+    """
     width = next(
         (shape[0] for shape in shapes.values()), json.loads(task.config).get("hidden_size", 64)
     )
+    gated = "gate" in inspect.signature(type(own).forward).parameters
+    inputs = ("x", "gate") if gated else ("x",)
 
     def draw(
         rows: int, dtype: torch.dtype, weight_dtype: torch.dtype, generator: torch.Generator
@@ -154,15 +159,22 @@ def _norm(
         # A part along x, without which the gradient's second term would be smaller than rounding.
         along = x / x.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-9)
         d_out = _round(_normal(x.shape, generator) + along, dtype)
-        names = dict.fromkeys(weights, weight_dtype)
+        given = {"x": x}
+        if gated:
+            given["gate"] = _round(2 * _normal(x.shape, generator), dtype)
         return Draw(
-            leaves={"x": x, **weights}, others={}, dtypes={"x": dtype, **names},
-            weights=frozenset(weights), kept=frozenset("x"), d_out=(d_out,),
+            leaves={**given, **weights}, others={},
+            dtypes={**dict.fromkeys(inputs, dtype), **dict.fromkeys(weights, weight_dtype)},
+            weights=frozenset(weights), kept=frozenset(inputs), d_out=(d_out,),
         )  # fmt: skip
 
     def call(module: nn.Module) -> Call:
         return lambda given: (
-            torch.func.functional_call(module, {key: given[key] for key in shapes}, given["x"]),
+            torch.func.functional_call(
+                module,
+                {key: given[key] for key in shapes},
+                tuple(given[name] for name in inputs),
+            ),
         )
 
     return Subject(type(own).__name__, call(found), call(own), draw,

@@ -1,7 +1,7 @@
-"""Prove the layers that Liger replaces in a run's model, against the model's own in float64.
+"""Prove the layers that Liger or a hub kernel replaces in a model, against its own in float64.
 
-The model is built twice on the meta device, and Liger's function patches one of them. Each kind of
-layer that it replaced is called with weights and inputs of the model's sizes, forward and backward.
+The model is built twice on the meta device, and the layers of one of them are replaced. Each kind
+of replaced layer is called with weights and inputs of the model's sizes, forward and backward.
 The reference is the same layer of the other model, in float64. So a wrong kernel is refused, and a
 right kernel with a wrong setting too: epsilon, offset, activation.
 """
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from attnimg import hub_layers, liger
 from attnimg.facts import Figure, LayersTask, Reason
-from attnimg.liger import replace_layers
 from attnimg.verification.layer_subjects import Call, Draw, Subject, build_model, list_subjects
 
 # The lowest precision of the inputs -> how far the largest error of a row, the root mean square
@@ -65,14 +65,17 @@ def prove_layers(task: LayersTask, *, device: str, on_case: Callable[[str], None
         on_case: called with the name of each case before it runs.
 
     Raises:
-        Exception: whatever Liger's functions or kernels raise.
+        Exception: whatever Liger's functions or the kernels raise.
     """
     exact, model = build_model(task), build_model(task)
-    replaced = replace_layers(model, task.op)
+    if task.hub is not None:
+        replaced = hub_layers.replace_layers(model, task.hub, device=device)
+    else:
+        replaced = liger.replace_layers(model, task.op)
     try:
         subjects = list(list_subjects(task, exact, model, replaced))
         if not subjects:
-            text = f"Liger's function replaced no layer of {type(model).__name__}"
+            text = f"no layer of {type(model).__name__} was replaced"
             return TaskResult([], [Reason(code="not-applied", text=text)], 0)
         return _prove(subjects, task, device=device, on_case=on_case)
     finally:
@@ -111,7 +114,7 @@ def _list_cases(
 ) -> Iterator[tuple[str, Callable[[], tuple[list[Figure], list[Reason]]]]]:
     """Yield the name of each case of a layer, and the function that runs it."""
     rows = max(8, min(task.tokens, CPU_ROWS if device == "cpu" else NUMBERS // subject.width))
-    sizes: dict[int, tuple[str, ...]] = {rows: ("contiguous", "strided", "frozen")}
+    sizes: dict[int, tuple[str, ...]] = {rows: ("contiguous", "strided", "frozen", "no_grad")}
     if device != "cpu" and subject.width <= NARROW and rows < MANY_ROWS:
         sizes[MANY_ROWS] = ("contiguous",)
     for dtype, weight_dtype in subject.dtypes:
@@ -204,7 +207,7 @@ def _moved(drawn: Draw, device: str) -> Draw:
 
 
 def _run(call: Call, drawn: Draw, *, in_float64: bool, layout: str) -> LayerCall:
-    """Call a layer forward and backward.
+    """Call a layer forward and backward; only forward in the layout "no_grad", as in evaluations.
 
     The activations are copies of the leaves: in a model they are results of other layers, whose
     memory a kernel may reuse.
@@ -223,12 +226,22 @@ def _run(call: Call, drawn: Draw, *, in_float64: bool, layout: str) -> LayerCall
         given[key] = leaf if key in drawn.weights else _copy(leaf, strided=layout == "strided")
     watched = [key for key in given if key in drawn.kept or key in drawn.weights]
     before = {key: given[key].detach().clone() for key in watched}
-    outputs = call(given)
+    with torch.set_grad_enabled(layout != "no_grad"):
+        outputs = call(given)
     values: dict[str, Tensor | None] = {}
     for number, out in enumerate(outputs):
         values["out" if len(outputs) == 1 else f"out {number}"] = out.detach().clone()
-    if not any(out.requires_grad for out in outputs):
-        return LayerCall(values | {f"d{key}": None for key in leaves}, ())
+    values |= {f"d{key}": None for key in leaves}
+    # Without gradients, a kernel that overwrites its input returns a tensor that requires them.
+    if layout != "no_grad" and any(out.requires_grad for out in outputs):
+        _run_backward(outputs, drawn, layout=layout)
+        values |= {f"d{key}": leaf.grad for key, leaf in leaves.items() if leaf.requires_grad}
+    changed = tuple(key for key in watched if not torch.equal(given[key].detach(), before[key]))
+    return LayerCall(values, changed)
+
+
+def _run_backward(outputs: tuple[Tensor, ...], drawn: Draw, *, layout: str) -> None:
+    """Run the backward pass with copies of the drawn gradients, which a kernel may overwrite."""
     # The gradient of a sum over rows is one row, with strides of 0.
     gradients = [
         d_out.to(out.dtype)[0].expand(out.shape)
@@ -237,11 +250,6 @@ def _run(call: Call, drawn: Draw, *, in_float64: bool, layout: str) -> LayerCall
         for d_out, out in zip(drawn.d_out, outputs, strict=True)
     ]
     torch.autograd.backward(outputs, gradients)
-    for key, leaf in leaves.items():
-        if leaf.requires_grad:
-            values[f"d{key}"] = leaf.grad
-    changed = tuple(key for key in watched if not torch.equal(given[key].detach(), before[key]))
-    return LayerCall(values, changed)
 
 
 def _copy(leaf: Tensor, *, strided: bool) -> Tensor:

@@ -13,7 +13,7 @@ from attnimg.verification.runner import Candidate, run
 Task = LayersTask | OptimizerTask
 
 # Prefixes of the environment variables that choose among kernels, or run them in an interpreter.
-_VARIABLES = ("LIGER_", "TRITON_INTERPRET")
+_VARIABLES = ("LIGER_", "TRITON_INTERPRET", "DISABLE_KERNEL_MAPPING", "USE_HUB_KERNELS")
 
 
 def prove_tasks(
@@ -50,14 +50,16 @@ def prove_tasks(
 
 
 def task_name(task: Task) -> str:
-    """Return the name of a task: the key "liger_rms_norm", or the optimizer "adamw_8bit"."""
-    return task.optimizer if isinstance(task, OptimizerTask) else f"liger_{task.op}"
+    """Return the name of a task: the key "liger_rms_norm", the optimizer, or the hub's layer."""
+    if isinstance(task, OptimizerTask):
+        return task.optimizer
+    return f"{task.hub.repo}:{task.hub.layer}" if task.hub else f"liger_{task.op}"
 
 
 def package_of(task: Task) -> str:
-    """Return the distribution whose code a task proves."""
+    """Return the distribution, or the hub's kernel, whose code a task proves."""
     if isinstance(task, LayersTask):
-        return "liger-kernel"
+        return task.hub.repo if task.hub else "liger-kernel"
     return "torchao" if task.optimizer.startswith("adamw_torch_") else "bitsandbytes"
 
 
@@ -66,10 +68,12 @@ def _key(candidate: Candidate, setting: Setting) -> str | None:
     if setting.folder is None:
         return None
     hashes = CachedHasher(setting.folder)
-    assert candidate.task is not None
-    package = package_of(candidate.task)
+    task = candidate.task
+    assert task is not None
+    name = package_of(task)
+    hub = task.hub if isinstance(task, LayersTask) else None
     try:
-        found = hashes.hash_package(package)
+        found = hashes.hash_folder(Path(hub.folder)) if hub else hashes.hash_package(name)
         content = {"attnimg": hashes.hash_folder(Path(__file__).parents[1])}
     except OSError:
         return None
@@ -79,7 +83,7 @@ def _key(candidate: Candidate, setting: Setting) -> str | None:
     return proof_key(
         candidate,
         machine=setting.machine,
-        versions=versions_of([package]),
-        content=content | {package: found},
+        versions=versions_of([] if hub else [name]),
+        content=content | {name: found},
         variables={k: v for k, v in setting.environment.items() if k.startswith(_VARIABLES)},
     )

@@ -21,7 +21,7 @@ from typing import Any, TextIO
 
 from attnimg.backends import find_backend
 from attnimg.errors import AttnimgError
-from attnimg.facts import Geometry, LayersTask, OptimizerTask, Proof, Reason
+from attnimg.facts import Geometry, HubLayer, LayersTask, OptimizerTask, Proof, Reason
 from attnimg.verification.cases import full_row_length, longest_document
 
 
@@ -156,26 +156,54 @@ def prove_candidate(
 
 
 def prove_task(candidate: dict[str, Any], *, device: str, report: TextIO) -> Proof:
-    """Prove layers or an optimizer; an exception of their code becomes a reason."""
+    """Prove layers or an optimizer; an exception of their code becomes a reason.
+
+    A kernel of the hub, whose code may be anybody's, must not change the process either.
+    """
+    import torch
+
+    from attnimg.hub_layers import load_layer
     from attnimg.verification.layers import TaskResult, prove_layers
     from attnimg.verification.optimizers import prove_optimizer
+    from attnimg.verification.process_state import (
+        ProcessState,
+        draw_and_read_states,
+        is_rewound,
+        process_state_reason,
+    )
 
     started = time.perf_counter()
     name, values = candidate["backend"], candidate["task"]
     stage = ["loading"]
 
+    hub = HubLayer(**values["hub"]) if values.get("hub") else None
+    before, random = ProcessState(), draw_and_read_states(torch.device(device))
+
     def on_case(case: str) -> None:
         stage[0] = case
         _send(report, case=case)
 
+    def require_unchanged() -> None:
+        changes = before.changes() if hub else []
+        if hub and stage[0] == "loading" and is_rewound(random, torch.device(device)):
+            changes.append("torch's random numbers were seeded or rewound")
+        if changes:
+            raise _ProcessChanged(process_state_reason(changes, when=stage[0]))
+
     try:
+        if hub:
+            load_layer(hub)
+            require_unchanged()
         if "op" in values:
-            found = prove_layers(LayersTask(**values), device=device, on_case=on_case)
+            task = LayersTask(**{**values, "hub": hub})
+            found = prove_layers(task, device=device, on_case=on_case)
+            require_unchanged()
         else:
             found = prove_optimizer(OptimizerTask(**values), device=device, on_case=on_case)
     # SystemExit as well, as in prove_candidate: the child must report it and go on.
     except (Exception, SystemExit) as error:
-        found = TaskResult([], [_reason(error, stage=stage[0])], 0)
+        changes = before.changes() if hub else []
+        found = TaskResult([], list(_reasons(error, stage=stage[0], changes=changes)), 0)
     return Proof(
         backend=name,
         reasons=tuple(found.reasons),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from forked_runs import Ranks
+from served_kernels import serve
 from tiny_run import make_model
 
 PROGRAM = """
@@ -25,6 +26,7 @@ from attnimg.__main__ import run
 from attnimg.train.distributed import end_process
 end_process(run(["train", "run.yaml"]))
 """
+NORMS = Path(__file__).parents[1] / "fixtures/hub_norms/kernel.py"
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
@@ -79,12 +81,22 @@ def write_template(pair: Pair) -> None:
         (pair[rank] / "own.jinja").write_text(comment + "{{ messages[0]['content'] }}")
 
 
+def serve_kernels(pair: Pair) -> None:
+    """Serve kernels of other content under the same name."""
+    repo = "kernels-community/liger-kernels"
+    for rank, fault in enumerate(("none", "epsilon is left out")):
+        serve(pair[rank] / "kernel", fault, source=NORMS)
+        pair.own[rank]["LOCAL_KERNELS"] = f"{repo}=kernel"
+        pair.write(rank, use_kernels=True)
+
+
 @pytest.mark.parametrize(
     ("change", "key"),
     [
         pytest.param(lambda pair: pair.write(1, learning_rate=2e-4), "learning_rate", id="a key"),
         pytest.param(install, "packages", id="a package's version"),
         pytest.param(write_template, "chat_template_jinja (content)", id="a named file's content"),
+        pytest.param(serve_kernels, "kernels of use_kernels", id="a hub kernel's content"),
         pytest.param(lambda pair: pair.own[1].update(WORLD_SIZE="3"), "WORLD_SIZE", id="size"),
     ],
 )

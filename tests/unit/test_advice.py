@@ -11,7 +11,7 @@ import json
 import re
 import tempfile
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -26,7 +26,7 @@ from attnimg.config import check_values
 from attnimg.config.keys import key_answers
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
-from attnimg.facts import Arch, Finding, Machine, Model, Plan
+from attnimg.facts import Arch, Finding, LocalKernel, Machine, Model, Plan
 from attnimg.selection.attention_shapes import read_model
 from attnimg.selection.gpus_and_images import parse_gpu
 from attnimg.selection.model_config import read_config
@@ -37,6 +37,7 @@ from attnimg.train.base_model import judge_files
 from attnimg.train.check import check_inputs
 from attnimg.train.checkpoint import FileHasher, write_manifest
 from attnimg.train.data import load_documents
+from attnimg.train.hub_layers import judge_hub_layers
 from attnimg.train.layers import judge_layers
 from attnimg.train.model import load_model_config
 from attnimg.train.tokenizer import load_tokenizer
@@ -140,8 +141,10 @@ class Case:
             return [], []
         machine, raw = self.machine or CPU, read_config(path)
         errors, notes = judge_files(config, raw, packages=machine.packages, folder=None)
-        of_layers, more = judge_layers(config, raw, machine)
-        return errors + of_layers, notes + more
+        for judge in (judge_layers, judge_hub_layers):
+            of_layers, more = judge(config, raw, machine)
+            errors, notes = errors + of_layers, notes + more
+        return errors, notes
 
     def start(self, config: Config) -> None:
         """What `attnimg train` does before it loads a model."""
@@ -384,6 +387,23 @@ CASES: dict[str, Case] = {
         code="liger-unknown-model", machine=H100,
         values={"base_model": "{folder}", "liger_rope": True, "liger_swiglu": True},
         files={"config.json": b'{"model_type": "bloom"}'}),
+    "Liger's gated norm": Case(code="hint-not-used", values={"liger_rms_norm_gated": True}),
+    "a kernel of experts": Case(code="hint-not-used", values={"use_scattermoe": True}),
+    "kernels that are not compiled": Case(code="hint-not-used", options=2, values={
+        "use_kernels": True, "torch_compile": True}),
+    "two kernels of RMSNorm": Case(code="hint-not-used", options=2, values={
+        "use_kernels": True, "liger_rms_norm": True}),
+    **{name: Case(code=code, machine=machine,
+                  values={"base_model": "{folder}", "use_kernels": True},
+                  files={"config.json": json.dumps({"model_type": type_}).encode()})
+       for name, code, machine, type_ in (
+           ("kernels of the hub without their library", "not-installed", H100, "llama"),
+           ("no kernels of the hub for a CPU", "hint-not-used", CPU, "llama"),
+           ("no kernels of the hub for a type", "hint-not-used", H100, "gemma2"),
+           ("a kernel for a CPU on a GPU", "local-kernel", replace(H100, local_kernels=(
+               LocalKernel(repo="kernels-community/liger-kernels", path="/kernel", vendor="cpu",
+                           version="1", exports=None),)), "llama"),
+       )},
     "a layer that the type lacks": Case(
         code="hint-not-used", machine=H100, files={"config.json": b'{"model_type": "llama"}'},
         values={"base_model": "{folder}", "liger_layer_norm": True}),

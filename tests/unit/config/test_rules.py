@@ -464,11 +464,12 @@ NEEDS = {
         _require_scale _quantization_error x3, _resize_embeddings bad_value, _unknown_field
         _refused_field, _unknown_names bad_value, _untrained_error bad-value, add_adapter
         bad_value, change_fields _refused_field x2, change_fields _unknown_field,
-        freeze_except _no_weight, judge_layers liger-unknown-model, judge_positions
-        positions-short, judge_quantization _quantization_error x4, list_tasks
-        liger-unknown-model, require_causal_class _not_causal_error, require_causal_type
-        _not_causal_error, require_embeddings _untrained_error, require_experts bad_value,
-        require_finite weights-not-finite, require_known_weights _quantization_error x2,
+        freeze_except _no_weight, judge_hub_layers local-kernel, judge_layers
+        liger-unknown-model, judge_positions positions-short, judge_quantization
+        _quantization_error x4, list_hub_tasks bad_value, list_tasks liger-unknown-model,
+        require_causal_class _not_causal_error, require_causal_type _not_causal_error,
+        require_embeddings _untrained_error, require_experts bad_value, require_finite
+        weights-not-finite, require_known_weights _quantization_error x2,
         require_modules_to_save _unknown_names, require_no_adapter_on_experts bad_value,
         require_trainable AttnimgError, require_trained_tokens _untrained_error,
         require_trained_weights bad_value, resolve_parameters _unknown_names,
@@ -528,8 +529,8 @@ NEEDS = {
         _check_compile bad_value, _check_optimizer not-installed, _require_packages
         _quantization_error, _try_checkpointing bad_value, _try_schedule bad_value,
         check_limits not-installed, create_optimizer_with_rates bad_value, find_class
-        bad_value, judge_layers not-installed, require_package not-installed,
-        require_versions trainer-not-installed
+        bad_value, judge_hub_layers not-installed, judge_layers not-installed,
+        require_package not-installed, require_versions trainer-not-installed
     """,
     "a server and its login": """
         _require_mlflow_server unavailable, _require_wandb_login tracker-unavailable,
@@ -553,8 +554,9 @@ NEEDS = {
         _model_raised_error model-raised, _not_finite_error not-finite, _record_results
         _wrong_kernel_error, _run_engine out-of-memory, _wrong_kernel_error
         kernel-wrong-at-run, compute_likelihood _loss_differs_error, prove_run AttnimgError,
-        replace_proven_layers not-applied, require_equal _loss_differs_error, require_equal
-        _model_raised_error, run _model_raised_error, write_errors AttnimgError
+        replace_by_hub_layers not-applied, replace_proven_layers not-applied, require_equal
+        _loss_differs_error, require_equal _model_raised_error, run _model_raised_error,
+        write_errors AttnimgError
     """,
 }
 
