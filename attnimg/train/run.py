@@ -142,6 +142,7 @@ def fit_selected(
     from attnimg.train.fit import fit
     from attnimg.train.layers import list_tasks, prove_run, replace_proven_layers
     from attnimg.train.model import load_without_weights
+    from attnimg.train.preferences.reference import load_reference, needs_reference
     from attnimg.train.tokenizer import load_tokenizer
 
     tasks = list_tasks(
@@ -167,10 +168,23 @@ def fit_selected(
             )
             inputs["tokenizer"] = load_tokenizer(config, log=report.log)
             inputs["documents"] = _load_documents(config, task.machine, inputs["tokenizer"], report)
-            return _load_model(
+            model = _load_model(
                 config, task, selected, **inputs, replace_layers=replace_layers, resume=resume,
                 report=report,
             )  # fmt: skip
+            if needs_reference(config):
+                inputs["reference"] = load_reference(
+                    config,
+                    model,
+                    tokenizer=inputs["tokenizer"],
+                    implementation=selected.implementation,
+                    context=selected.context,
+                    needs_dtype_cast=selected.backend.needs_dtype_cast,
+                    replace_layers=replace_layers,
+                )
+                application.require_applied(inputs["reference"], selected.backend)
+                report.log("reference: a frozen copy of the model")
+            return model
 
         applied = select_verify_apply(task, load, report=report, plan=plan)
         selected = applied.selected
