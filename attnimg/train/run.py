@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from attnimg import application
-from attnimg.config.schema import Config, dataset_entries
+from attnimg.config.schema import Config, dataset_entries, trains_preferences
 from attnimg.context import describe_context
 from attnimg.facts import Finding, LayersTask, Machine, Plan
 from attnimg.files import read_regular
@@ -184,6 +184,8 @@ def fit_selected(
                 )
                 application.require_applied(inputs["reference"], selected.backend)
                 report.log("reference: a frozen copy of the model")
+            elif trains_preferences(config) and config.rl != "orpo":
+                report.log("reference: the model with the adapter turned off")
             return model
 
         applied = select_verify_apply(task, load, report=report, plan=plan)

@@ -28,7 +28,6 @@ from attnimg.train.data.records import IGNORE_INDEX, read_records
 from attnimg.train.data.sources import Source, find_source
 from attnimg.train.data.streams import Need, need_of
 from attnimg.train.data.types import choose_parser
-from attnimg.train.preferences.records import choose_preference_parser
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -80,6 +79,9 @@ def find_sources(config: Config) -> tuple[list[Source], list[Source]]:
     for key, spec, trains in dataset_entries(config):
         parse: Callable[..., object] = choose_parser(spec)
         if trains_preferences(config):
+            # Its modules import those of this package.
+            from attnimg.train.preferences.records import choose_preference_parser
+
             parse = choose_preference_parser(spec, str(config.rl))
         elif spec.type is None:
             columns = _first_columns(spec, key=key)

@@ -28,6 +28,8 @@ from attnimg.train.preferences.records import Preference, choose_preference_pars
 if TYPE_CHECKING:
     import pyarrow
 
+SAMPLE_TOKENS = 200  # shown of a long prompt or answer, to fit on a screen
+
 # In the place of the question, where an answer is rendered alone.
 _QUESTION = "[[dummy_message]]"
 
@@ -320,9 +322,11 @@ def sample_preference(example: dict[str, Any], tokenizer: Any) -> str:
     if row.desirable is not None:
         names = ("desirable" if row.desirable else "undesirable", "")
     texts = {"prompt": row.prompt, **dict(zip(names, row.answers, strict=False))}
-    lines = [
-        f"{name}: {printable(tokenizer.decode(ids[-200:] if name == 'prompt' else ids[:200]))}"
-        for name, ids in texts.items()
-    ]
-    text = "\n".join(lines).replace("\n", "\n    ")
-    return f"first record (tokens of the answers have loss):\n    {text}"
+    lines = []
+    for name, ids in texts.items():
+        part = ids[-SAMPLE_TOKENS:] if name == "prompt" else ids[:SAMPLE_TOKENS]
+        text, cut = printable(tokenizer.decode(part)), len(part) < len(ids)
+        before, after = ("... ", "") if name == "prompt" else ("", " ...")
+        lines.append(f"{name}: {before * cut}{text}{after * cut}")
+    shown = "\n".join(lines).replace("\n", "\n    ")
+    return f"first record (the answers are compared):\n    {shown}"
