@@ -135,12 +135,10 @@ def _unread_keys(config: Config) -> Iterator[Finding]:
     if config.excess_length_strategy == "split":
         key, why = "excess_length_strategy", "the parts of an answer have no prompt"
         yield bad_value(key, f"{key}: split contradicts rl", why, f"set {key}: truncate")
-    if config.rl == "kto" and config.micro_batch_size < 2:
-        key, why = (
-            "micro_batch_size",
-            "the other answers of a batch are its estimate of the KL term",
-        )
-        yield bad_value(key, f"rl: kto needs {key} of 2 or more", why, f"set {key}: 2")
+    for key in ("micro_batch_size", "eval_batch_size") if config.rl == "kto" else ():
+        if getattr(config, key) == 1:
+            why = "the other answers of a batch are its estimate of the KL term"
+            yield bad_value(key, f"rl: kto needs {key} of 2 or more", why, f"set {key}: 2")
 
 
 def _preference_types(config: Config) -> Iterator[Finding]:

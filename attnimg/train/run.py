@@ -240,7 +240,8 @@ def _load_documents(
         report.log(f"warning: {warning}")
     lengths = [len(documents.train), len(documents.validation or ())]
     if lengths[1]:
-        report.log(f"{lengths[0]:,} documents to train on, {lengths[1]:,} to evaluate")
+        unit = documents.figures[0].unit
+        report.log(f"{lengths[0]:,} {unit} to train on, {lengths[1]:,} to evaluate")
     content = [figures.content for figures in documents.figures]
     _require_same(
         config,

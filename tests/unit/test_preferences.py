@@ -12,7 +12,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "fixtures"))
 from tiny_preferences import labeled, pairs, write
-from tiny_run import lines, losses, make_model, run
+from tiny_run import config_for, lines, losses, make_model, run
 
 from attnimg.train.distributed import Stopped
 
@@ -137,8 +137,9 @@ def plain_kto(policy: Plain, reference: Plain) -> float:
 PLAIN = {"dpo": plain_dpo, "ipo": plain_ipo, "orpo": plain_orpo, "kto": plain_kto}
 
 
-@pytest.mark.parametrize("adapter", [{}, LORA], ids=["full", "lora"])
-@pytest.mark.parametrize("rl", ["dpo", "orpo", "kto"])
+@pytest.mark.parametrize(
+    ("rl", "adapter"), [("dpo", {}), ("dpo", LORA), ("orpo", LORA), ("kto", {})]
+)
 def test_the_loss_falls(tiny: Path, tmp_path: Path, rl: str, adapter: dict[str, Any]) -> None:
     keys = {**data(tmp_path, rl), **adapter, "micro_batch_size": 8, "max_steps": 20}
     run(tiny, tmp_path / "out", **{**keys, "learning_rate": 1e-2 if adapter else 2e-3})
@@ -191,6 +192,34 @@ def test_the_reference_of_an_adapter_is_the_model_without_it(
     saved = sorted(path.name for path in (tmp_path / "out/checkpoint-2").iterdir())
     assert "ref" not in saved
     assert "adapter_model.safetensors" in saved
+
+
+@pytest.mark.parametrize(("rl", "rows"), [("dpo", 6), ("ipo", 6), ("orpo", 6), ("kto", 3)])
+def test_attention_is_proven_for_the_rows_that_the_trainer_calls(
+    tiny: Path, tmp_path: Path, rl: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both answers of three pairs are in one batch, padded, without documents to isolate."""
+    from transformers import LlamaModel
+
+    from attnimg.facts import Arch
+    from attnimg.task import build_problem
+
+    forward, called = LlamaModel.forward, list[tuple[int, int, bool]]()
+
+    def spy(self: Any, input_ids: Any = None, attention_mask: Any = None, **options: Any) -> Any:
+        if self.training or not torch.is_grad_enabled():
+            called.append((*input_ids.shape, attention_mask is not None))
+        return forward(self, input_ids=input_ids, attention_mask=attention_mask, **options)
+
+    keys = {**data(tmp_path, rl), "micro_batch_size": 3, "max_steps": 1}
+    config = config_for(tiny, **keys)
+    problem = build_problem(config, model=None, dropout=0.0, arch=Arch(name="cpu", vendor="cpu"))
+    assert (problem.rows, problem.packing) == (rows, False)
+    monkeypatch.setattr(LlamaModel, "forward", spy)
+    run(tiny, tmp_path / "out", **keys)
+    of_step = called[-4 if rl == "kto" else -1 if rl == "orpo" else -2 :]
+    assert {(count, masked) for count, _, masked in of_step} == {(rows, True)}
+    assert max(length for _, length, _ in of_step) <= config.sequence_len
 
 
 def test_a_full_run_starts_from_its_reference_and_saves_one_model(

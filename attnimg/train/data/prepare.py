@@ -86,6 +86,7 @@ class SourceFigures:
         content: SHA-256 of the documents' tokens and labels, in order.
         read: SHA-256 of the records, before a template renders them.
         reused: whether the documents were found in dataset_prepared_path.
+        unit: what the documents are called in messages.
     """
 
     key: str
@@ -106,11 +107,12 @@ class SourceFigures:
     content: str = ""
     read: str = ""
     reused: bool = False
+    unit: str = "documents"
 
 
 def summary_line(figures: SourceFigures) -> str:
     """Return the statistics of a source in one line, without counts of 0."""
-    parts = [f"{figures.records:,} records -> {figures.documents:,} documents"]
+    parts = [f"{figures.records:,} records -> {figures.documents:,} {figures.unit}"]
     longer = f"longer than {figures.sequence_len:,} tokens"
     for count, what in (
         (figures.empty, "empty ones dropped"),

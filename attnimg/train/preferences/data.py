@@ -120,6 +120,7 @@ def prepare_preferences(
         key=source.key,
         path=source.spec.path,
         type=type_name(source.spec),
+        unit="answers" if config.rl == "kto" else "pairs",
         sequence_len=config.sequence_len,
         content=content.hexdigest(),
         read=read.hexdigest(),

@@ -11,7 +11,6 @@ from attnimg.config.schema import preference_types
 from attnimg.config.without_effect import keys_without_effect
 
 PAIRS = {"path": "a.jsonl", "type": "chatml.intel"}
-LABELS = {"path": "a.jsonl", "type": "chatml.intel"}
 DPO, KTO = {"rl": "dpo"}, {"rl": "kto", "micro_batch_size": 2}
 ORPO = {"rl": "orpo", "datasets": [{"path": "a.jsonl", "type": "chat_template.argilla"}]}
 
@@ -35,9 +34,11 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
                                "kto_desirable_weight"),
     "two weights of orpo": (ORPO | {"orpo_alpha": 0.1, "rl_beta": 0.2}, "bad-value", "orpo_alpha"),
     "one row of kto": ({"rl": "kto"}, "bad-value", "micro_batch_size"),
+    "one row of kto evaluated": (KTO | {"eval_batch_size": 1, "val_set_size": 0.1},
+                                 "bad-value", "eval_batch_size"),
     "loss on prompts": (DPO | {"train_on_inputs": True}, "bad-value", "train_on_inputs"),
     "shards of weights": (DPO | {"deepspeed": "zero2.json"}, "bad-value", "deepspeed"),
-    "labels for dpo": (DPO | {"datasets": [LABELS | {"type": "chatml.argilla"}]},
+    "labels for dpo": (DPO | {"datasets": [PAIRS | {"type": "chatml.argilla"}]},
                        "unsupported-key", "datasets[0].type"),
     "pairs for kto": (KTO | {"datasets": [PAIRS | {"type": "chat_template.default"}]},
                       "unsupported-key", "datasets[0].type"),
