@@ -38,7 +38,8 @@ _READ_BY = {
 }
 # Losses of TRL that read label_smoothing. Source: trl 1.16.0, dpo_trainer.py (2026-11-27)
 _SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")
-_SORTED = ("aot", "aot_unpaired")
+# Losses that TRL cannot weight: it sorts the pairs, or changes what the backward pass reads.
+_UNWEIGHTED = ("aot", "aot_unpaired", "hinge", "sft")
 # Keys that preference training does not read, and the reason.
 _ONE_TOKEN_LOSS = "it is about the loss of single tokens"
 _ONE_ROW = "a pair of answers is a row of its own, padded to the longest of its batch"
@@ -115,10 +116,10 @@ def _losses(config: Config) -> Iterator[Finding]:
     if "exo_pair" in losses and not smoothing:
         why = "found none; the loss exo_pair takes its logarithm"
         yield bad_value(key, f"exo_pair needs {key}", why, f"set {key}: 0.001")
-    if config.dpo_use_weighting and set(losses) & set(_SORTED):
-        why = "these losses sort the pairs, which have other weights then"
-        what = "dpo_use_weighting contradicts aot and aot_unpaired"
-        yield bad_value("dpo_use_weighting", what, why, "remove dpo_use_weighting")
+    unweighted = [loss for loss in losses if loss in _UNWEIGHTED]
+    if config.dpo_use_weighting and unweighted:
+        key, why = "dpo_use_weighting", "TRL 1.16 has no weights of pairs for it"
+        yield bad_value(key, f"{key} contradicts the loss {unweighted[0]}", why, f"remove {key}")
 
 
 def _unread_keys(config: Config) -> Iterator[Finding]:

@@ -29,6 +29,9 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
                                 "bad-value", "dpo_loss_weights"),
     "smoothing of sigmoid": (DPO | {"dpo_label_smoothing": 0.1},
                              "bad-value", "dpo_label_smoothing"),
+    "weights of a loss that has none": (
+        DPO | {"dpo_loss_type": ["sigmoid", "sft"], "dpo_use_weighting": True},
+        "bad-value", "dpo_use_weighting"),
     "a beta of 0": (DPO | {"rl_beta": 0}, "bad-value", "rl_beta"),
     "weights of kto for dpo": (DPO | {"kto_desirable_weight": 2}, "bad-value",
                                "kto_desirable_weight"),
