@@ -41,8 +41,8 @@ datasets:
 learning_rate: 1e-3
 ```
 
-More of them are in `examples/`: `lora.yaml`, `qlora.yaml`, `chat.yaml`, `pretrain.yaml`. A mistake
-looks like this:
+More of them are in `examples/`: `lora.yaml`, `qlora.yaml`, `chat.yaml`, `dpo.yaml`,
+`pretrain.yaml`. A mistake looks like this:
 
 ```
 $ attnimg check wrong.yaml
