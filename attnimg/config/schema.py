@@ -127,6 +127,29 @@ def _to_list_of_specs(value: object) -> object:
     return [value] if isinstance(value, dict) else value
 
 
+def _to_arguments(value: object) -> object:
+    """Return a mapping for text of the form "name=value, name=value", which axolotl accepts.
+
+    Source: axolotl 0.19.0, core/builders/base.py, _configure_optimizer (2026-11-27)
+    """
+    if not isinstance(value, str):
+        return value or None
+    pairs = [pair.strip().partition("=") for pair in value.split(",") if pair.strip()]
+    if not all(name.strip() and text.strip() for name, _, text in pairs):
+        raise ValueError("should be a mapping, or pairs of the form name=value")
+    return {name.strip(): _to_scalar(text.strip()) for name, _, text in pairs} or None
+
+
+def _to_scalar(text: str) -> object:
+    """Return text as a boolean or number where it is one."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 def _check_weight_pattern(text: str) -> str:
     """Raise for an invalid pattern of unfrozen_parameters."""
     parse_weight_pattern(text)
@@ -295,6 +318,22 @@ class DatasetSpec(BaseModel):
     trust_remote_code: Flag | None = None
 
 
+class RateGroup(BaseModel):
+    """One entry of `lr_groups`: weights with a learning rate of their own.
+
+    Attributes:
+        name: what it is called in messages.
+        modules: parts of the names of its weights.
+        lr: its learning rate.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Text
+    modules: Annotated[list[Text], Field(min_length=1)]
+    lr: Annotated[Positive, BeforeValidator(_to_learning_rate)]
+
+
 class Config(BaseModel):
     """The validated config of a run, with defaults and without legacy keys."""
 
@@ -375,7 +414,9 @@ class Config(BaseModel):
     ) = None
     embedding_lr: Positive | None = None
     embedding_lr_scale: Positive | None = None
+    lr_groups: list[RateGroup] | None = None
     optimizer: Optimizer = "adamw_torch_fused"
+    optim_args: Annotated[dict[Text, Any] | None, BeforeValidator(_to_arguments)] = None
     lr_scheduler: Scheduler = "cosine"
     lr_scheduler_kwargs: dict[str, Any] | None = None
     cosine_min_lr_ratio: Share | None = None
@@ -395,6 +436,7 @@ class Config(BaseModel):
     # Precision and memory
     bf16: Literal["auto", "full"] | Flag = "auto"
     fp16: Flag | None = None
+    float16: Flag | None = None
     tf32: Literal["auto"] | Flag | None = None
     load_in_4bit: Flag | None = None
     load_in_8bit: Flag | None = None
@@ -416,6 +458,7 @@ class Config(BaseModel):
 
     # Adapter
     adapter: Literal["lora", "qlora"] | None = None
+    lora_model_dir: PathText | None = None
     lora_r: Count = 8
     lora_alpha: Count = 16
     lora_dropout: Share = 0.0

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from attnimg.config.rules import SCHEDULER_NEEDS
+from attnimg.config.optimizer_rules import SCHEDULER_NEEDS
 from attnimg.config.schema import Config, SaveStrategy, Strategy
 from attnimg.errors import bad_value
 from attnimg.facts import Machine, Plan, RunContext
@@ -104,6 +104,7 @@ def training_arguments(
     if config.deepspeed and config.bf16 != "full":
         autocast = context.dtype  # DeepSpeed's engine casts where accelerate would autocast.
     scheduler, scheduler_kwargs = scheduler_arguments(config)
+    options = config.optim_args or {}
     uses_eval_loss = (
         bool(config.early_stopping_patience or config.load_best_model_at_end)
         or scheduler == "reduce_lr_on_plateau"
@@ -118,6 +119,7 @@ def training_arguments(
         "adam_beta1": config.adam_beta1,
         "adam_beta2": config.adam_beta2,
         "adam_epsilon": config.adam_epsilon,
+        "optim_args": ",".join(f"{name}={value}" for name, value in options.items()) or None,
         "lr_scheduler_kwargs": scheduler_kwargs or None,
         "torch_empty_cache_steps": config.torch_empty_cache_steps,
         "neftune_noise_alpha": config.neftune_noise_alpha or None,

@@ -152,11 +152,31 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "other roles in mistral-common": (
         {"tokenizer_use_mistral_common": True, **chat(roles_to_train=["user"])},
         "bad-value", "datasets[0].roles_to_train"),
+    "an argument that the optimizer does not read": (
+        {"optimizer": "adamw_torch", "optim_args": {"momentum": 0.9}}, "bad-value", "optim_args"),
+    "an argument that is a key": (
+        {"optimizer": "sgd", "optim_args": "momentum=0.9,weight_decay=0.1"},
+        "bad-value", "optim_args"),
+    "an argument of another type": (
+        {"optimizer": "sgd", "optim_args": {"momentum": "high"}}, "bad-value", "optim_args"),
+    "a number for a flag": (
+        {"optimizer": "rmsprop", "optim_args": {"centered": 1}}, "bad-value", "optim_args"),
+    "arguments that are no pairs": (
+        {"optimizer": "sgd", "optim_args": "momentum"}, "bad-value", "optim_args"),
+    "nesterov without momentum": (
+        {"optimizer": "sgd", "optim_args": {"nesterov": True}}, "bad-value", "optim_args"),
+    "two groups of one name": (
+        {"lr_groups": [{"name": "a", "modules": ["q_proj"], "lr": 1e-5}] * 2},
+        "bad-value", "lr_groups"),
+    "a group without modules": (
+        {"lr_groups": [{"name": "a", "modules": [], "lr": 1e-5}]}, "bad-value", "lr_groups"),
+    "rates of groups and of B": (
+        LORA | {"lr_groups": [{"name": "a", "modules": ["q_proj"], "lr": 1e-5}],
+                "loraplus_lr_ratio": 16}, "bad-value", "lr_groups"),
+    "float16 without loss scaling": (
+        {"float16": True, "bf16": False}, "unsupported-key", "float16"),
     "experts without 4 bits": (
         LORA | {"quantize_moe_experts": True}, "bad-value", "quantize_moe_experts"),
-    "quantized experts that are trained": (
-        QLORA | {"quantize_moe_experts": True, "lora_target_parameters": ["experts.down_proj"]},
-        "bad-value", "quantize_moe_experts"),
     "quantized experts that are sharded": (
         QLORA | {"quantize_moe_experts": True, "fsdp": ["full_shard"]},
         "bad-value", "quantize_moe_experts"),
@@ -293,6 +313,33 @@ RIGHT: dict[str, dict[str, Any]] = {
         "lora_rank_pattern": {"q_proj": 4},
     },
     "quantized experts": QLORA | {"quantize_moe_experts": True},
+    "quantized experts that are trained": QLORA
+    | {
+        "quantize_moe_experts": True,
+        "lora_target_linear": True,
+        "lora_target_parameters": ["experts.down_proj"],
+    },
+    "arguments of an optimizer": {
+        "optimizer": "sgd",
+        "optim_args": {"momentum": 0.9, "nesterov": True, "dampening": 0},
+    },
+    "arguments of an optimizer as text": {
+        "optimizer": "rmsprop",
+        "optim_args": "momentum=0.9, alpha = 0.5,centered=True",
+    },
+    "no arguments of an optimizer": {"optim_args": ""},
+    "random rounding": {
+        "optimizer": "adamw_torch_8bit",
+        "optim_args": {"bf16_stochastic_round": True},
+    },
+    "rates of groups": {
+        "lr_groups": [
+            {"name": "attention", "modules": ["q_proj", "k_proj"], "lr": "1e-5"},
+            {"name": "mlp", "modules": ["up_proj"], "lr": 1e-6},
+        ]
+    },
+    "float16 beside fp16": {"float16": True, "fp16": True, "bf16": False},
+    "float16 beside bf16": {"float16": True},
     "quantized experts in 8 bits": LORA | {"quantize_moe_experts": True, "load_in_8bit": True},
     "weights and rows": {
         "unfrozen_parameters": ["^lm_head.weight$[:5]", "model.layers.2[0-9]+.mlp"],
@@ -456,7 +503,8 @@ def test_a_split_is_judged_as_datasets_judges_it(split: str) -> None:
 # its function, and by its code or the function that builds it; x2 where there are two.
 NEEDS = {
     "model": """
-        _check_loaded bad_model, _freeze_rows bad_value, _load_errors bad_model,
+        _check_loaded bad_model, _empty_group bad_value, _freeze_rows bad_value,
+        _load_errors bad_model,
         _load_errors pickled-weights, _no_match bad_value, _no_weight bad_value,
         _not_causal_error not-causal-lm, _quantization_error quantized-checkpoint,
         _refuse_embeddings bad_value, _refused_field bad_value, _require_adapter
@@ -464,16 +512,22 @@ NEEDS = {
         _require_scale _quantization_error x3, _resize_embeddings bad_value, _unknown_field
         _refused_field, _unknown_names bad_value, _untrained_error bad-value, add_adapter
         bad_value, change_fields _refused_field x2, change_fields _unknown_field,
+        create_optimizer_with_rates _empty_group,
         freeze_except _no_weight, judge_layers liger-unknown-model, judge_positions
         positions-short, judge_quantization _quantization_error x4, list_tasks
         liger-unknown-model, require_causal_class _not_causal_error, require_causal_type
         _not_causal_error, require_embeddings _untrained_error, require_experts bad_value,
         require_finite weights-not-finite, require_known_weights _quantization_error x2,
-        require_modules_to_save _unknown_names, require_no_adapter_on_experts bad_value,
+        require_modules_to_save _unknown_names,
         require_trainable AttnimgError, require_trained_tokens _untrained_error,
         require_trained_weights bad_value, resolve_parameters _unknown_names,
         resolve_parameters bad_value, resolve_targets _no_match, resolve_targets
         _unknown_names
+    """,
+    "a saved adapter": """
+        _find_folder bad-model, _require_adaptable_loss bad_value, _unfit bad_value,
+        load_saved_weights _unfit x2, require_same_layers bad_value, with_saved_adapter
+        bad_value x2
     """,
     "tokenizer": """
         __init__ bad-value x2, _load_mistral not-installed, _require_single_tokens
