@@ -12,8 +12,8 @@ from attnimg.facts import Finding
 
 # Other name -> key.
 # Source: axolotl 0.19.0, utils/schemas/deprecated.py, RemappedParameters;
-# utils/schemas/validation.py, check_eval_strategy and check_neftune; core/builders/base.py,
-# _configure_precision_settings (2026-11-27)
+# utils/schemas/validation.py, check_eval_strategy, check_neftune, check_multipack_buffer_size;
+# core/builders/base.py, _configure_precision_settings (2026-11-27)
 OTHER_NAMES = {
     "adam_eps": "adam_epsilon",
     "bfloat16": "bf16",
@@ -21,6 +21,7 @@ OTHER_NAMES = {
     "gc_steps": "gc_collect_steps",
     "model_config": "overrides_of_model_config",
     "noisy_embedding_alpha": "neftune_noise_alpha",
+    "pretrain_multipack_buffer_size": "streaming_multipack_buffer_size",
     "type_of_model": "model_type",
 }
 

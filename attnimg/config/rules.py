@@ -53,10 +53,21 @@ BNB_VALUES: dict[BnbArgument, tuple[bool | str, ...]] = {
     "bnb_4bit_use_double_quant": (True, False),
     "bnb_4bit_quant_storage": ("uint8", *_DTYPES),
 }
+# Settings of accelerate, and their values that change no batch. Without even_batches, accelerate
+# does not repeat rows at the end of an epoch; attnimg's rows divide evenly in any case.
+# Source: transformers 5.22.2, trainer_pt_utils.py, AcceleratorConfig (2026-11-27)
+_ACCELERATOR: dict[str, tuple[bool, ...]] = {
+    "split_batches": (False,),
+    "dispatch_batches": (False,),
+    "even_batches": (True, False),
+    "use_seedable_sampler": (True,),
+    "use_configured_state": (False,),
+    "non_blocking": (True, False),
+}
 # Keys that change a tokenizer or its template.
 _NOT_WITH_MISTRAL = (
-    "special_tokens", "tokens", "eot_tokens", "chat_template", "chat_template_jinja",
-    "tokenizer_type", "tokenizer_legacy",
+    "special_tokens", "tokens", "added_tokens_overrides", "eot_tokens", "chat_template",
+    "chat_template_jinja", "tokenizer_type", "tokenizer_legacy",
 )  # fmt: skip
 
 
@@ -290,6 +301,21 @@ def _offloading(config: Config) -> Iterator[Finding]:
         yield bad_value(key, "activation_offloading contradicts use_reentrant", why, do)
 
 
+def _accelerator(config: Config) -> Iterator[Finding]:
+    """Yield errors: settings of accelerate with which the batches would be others."""
+    key = "accelerator_config"
+    for name, value in (config.accelerator_config or {}).items():
+        known = _ACCELERATOR.get(name, ())
+        if name == "gradient_accumulation_kwargs" and isinstance(value, dict):
+            name, known = f"{name}.sync_each_batch", (True, False)
+            others = set(value) - {"sync_each_batch"}
+            value = f"another key, {min(others)}" if others else value.get("sync_each_batch")
+        if value is not None and not (isinstance(value, bool) and value in known):
+            needed = " or ".join(str(v).lower() for v in known) or "no such setting"
+            yield bad_value(key, f"{key}.{name} has a value that is not implemented",
+                             f"found {value}; needed {needed}", f"remove {key}")  # fmt: skip
+
+
 def _trackers(config: Config) -> Iterator[Finding]:
     """Yield an error for a tracker that is turned off and has a project: axolotl turns it on."""
     for flag, key in (("use_wandb", "wandb_project"), ("use_mlflow", "mlflow_experiment_name")):
@@ -313,5 +339,6 @@ _RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (_trained_weights, ("adapter", "unfrozen_parameters", "gradient_checkpointing_kwargs")),
     (_offloading, ("gradient_checkpointing", "activation_offloading")),
     *DATASET_RULES,
+    (_accelerator, ("accelerator_config",)),
     (_trackers, ()),
 )

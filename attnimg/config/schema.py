@@ -348,6 +348,7 @@ class Config(BaseModel):
     trust_remote_code: Flag | None = None
     special_tokens: dict[SpecialToken, Text | list[Text]] | None = None
     tokens: list[Text] | None = None
+    added_tokens_overrides: dict[Annotated[int, Field(ge=0)], Text] | None = None
     tokenizer_use_mistral_common: Flag | None = None
     tokenizer_legacy: Flag | None = None
     tokenizer_save_jinja_files: Flag | None = None
@@ -533,6 +534,7 @@ class Config(BaseModel):
     deepspeed: PathText | dict[str, Any] | None = None
     ddp_timeout: Count | None = None
     ddp_find_unused_parameters: Flag | None = None
+    accelerator_config: dict[Text, Any] | None = None
     gc_collect_steps: Annotated[int, BeforeValidator(_require_number), Field(ge=-1)] | None = None
     torch_empty_cache_steps: Count | None = None
     dataloader_num_workers: Workers | None = None
@@ -562,10 +564,17 @@ def dataset_entries(config: Config) -> Iterator[tuple[str, DatasetSpec, bool]]:
 
 
 def is_streamed(config: Config) -> bool:
-    """Return whether only as many records are read as max_steps needs."""
-    if config.streaming is not None:
-        return config.streaming
-    return bool(config.pretraining_dataset and config.streaming_multipack_buffer_size)
+    """Return whether only as many records are read as max_steps needs.
+
+    axolotl always streams a pretraining_dataset, and then needs max_steps.
+    Source: axolotl 0.19.0, utils/data/sft.py, prepare_datasets (2026-11-27)
+    """
+    specs = config.pretraining_dataset or ()
+    if config.streaming is not None or not specs:
+        return bool(config.streaming)
+    others = config.val_set_size or config.dataset_exact_deduplication or specs[0].shards
+    possible = len(specs) == 1 and config.max_steps and not others
+    return bool(config.streaming_multipack_buffer_size or possible)
 
 
 def trackers(config: Config) -> tuple[str, ...]:

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 # Compared by value: a different value results in a different model.
 BY_VALUE = frozenset(
     {
-        "model_type", "tokenizer_type", "special_tokens", "tokens", "scaling_softmax",
+        "model_type", "tokenizer_type", "special_tokens", "tokens", "added_tokens_overrides",
+        "scaling_softmax",
         "streaming", "streaming_multipack_buffer_size", "pretrain_multipack_attn",
         "shuffle_merged_datasets", "shuffle_before_merging_datasets",
         "dataset_exact_deduplication", "val_set_size", "sequence_len", "min_sample_len",
@@ -92,8 +93,9 @@ NOT_COMPARED = frozenset(
         "liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_swiglu", "liger_layer_norm",
         "save_strategy", "save_steps", "saves_per_epoch", "save_total_limit", "save_only_model",
         "resume_from_checkpoint", "auto_resume_from_checkpoints", "ddp_timeout",
-        "ddp_find_unused_parameters", "dataloader_num_workers", "dataloader_pin_memory",
-        "strict", "float16", "use_wandb", "wandb_project", "wandb_entity", "wandb_name",
+        "ddp_find_unused_parameters", "accelerator_config", "dataloader_num_workers",
+        "dataloader_pin_memory", "strict", "float16",
+        "use_wandb", "wandb_project", "wandb_entity", "wandb_name",
         "wandb_run_id", "wandb_mode", "wandb_watch", "wandb_log_model", "use_mlflow",
         "mlflow_tracking_uri", "mlflow_experiment_name", "mlflow_run_name",
         "hf_mlflow_log_artifacts", "use_tensorboard", "hub_model_id", "hub_strategy",

@@ -305,6 +305,8 @@ CASES: dict[str, Case] = {
     "nesterov without momentum": Case(code="bad-value", values={
         "optimizer": "sgd", "optim_args": {"nesterov": True}}),
     "float16 beside bf16": Case(code="without-effect", values={"float16": True, "bf16": True}),
+    "batches split over processes": Case(code="bad-value", values={
+        "accelerator_config": {"split_batches": True}}),
     "float16 without loss scaling": Case(code="unsupported-key", values={
         "float16": True, "bf16": False}),
     "quantized experts that are sharded": Case(code="bad-value", options=2, values={
@@ -356,7 +358,10 @@ CASES: dict[str, Case] = {
     **{f"{key} of axolotl": Case(code="unsupported-key", values={key: "x"})
        for key in ("ring_attn_func", "rope_scaling", "use_trackio", "use_onebitllms", "trl",
                    "fp8", "gpu_count", "curriculum_sampling", "relora_steps", "generate_samples",
-                   "adam_beta3", "use_ray")},
+                   "adam_beta3", "use_ray", "dataloader_drop_last", "use_pose", "device", "gptq",
+                   "overrides_of_model_kwargs", "qat", "peft_trainable_token_indices",
+                   "lisa_n_layers", "role_boundaries", "sample_packing_sequentially",
+                   "merge_lora")},
     "a plugin of axolotl": Case(code="unsupported-key", values={"plugins": ["my.Plugin"]}),
     "plugins that are no names": Case(code="bad-value", values={"plugins": 3}),
     "a transform of axolotl": Case(code="unsupported-key", entry={"input_transform": "x"}),

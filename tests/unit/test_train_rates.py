@@ -62,6 +62,9 @@ def test_the_rates_of_a_run(tiny: Path, tmp_path: Path, name: str) -> None:
     run(tiny, tmp_path, max_steps=8, learning_rate=RATE, **keys)
     found = rates(tmp_path)
     assert {step: found[step] for step in expected} == pytest.approx(expected)
+    used = json.loads((tmp_path / "receipt.json").read_text())["applied"]["scheduler"]
+    warmup = keys.get("warmup_steps", 0)
+    assert used["warmup_steps"] == (warmup if warmup >= 1 else 8 * warmup)
 
 
 @pytest.mark.parametrize("name", ["a quadratic warmup", "a constant end after a warmup"])

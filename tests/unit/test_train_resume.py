@@ -46,6 +46,7 @@ OTHER = {
     "optimizer": "sgd", "lr_scheduler": "linear", "lr_scheduler_kwargs": {"num_cycles": 2},
     "cosine_constant_lr_ratio": 0.5, "eta_min": 1e-5, "lr_quadratic_warmup": True,
     "neftune_noise_alpha": 5.0, "embedding_lr": 1e-5, "embedding_lr_scale": 0.5,
+    "added_tokens_overrides": {5: "<a>"},
     "lr_groups": [{"name": "a", "modules": ["q_proj"], "lr": 1e-5}],
     "optim_args": {"momentum": 0.9},
     "loraplus_lr_ratio": 16.0, "loraplus_lr_embedding": 1e-5,
@@ -80,7 +81,7 @@ NOT_COMPARED = {
     "logging_steps": 5, "save_strategy": "epoch", "save_steps": 7, "save_total_limit": 1,
     "resume_from_checkpoint": True, "dataloader_num_workers": 2, "eval_steps": 3,
     "test_datasets": [{"path": "tests"}], "wandb_project": "p", "use_mlflow": True,
-    "hub_model_id": "me/model",
+    "hub_model_id": "me/model", "accelerator_config": {"non_blocking": True}, "float16": True,
     "loss_watchdog_threshold": 9.0,
     "loss_watchdog_patience": 5,
 }  # fmt: skip

@@ -17,6 +17,7 @@ from attnimg.config.schema import CheckResult, Config
 
 VALUES = {"adam_eps": 1e-6, "bfloat16": True, "evaluation_strategy": "no", "gc_steps": 10,
           "model_config": {"rms_norm_eps": 1e-5}, "noisy_embedding_alpha": 5,
+          "pretrain_multipack_buffer_size": 100,
           "type_of_model": "LlamaForCausalLM"}  # fmt: skip
 
 

@@ -175,6 +175,21 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
                 "loraplus_lr_ratio": 16}, "bad-value", "lr_groups"),
     "float16 without loss scaling": (
         {"float16": True, "bf16": False}, "unsupported-key", "float16"),
+    "batches split over processes": (
+        {"accelerator_config": {"split_batches": True}}, "bad-value", "accelerator_config"),
+    "a setting that accelerate lacks": (
+        {"accelerator_config": {"even": True}}, "bad-value", "accelerator_config"),
+    "steps of accelerate": (
+        {"accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 2}}},
+        "bad-value", "accelerator_config"),
+    "a synchronization that is no flag": (
+        {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": 2}}},
+        "bad-value", "accelerator_config"),
+    "renamed tokens in mistral-common": (
+        {"tokenizer_use_mistral_common": True, "added_tokens_overrides": {5: "<a>"}},
+        "bad-value", "added_tokens_overrides"),
+    "a renamed token that is no number": (
+        {"added_tokens_overrides": {"first": "<a>"}}, "bad-value", "added_tokens_overrides"),
     "experts without 4 bits": (
         LORA | {"quantize_moe_experts": True}, "bad-value", "quantize_moe_experts"),
     "quantized experts that are sharded": (
@@ -340,6 +355,16 @@ RIGHT: dict[str, dict[str, Any]] = {
     },
     "float16 beside fp16": {"float16": True, "fp16": True, "bf16": False},
     "float16 beside bf16": {"float16": True},
+    "settings of accelerate": {
+        "accelerator_config": {
+            "gradient_accumulation_kwargs": {"sync_each_batch": True},
+            "split_batches": False,
+            "dispatch_batches": None,
+            "even_batches": False,
+            "non_blocking": True,
+        }
+    },
+    "renamed tokens": {"added_tokens_overrides": {128041: "<a>", "128042": "<b>"}},
     "quantized experts in 8 bits": LORA | {"quantize_moe_experts": True, "load_in_8bit": True},
     "weights and rows": {
         "unfrozen_parameters": ["^lm_head.weight$[:5]", "model.layers.2[0-9]+.mlp"],
@@ -523,6 +548,9 @@ NEEDS = {
         require_trained_weights bad_value, resolve_parameters _unknown_names,
         resolve_parameters bad_value, resolve_targets _no_match, resolve_targets
         _unknown_names
+    """,
+    "added tokens": """
+        _not_free bad_value, rename_tokens _not_free, rename_tokens bad_value
     """,
     "a saved adapter": """
         _find_folder bad-model, _require_adaptable_loss bad_value, _unfit bad_value,
