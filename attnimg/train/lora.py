@@ -132,12 +132,14 @@ def _require_layers(model: Any, config: Config) -> None:
 
 
 def _require_adaptable_loss(model: Any) -> None:
-    """Raise for a saved adapter on the output layer, whose weight the loss uses directly."""
-    output = model.get_base_model().get_output_embeddings()
-    if hasattr(output, "lora_A"):
+    """Raise for a saved adapter on the output layer, or on an embedding tied to it (bad-value)."""
+    base = model.get_base_model()
+    _, tied = find_embeddings(base)
+    layers = [base.get_output_embeddings(), *([base.get_input_embeddings()] if tied else [])]
+    if any(hasattr(layer, "lora_A") for layer in layers):
         raise bad_value(
             "lora_model_dir",
-            "lora_model_dir has an adapter on the output layer",
+            "lora_model_dir has an adapter on the output layer, or on an embedding tied to it",
             why="the loss uses the weight of that layer directly, so its adapter would not be "
             "trained",
             do="remove lora_model_dir",
@@ -181,6 +183,8 @@ def adapter_notes(model: Any, config: Config) -> list[str]:
     if lora is None:
         return []
     notes = []
+    if config.lora_model_dir:
+        notes.append(f"lora_model_dir: training starts with the adapter in {config.lora_model_dir}")
     if lora.ensure_weight_tying:
         names, _ = find_embeddings(model.get_base_model())
         leaves = " and ".join(last_part(name) for name in names)

@@ -8,6 +8,7 @@ Source: axolotl 0.19.0, loaders/adapter.py, load_lora (2026-11-27)
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def _comparable(value: Any) -> Any:
 
 def _find_folder(name: str) -> Path:
     """Return the folder of an adapter: a local one, or one in the cache of the hub."""
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))  # noqa: PTH111  Path's raises for an unknown user
     files = ("adapter_config.json", "adapter_model.safetensors")
     if folder.is_dir():
         require_safetensors(folder, key=KEY)

@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from attnimg.errors import AttnimgError
+from attnimg.train.lora import adapter_notes
 from attnimg.train.model import load_model
 from attnimg.train.saved_adapter import with_saved_adapter
 from attnimg.train.tokenizer import load_tokenizer
@@ -34,7 +37,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(folder: Path, **keys: Any) -> Any:
-    values = with_saved_adapter(tiny_run.config_for(folder, adapter="lora", **keys))
+    values = with_saved_adapter(tiny_run.config_for(folder, **{"adapter": "lora", **keys}))
     return load_model(
         values, tokenizer=load_tokenizer(values, log=lambda _: None), implementation="sdpa",
         context=a_context(dtype="float32"), needs_dtype_cast=False,
@@ -79,7 +82,10 @@ def test_training_goes_on_from_where_it_was(tiny: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("keys", [{}, KEYS, {"lora_target_modules": ["up_proj", "q_proj"]}])
 def test_keys_that_agree_are_accepted(tiny: Path, keys: dict[str, Any]) -> None:
-    model = load(tiny, lora_model_dir=str(tiny / "first"), **keys)
+    keys = {"adapter": "lora", "lora_model_dir": str(tiny / "first"), **keys}
+    model = load(tiny, **keys)
+    (note,) = adapter_notes(model, tiny_run.config_for(tiny, **keys))
+    assert str(tiny / "first") in note
     assert model.peft_config["default"].r == 4
     assert model.get_base_model().model.layers[0].self_attn.q_proj.scaling["default"] == 16
 
@@ -122,6 +128,29 @@ def test_another_kind_of_adapter_is_refused(
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     error = refused(tiny, lora_model_dir=str(path.parent))
     assert (error.code, error.key) == ("bad-value", "lora_model_dir")
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_an_adapter_that_the_loss_would_not_train_is_refused(
+    tiny: Path, tmp_path: Path, target: str, tied: bool
+) -> None:
+    shutil.copytree(tiny / "model", tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path / "model")
+    settings = LoraConfig(target_modules=[target], task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, settings)
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    keys = {"lora_model_dir": str(tmp_path / "adapter")}
+    if target == "embed_tokens" and not tied:
+        load(tmp_path, **keys)
+    else:
+        assert refused(tmp_path, **keys).key == "lora_model_dir"
+
+
+def test_a_folder_of_an_unknown_user_is_refused(tiny: Path) -> None:
+    assert refused(tiny, lora_model_dir="~nobody-here/adapter").code == "bad-model"
 
 
 def test_weights_that_do_not_fit_are_refused(tiny: Path, tmp_path: Path) -> None:
