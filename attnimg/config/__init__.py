@@ -26,6 +26,7 @@ from attnimg.config.other_names import (
     replace_batch_size,
     replace_other_names,
     with_written_name,
+    without_unset,
 )
 from attnimg.config.read import read_yaml, with_overrides
 from attnimg.config.rules import value_errors
@@ -48,6 +49,9 @@ _WITHOUT_DEFAULT = ("base_model", "learning_rate", "datasets", "pretraining_data
 _DATASET_LISTS = ("datasets", "pretraining_dataset", "test_datasets")
 # Keys of a dataset entry, and of special_tokens.
 _NULLABLE = DatasetSpec.model_fields.keys() | set(get_args(SpecialToken))
+# Source: axolotl 0.19.0, utils/data/shared.py, load_dataset_with_config; prompt_strategies/
+# pretrain.py, load (2026-11-27)
+_EMPTY_IS_ABSENT = frozenset({"name", "data_files", "ds_type", "text_column"})
 
 
 def check_file(
@@ -91,8 +95,7 @@ def check_values(
 ) -> CheckResult:
     """Check one mapping of config keys; see check_file."""
     secrets: list[str] = []
-    values = mask_secrets(values, secrets)
-    present = {key: value for key, value in values.items() if value is not None}
+    present = without_unset(mask_secrets(values, secrets))
     errors = [_secret_key(path) for path in secrets]
     errors += [_computed_key(key) for key in keys.COMPUTED if key in present]
     present, written, renamed = replace_other_names(present)
@@ -320,14 +323,20 @@ def _flags(name: Any, backend: Backend | None, *, bad: bool) -> dict[str, Any]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Return a value without nulls in dataset entries and special_tokens: null means absent."""
+    """Return a value without nulls in dataset entries and special_tokens: null means absent.
+
+    So does a text without characters, in the keys of a dataset entry that axolotl tests by their
+    truth.
+    """
     if isinstance(value, list):
         return [_without_nulls(item) for item in value]
     if isinstance(value, dict) and value.keys() & _NULLABLE:
         return {
             key: item
             for key, item in value.items()
-            if item is not None and not (item is False and key in keys.dataset_key_answers())
+            if item is not None
+            and not (item is False and key in keys.dataset_key_answers())
+            and not (item == "" and key in _EMPTY_IS_ABSENT)
         }
     return value
 

@@ -1,4 +1,4 @@
-"""Replace other names of keys, and the key that another one is computed from, as axolotl does."""
+"""Replace what axolotl replaces: other names of keys, values that turn a key off, batch_size."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from attnimg.facts import Finding
 
 # Other name -> key.
 # Source: axolotl 0.19.0, utils/schemas/deprecated.py, RemappedParameters;
-# utils/schemas/validation.py, check_eval_strategy and check_neftune; core/builders/base.py,
-# _configure_precision_settings (2026-11-27)
+# utils/schemas/validation.py, check_eval_strategy, check_neftune, check_multipack_buffer_size;
+# core/builders/base.py, _configure_precision_settings (2026-11-27)
 OTHER_NAMES = {
     "adam_eps": "adam_epsilon",
     "bfloat16": "bf16",
@@ -21,8 +21,52 @@ OTHER_NAMES = {
     "gc_steps": "gc_collect_steps",
     "model_config": "overrides_of_model_config",
     "noisy_embedding_alpha": "neftune_noise_alpha",
+    "pretrain_multipack_buffer_size": "streaming_multipack_buffer_size",
     "type_of_model": "model_type",
 }
+
+
+# Keys that a text without characters turns off, and numbers that 0 or false does.
+# Source: axolotl 0.19.0, which tests them by their truth: core/builders/base.py and causal.py,
+# loaders/*.py, utils/config/__init__.py, normalize_config, utils/data/shared.py (2026-11-27)
+EMPTY_IS_UNSET = frozenset(
+    {
+        "revision_of_model", "model_type", "tokenizer_type", "tokenizer_config",
+        "experts_implementation", "dataset_prepared_path", "chat_template_jinja",
+        "default_system_message", "lr_scheduler", "torch_compile_backend", "adapter",
+        "lora_target_modules", "lora_target_parameters", "peft_init_lora_weights", "eval_strategy",
+        "save_strategy", "metric_for_best_model", "resume_from_checkpoint", "deepspeed",
+        "lora_model_dir",
+    }
+)  # fmt: skip
+ZERO_IS_UNSET = frozenset(
+    {
+        "batch_size", "max_steps", "eval_steps", "save_steps", "save_total_limit",
+        "early_stopping_patience", "loss_watchdog_patience", "ddp_timeout", "min_sample_len",
+    }
+)  # fmt: skip
+# Numbers whose 0 turns something off, for which axolotl reads false as 0.
+FALSE_IS_ZERO = frozenset(
+    {
+        "val_set_size", "evals_per_epoch", "saves_per_epoch", "warmup_steps", "warmup_ratio",
+        "weight_decay", "max_grad_norm", "neftune_noise_alpha", "lora_dropout",
+        "cosine_min_lr_ratio", "cosine_constant_lr_ratio", "dataloader_num_workers",
+    }
+)  # fmt: skip
+
+
+def without_unset(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a config without those that mean that a key is not set."""
+    return {
+        key: 0 if value is False and key in FALSE_IS_ZERO else value
+        for key, value in values.items()
+        if not (
+            value is None
+            or (value == "" and key in EMPTY_IS_UNSET)
+            or (value == 0 and key in ZERO_IS_UNSET)
+            or (value == {} and key == "tokens")
+        )
+    }
 
 
 def replace_other_names(

@@ -1,22 +1,24 @@
 """Check the values of a config: find those that `train` would refuse.
 
-Only the config is read. Rules on datasets are in dataset_rules.py, on attention in attention.py,
-types and ranges in schema.py, keys without effect in without_effect.py; `train` checks what depends
-on files, the model, the machine or installed packages.
+Only the config is read. Rules on datasets are in dataset_rules.py, on optimizer and learning rate
+in optimizer_rules.py, on attention in attention.py, types and ranges in schema.py, keys without
+effect in without_effect.py; `train` checks what depends on files, the model, the machine or
+installed packages.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator
 
 from attnimg.config.dataset_rules import DATASET_RULES, DATASETS, Rule, bad_value
+from attnimg.config.optimizer_rules import OPTIMIZER_RULES
 from attnimg.config.preference_rules import PREFERENCE_RULES
 from attnimg.config.schema import (
     BnbArgument,
     Config,
     dataset_entries,
     is_chat,
+    make_error,
     offloading_mode,
     role_names,
 )
@@ -31,6 +33,7 @@ _EITHER_OR = (
     ("embedding_lr", "embedding_lr_scale"),
     ("loraplus_lr_ratio", "embedding_lr"),
     ("loraplus_lr_ratio", "embedding_lr_scale"),
+    ("loraplus_lr_ratio", "lr_groups"),
     ("save_steps", "saves_per_epoch"),
     ("eval_steps", "evals_per_epoch"),
     ("datasets", "pretraining_dataset"),
@@ -42,11 +45,6 @@ _EITHER_OR = (
 # A key and its older name; one of them may be set, to true or false.
 # Source: axolotl 0.19.0, integrations/liger/args.py, check_deprecated_swiglu (2026-11-27)
 _RENAMED = ("liger_glu_activation", "liger_swiglu")
-# Schedules that need an argument: its possible names, and an example value.
-SCHEDULER_NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
-    "cosine_with_min_lr": (("min_lr", "min_lr_rate"), "1e-6"),
-    "warmup_stable_decay": (("num_decay_steps",), "10"),
-}
 # The values of the arguments of BitsAndBytesConfig.
 # Source: transformers 5.22.2, utils/quantization_config.py, BitsAndBytesConfig (2026-11-27)
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -56,18 +54,22 @@ BNB_VALUES: dict[BnbArgument, tuple[bool | str, ...]] = {
     "bnb_4bit_use_double_quant": (True, False),
     "bnb_4bit_quant_storage": ("uint8", *_DTYPES),
 }
+# Settings of accelerate, and their values that change no batch. Without even_batches, accelerate
+# does not repeat rows at the end of an epoch; attnimg's rows divide evenly in any case.
+# Source: transformers 5.22.2, trainer_pt_utils.py, AcceleratorConfig (2026-11-27)
+_ACCELERATOR: dict[str, tuple[bool, ...]] = {
+    "split_batches": (False,),
+    "dispatch_batches": (False,),
+    "even_batches": (True, False),
+    "use_seedable_sampler": (True,),
+    "use_configured_state": (False,),
+    "non_blocking": (True, False),
+}
 # Keys that change a tokenizer or its template.
 _NOT_WITH_MISTRAL = (
-    "special_tokens", "tokens", "eot_tokens", "chat_template", "chat_template_jinja",
-    "tokenizer_type", "tokenizer_legacy",
+    "special_tokens", "tokens", "added_tokens_overrides", "eot_tokens", "chat_template",
+    "chat_template_jinja", "tokenizer_type", "tokenizer_legacy",
 )  # fmt: skip
-# Keys that only the cosine schedule reads, and what they add to it.
-_COSINE_KEYS = {
-    "cosine_min_lr_ratio": "a minimum learning rate",
-    "eta_min": "a minimum learning rate",
-    "cosine_constant_lr_ratio": "a constant end",
-    "lr_quadratic_warmup": "a quadratic warmup",
-}
 
 
 def value_errors(config: Config, failed: Collection[str]) -> Iterator[Finding]:
@@ -94,6 +96,12 @@ def _contradictions(config: Config) -> Iterator[Finding]:
         new, old = _RENAMED
         why = f"found both; {old} is the older name of {new}"
         yield bad_value(old, f"{old} contradicts {new}", why, f"remove {old}")
+    if config.float16 and not (config.fp16 or config.bf16):
+        why = "found bf16: false and no fp16; weights, gradients and optimizer would be in float16 "
+        why += "without loss scaling, where small gradients and AdamW's epsilon are 0"
+        do = "set fp16: true, which computes in float16 and scales the loss"
+        what = "float16 is not implemented without fp16"
+        yield make_error("unsupported-key", "float16", what, why, do)
     if config.fp16 and config.bf16 in (True, "full"):
         why = "found fp16: true and bf16: true, needed one of them"
         yield bad_value("fp16", "fp16 contradicts bf16", why, "keep bf16 or fp16")
@@ -106,48 +114,6 @@ def _contradictions(config: Config) -> Iterator[Finding]:
             what = f"{key}: {strategy} contradicts {verb}_steps or {verb}s_per_epoch"
             why = f"{verb}_steps and {verb}s_per_epoch need {key}: steps, or no {key}"
             yield bad_value(key, what, why, f"remove {key}")
-
-
-def _schedule(config: Config) -> Iterator[Finding]:
-    name = config.lr_scheduler
-    used = [key for key in _COSINE_KEYS if getattr(config, key) not in (None, False)]
-    for key in used if name != "cosine" else ():
-        do = f"set lr_scheduler: cosine, or remove {key}"
-        what = f"{key} contradicts lr_scheduler: {name}"
-        yield bad_value(key, what, f"only the cosine schedule has {_COSINE_KEYS[key]}", do)
-    if name == "cosine":
-        yield from _cosine(config)
-    needed, value = SCHEDULER_NEEDS.get(name, ((), ""))
-    if needed and not set(needed) & set(config.lr_scheduler_kwargs or {}):
-        key = "lr_scheduler_kwargs"
-        do = f"set {key}: {{{needed[0]}: {value}}}"
-        what = f"lr_scheduler: {name} needs {key}"
-        yield bad_value(key, what, f"needed {' or '.join(needed)}", do)
-
-
-def _cosine(config: Config) -> Iterator[Finding]:
-    """Yield errors: keys of the cosine schedule that contradict one another."""
-    key = "cosine_constant_lr_ratio"
-    if config.cosine_constant_lr_ratio and not config.cosine_min_lr_ratio:
-        why = "it is the share of the steps after which the rate stays at that minimum"
-        do = f"set cosine_min_lr_ratio: 0.1, or remove {key}"
-        yield bad_value(key, f"{key} needs cosine_min_lr_ratio", why, do)
-    if config.eta_min and config.eta_min > (config.learning_rate or math.inf):
-        key, why = "eta_min", f"found {config.eta_min} and learning_rate: {config.learning_rate}"
-        yield bad_value(key, f"{key} is above learning_rate", why, f"remove {key}")
-    variant = next((key for key in ("lr_quadratic_warmup", "cosine_constant_lr_ratio")
-                    if getattr(config, key)), None)  # fmt: skip
-    if variant is None:
-        return
-    # Source: axolotl 0.19.0, core/trainers/mixins/scheduler.py, create_scheduler, which ignores
-    # what is refused here (2026-11-27).
-    others = ["eta_min", "lr_scheduler_kwargs"]
-    if variant == "lr_quadratic_warmup":
-        others += ["cosine_min_lr_ratio", "cosine_constant_lr_ratio"]
-    for key in others:
-        if getattr(config, key):
-            why = f"found both; the cosine with {variant} does not read {key}"
-            yield bad_value(key, f"{key} contradicts {variant}", why, f"keep {key} or {variant}")
 
 
 def _evaluation(config: Config) -> Iterator[Finding]:
@@ -254,7 +220,7 @@ def _quantization(config: Config) -> Iterator[Finding]:
 
 
 def _quantized_experts(config: Config) -> Iterator[Finding]:
-    """Yield errors: experts that can't be quantized, or can't be trained once they are."""
+    """Yield errors: experts that can't be quantized, or not together with sharding."""
     key = "quantize_moe_experts"
     if not config.quantize_moe_experts:
         return
@@ -262,12 +228,6 @@ def _quantized_experts(config: Config) -> Iterator[Finding]:
         yield bad_value(key, f"{key} needs weights in 4 or 8 bits",
                          "found neither load_in_4bit nor load_in_8bit",
                          f"set adapter: qlora, or remove {key}")  # fmt: skip
-    names = [name for name in ("lora_target_linear", "lora_target_parameters")
-             if getattr(config, name)]  # fmt: skip
-    for name in names[:1]:
-        yield bad_value(key, f"{key} contradicts {name}",
-                         "PEFT would train only one of several quantized weights of a layer",
-                         f"remove {' and '.join(names)}, or remove {key}")  # fmt: skip
     sharding = [name for name in ("deepspeed", "fsdp", "fsdp_config") if getattr(config, name)]
     if sharding:
         yield bad_value(key, f"{key} contradicts {sharding[0]}",
@@ -342,6 +302,21 @@ def _offloading(config: Config) -> Iterator[Finding]:
         yield bad_value(key, "activation_offloading contradicts use_reentrant", why, do)
 
 
+def _accelerator(config: Config) -> Iterator[Finding]:
+    """Yield errors: settings of accelerate with which the batches would be others."""
+    key = "accelerator_config"
+    for name, value in (config.accelerator_config or {}).items():
+        known = _ACCELERATOR.get(name, ())
+        if name == "gradient_accumulation_kwargs" and isinstance(value, dict):
+            name, known = f"{name}.sync_each_batch", (True, False)
+            others = set(value) - {"sync_each_batch"}
+            value = f"another key, {min(others)}" if others else value.get("sync_each_batch")
+        if value is not None and not (isinstance(value, bool) and value in known):
+            needed = " or ".join(str(v).lower() for v in known) or "no such setting"
+            yield bad_value(key, f"{key}.{name} has a value that is not implemented",
+                             f"found {value}; needed {needed}", f"remove {key}")  # fmt: skip
+
+
 def _trackers(config: Config) -> Iterator[Finding]:
     """Yield an error for a tracker that is turned off and has a project: axolotl turns it on."""
     for flag, key in (("use_wandb", "wandb_project"), ("use_mlflow", "mlflow_experiment_name")):
@@ -354,7 +329,7 @@ def _trackers(config: Config) -> Iterator[Finding]:
 # Each rule, and the keys that it depends on: it is skipped if their values are invalid.
 _RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (_contradictions, ()),
-    (_schedule, ("lr_scheduler", "lr_scheduler_kwargs")),
+    *OPTIMIZER_RULES,
     (_evaluation, ("val_set_size", "test_datasets")),
     (_adapter, ("adapter",)),
     (
@@ -366,5 +341,6 @@ _RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (_offloading, ("gradient_checkpointing", "activation_offloading")),
     *DATASET_RULES,
     *PREFERENCE_RULES,
+    (_accelerator, ("accelerator_config",)),
     (_trackers, ()),
 )

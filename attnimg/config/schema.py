@@ -127,6 +127,29 @@ def _to_list_of_specs(value: object) -> object:
     return [value] if isinstance(value, dict) else value
 
 
+def _to_arguments(value: object) -> object:
+    """Return a mapping for text of the form "name=value, name=value", which axolotl accepts.
+
+    Source: axolotl 0.19.0, core/builders/base.py, _configure_optimizer (2026-11-27)
+    """
+    if not isinstance(value, str):
+        return value or None
+    pairs = [pair.strip().partition("=") for pair in value.split(",") if pair.strip()]
+    if not all(name.strip() and text.strip() for name, _, text in pairs):
+        raise ValueError("should be a mapping, or pairs of the form name=value")
+    return {name.strip(): _to_scalar(text.strip()) for name, _, text in pairs} or None
+
+
+def _to_scalar(text: str) -> object:
+    """Return text as a boolean or number where it is one."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 def _check_weight_pattern(text: str) -> str:
     """Raise for an invalid pattern of unfrozen_parameters."""
     parse_weight_pattern(text)
@@ -355,6 +378,22 @@ class DatasetSpec(BaseModel):
     trust_remote_code: Flag | None = None
 
 
+class RateGroup(BaseModel):
+    """One entry of `lr_groups`: weights with a learning rate of their own.
+
+    Attributes:
+        name: what it is called in messages.
+        modules: parts of the names of its weights.
+        lr: its learning rate.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Text
+    modules: Annotated[list[Text], Field(min_length=1)]
+    lr: Annotated[Positive, BeforeValidator(_to_learning_rate)]
+
+
 class Config(BaseModel):
     """The validated config of a run, with defaults and without legacy keys."""
 
@@ -369,6 +408,7 @@ class Config(BaseModel):
     trust_remote_code: Flag | None = None
     special_tokens: dict[SpecialToken, Text | list[Text]] | None = None
     tokens: list[Text] | None = None
+    added_tokens_overrides: dict[Annotated[int, Field(ge=0)], Text] | None = None
     tokenizer_use_mistral_common: Flag | None = None
     tokenizer_legacy: Flag | None = None
     tokenizer_save_jinja_files: Flag | None = None
@@ -435,7 +475,9 @@ class Config(BaseModel):
     ) = None
     embedding_lr: Positive | None = None
     embedding_lr_scale: Positive | None = None
+    lr_groups: list[RateGroup] | None = None
     optimizer: Optimizer = "adamw_torch_fused"
+    optim_args: Annotated[dict[Text, Any] | None, BeforeValidator(_to_arguments)] = None
     lr_scheduler: Scheduler = "cosine"
     lr_scheduler_kwargs: dict[str, Any] | None = None
     cosine_min_lr_ratio: Share | None = None
@@ -455,6 +497,7 @@ class Config(BaseModel):
     # Precision and memory
     bf16: Literal["auto", "full"] | Flag = "auto"
     fp16: Flag | None = None
+    float16: Flag | None = None
     tf32: Literal["auto"] | Flag | None = None
     load_in_4bit: Flag | None = None
     load_in_8bit: Flag | None = None
@@ -477,6 +520,7 @@ class Config(BaseModel):
 
     # Adapter
     adapter: Literal["lora", "qlora"] | None = None
+    lora_model_dir: PathText | None = None
     lora_r: Count = 8
     lora_alpha: Count = 16
     lora_dropout: Share = 0.0
@@ -551,6 +595,7 @@ class Config(BaseModel):
     deepspeed: PathText | dict[str, Any] | None = None
     ddp_timeout: Count | None = None
     ddp_find_unused_parameters: Flag | None = None
+    accelerator_config: dict[Text, Any] | None = None
     gc_collect_steps: Annotated[int, BeforeValidator(_require_number), Field(ge=-1)] | None = None
     torch_empty_cache_steps: Count | None = None
     dataloader_num_workers: Workers | None = None
@@ -606,10 +651,17 @@ def preference_types(method: str) -> tuple[str, ...]:
 
 
 def is_streamed(config: Config) -> bool:
-    """Return whether only as many records are read as max_steps needs."""
-    if config.streaming is not None:
-        return config.streaming
-    return bool(config.pretraining_dataset and config.streaming_multipack_buffer_size)
+    """Return whether only as many records are read as max_steps needs.
+
+    axolotl always streams a pretraining_dataset, and then needs max_steps.
+    Source: axolotl 0.19.0, utils/data/sft.py, prepare_datasets (2026-11-27)
+    """
+    specs = config.pretraining_dataset or ()
+    if config.streaming is not None or not specs:
+        return bool(config.streaming)
+    others = config.val_set_size or config.dataset_exact_deduplication or specs[0].shards
+    possible = len(specs) == 1 and config.max_steps and not others
+    return bool(config.streaming_multipack_buffer_size or possible)
 
 
 def trackers(config: Config) -> tuple[str, ...]:

@@ -52,6 +52,9 @@ def value_warnings(config: Config, failed: Collection[str]) -> Iterator[Finding]
     if config.eta_min:
         what = "the cosine ends at eta_min here; in axolotl 0.19, which does not read it, at 0"
         yield make_warning("done-otherwise", "eta_min", what, "remove eta_min")
+    if config.float16 and (config.fp16 or config.bf16):
+        what = "float16 has no effect: bf16 and fp16 decide the precision"
+        yield make_warning("without-effect", "float16", what, "remove float16")
     if config.peft_init_lora_weights is False:
         key = "peft_init_lora_weights"
         what = f"{key}: false has no effect, as in axolotl: adapters start without an effect"

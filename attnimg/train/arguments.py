@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from attnimg.config.rules import SCHEDULER_NEEDS
+from attnimg.config.optimizer_rules import SCHEDULER_NEEDS
 from attnimg.config.schema import Config, SaveStrategy, Strategy
 from attnimg.errors import bad_value
 from attnimg.facts import Machine, Plan, RunContext
@@ -104,6 +104,7 @@ def training_arguments(
     if config.deepspeed and config.bf16 != "full":
         autocast = context.dtype  # DeepSpeed's engine casts where accelerate would autocast.
     scheduler, scheduler_kwargs = scheduler_arguments(config)
+    options = config.optim_args or {}
     uses_eval_loss = (
         bool(config.early_stopping_patience or config.load_best_model_at_end)
         or scheduler == "reduce_lr_on_plateau"
@@ -118,7 +119,9 @@ def training_arguments(
         "adam_beta1": config.adam_beta1,
         "adam_beta2": config.adam_beta2,
         "adam_epsilon": config.adam_epsilon,
+        "optim_args": ",".join(f"{name}={value}" for name, value in options.items()) or None,
         "lr_scheduler_kwargs": scheduler_kwargs or None,
+        "accelerator_config": _accelerator_settings(config) or None,
         "torch_empty_cache_steps": config.torch_empty_cache_steps,
         "neftune_noise_alpha": config.neftune_noise_alpha or None,
         "ddp_timeout": config.ddp_timeout,
@@ -193,6 +196,13 @@ def training_arguments(
     }
 
 
+def _accelerator_settings(config: Config) -> dict[str, Any]:
+    """Return the settings of accelerate that do not have to have their defaults."""
+    settings = config.accelerator_config or {}
+    names = ("non_blocking", "gradient_accumulation_kwargs")
+    return {name: settings[name] for name in names if settings.get(name) is not None}
+
+
 def scheduler_arguments(config: Config) -> tuple[str, dict[str, Any]]:
     """Return transformers' name of the learning rate schedule, and its arguments."""
     arguments = dict(config.lr_scheduler_kwargs or {})
@@ -232,6 +242,7 @@ def settings_in_use(engine: Any, plan: Plan) -> dict[str, object]:
         "scheduler": {
             "class": type(scheduler).__name__,
             "last_epoch": getattr(scheduler, "last_epoch", None),
+            "warmup_steps": arguments.get_warmup_steps(engine.state.max_steps),
             "base_lrs": [_number(rate) for rate in getattr(scheduler, "base_lrs", ())],
         },
         "max_grad_norm": arguments.max_grad_norm,

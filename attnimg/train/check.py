@@ -65,7 +65,7 @@ def check_inputs(config: Config, machine: Machine) -> ResumePoint | None:
 def _check_home_paths(config: Config) -> None:
     """Raise for a path in the home of a user that does not exist, such as ~nobody/out."""
     for key in ("base_model", "tokenizer_config", "output_dir", "dataset_prepared_path",
-                "resume_from_checkpoint", "deepspeed"):  # fmt: skip
+                "resume_from_checkpoint", "deepspeed", "lora_model_dir"):  # fmt: skip
         value = getattr(config, key)
         try:
             _ = isinstance(value, str) and Path(value).expanduser()

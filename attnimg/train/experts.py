@@ -68,7 +68,7 @@ def _is_fused_experts(name: str, weight: Any) -> bool:
 
 
 @contextmanager
-def quantized_experts(config: Config, quantization: Any) -> Iterator[list[str]]:
+def quantized_experts(config: Config, quantization: Any) -> Iterator[None]:
     """Quantize the fused weights of experts while a model is loaded in the block, one at a time.
 
     Each is dequantized to the run's precision when its layer is called.
@@ -77,13 +77,9 @@ def quantized_experts(config: Config, quantization: Any) -> Iterator[list[str]]:
     Args:
         config: the validated run; without quantize_moe_experts, nothing is changed.
         quantization: the BitsAndBytesConfig of the run.
-
-    Yields:
-        A list, to which the names of the quantized weights are added.
     """
-    names: list[str] = []
     if not config.quantize_moe_experts:
-        yield names
+        yield
         return
     from transformers import core_model_loading, modeling_utils
 
@@ -97,8 +93,11 @@ def quantized_experts(config: Config, quantization: Any) -> Iterator[list[str]]:
         path, _, leaf = name.rpartition(".")
         if not _is_fused_experts(name, value):
             return
-        _quantize_weight(model.get_submodule(path), leaf, quantization)
-        names.append(name)
+        module = model.get_submodule(path)
+        if not hasattr(module, "attnimg_weights"):
+            # Their order, which the names of an adapter's weights depend on.
+            module.attnimg_weights = tuple(module._parameters)
+        _quantize_weight(module, leaf, quantization)
         # The loader keeps the tensor; its memory is needed for the next one.
         value.data = value.data.new_empty(0)
 
@@ -106,7 +105,7 @@ def quantized_experts(config: Config, quantization: Any) -> Iterator[list[str]]:
     # It would allocate the memory that the weights take without quantization.
     modeling_utils.caching_allocator_warmup = lambda *_, **__: None
     try:
-        yield names
+        yield
     finally:
         core_model_loading.set_param_for_module = set_weight
         modeling_utils.caching_allocator_warmup = reserve
@@ -153,37 +152,3 @@ def _int8_rows(scales: torch.Tensor, dtype: torch.dtype) -> torch.nn.Module:
                 return whole.reshape(numbers.shape).to(dtype)
 
     return Int8Rows()
-
-
-def require_no_adapter_on_experts(model: Any) -> None:
-    """Raise if the adapter is on fused experts, which quantize_moe_experts would quantize.
-
-    PEFT replaces one weight of a quantized module only, so that another would not be trained.
-    Source: peft 0.21.2, tuners/lora/layer.py, ParamWrapper._activate_lora (2026-11-27).
-
-    Args:
-        model: a PEFT model, also one without weights.
-
-    Raises:
-        AttnimgError: code bad-value.
-    """
-    wrapped = sorted(
-        {
-            module.parameter_name
-            for name, module in model.named_modules()
-            if hasattr(module, "parameter_name") and "expert" in name.lower()
-        }
-    )
-    if not wrapped:
-        return
-    layers = ("q_proj", "k_proj", "v_proj", "o_proj")
-    present = [leaf for leaf in layers
-               if any(name.endswith(f".{leaf}") for name, _ in model.named_modules())]  # fmt: skip
-    do = f"set lora_target_modules: [{', '.join(present)}]" if present else ""
-    raise bad_value(
-        "quantize_moe_experts",
-        "quantize_moe_experts contradicts an adapter on experts",
-        why=f"found an adapter on {', '.join(wrapped)}; PEFT would train only one of several "
-        "quantized weights of a layer",
-        do=f"{do}\nor remove quantize_moe_experts" if do else "remove quantize_moe_experts",
-    )

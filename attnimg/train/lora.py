@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError, bad_value
+from attnimg.train.expert_adapters import adapting_quantized, is_parametrized, named_weights
+from attnimg.train.saved_adapter import saved_settings
 
 if TYPE_CHECKING:
     pass
@@ -42,9 +44,43 @@ def add_adapter(model: Any, config: Config) -> Any:
         AttnimgError: a module that the config names does not exist in the model, or can't be
             adapted (bad-value).
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
     frozen = freeze_other_parts(model)
+    lora = saved_settings(config) if config.lora_model_dir else _settings(model, config, frozen)
+    adaptable = find_adaptable_modules(model, config)
+    try:
+        with warnings.catch_warnings():
+            # PEFT warns if no target is in an excluded module, which is fine.
+            warnings.filterwarnings("ignore", message="You have passed exclude_modules")
+            # A false alarm: PEFT searches for the experts' parameters among the modules.
+            warnings.filterwarnings("ignore", message=r"The following \w+_pattern keys")
+            with adapting_quantized(lora):
+                adapted = get_peft_model(model, lora)
+    except (TypeError, ValueError) as error:
+        raise bad_value(
+            "lora_target_modules",
+            "the adapter does not fit the model",
+            why=_peft_reason(error),
+            do=advice_for_adapter(adaptable, config, error),
+        ) from error
+    if config.lora_model_dir:
+        _require_adaptable_loss(adapted)
+    else:
+        _require_patterns(adapted, config)
+    return adapted
+
+
+def _settings(model: Any, config: Config, frozen: tuple[str, ...]) -> Any:
+    """Return PEFT's LoraConfig of the adapter that the config describes.
+
+    Args:
+        model: a transformers model.
+        config: the validated run.
+        frozen: modules outside of the language model.
+    """
+    from peft import LoraConfig
+
     _require_layers(model, config)
     targets = resolve_targets(model, config)
     if config.peft_layers_to_transform:
@@ -54,7 +90,7 @@ def add_adapter(model: Any, config: Config) -> Any:
     require_modules_to_save(model, config)
     names, tied = find_embeddings(model)
     saved = config.lora_modules_to_save or []
-    lora = LoraConfig(
+    return LoraConfig(
         # Without a task, PEFT writes the model's class into adapter_config.json.
         task_type=None if frozen else "CAUSAL_LM",
         r=config.lora_r,
@@ -78,23 +114,6 @@ def add_adapter(model: Any, config: Config) -> Any:
         # Tied embeddings stay tied: otherwise training would make them differ.
         ensure_weight_tying=tied and any(matches(saved, name) for name in names),
     )
-    adaptable = find_adaptable_modules(model, config)
-    try:
-        with warnings.catch_warnings():
-            # PEFT warns if no target is in an excluded module, which is fine.
-            warnings.filterwarnings("ignore", message="You have passed exclude_modules")
-            # A false alarm: PEFT searches for the experts' parameters among the modules.
-            warnings.filterwarnings("ignore", message=r"The following \w+_pattern keys")
-            adapted = get_peft_model(model, lora)
-    except (TypeError, ValueError) as error:
-        raise bad_value(
-            "lora_target_modules",
-            "the adapter does not fit the model",
-            why=_peft_reason(error),
-            do=advice_for_adapter(adaptable, config, error),
-        ) from error
-    _require_patterns(adapted, config)
-    return adapted
 
 
 def _require_layers(model: Any, config: Config) -> None:
@@ -109,6 +128,21 @@ def _require_layers(model: Any, config: Config) -> None:
             f"{key}: the model has no layer {missing[0]}",
             why=f"found {count} layers, from 0 to {count - 1}",
             do=f"set {key}: {present}" if present else f"remove {key}",
+        )
+
+
+def _require_adaptable_loss(model: Any) -> None:
+    """Raise for a saved adapter on the output layer, or on an embedding tied to it (bad-value)."""
+    base = model.get_base_model()
+    _, tied = find_embeddings(base)
+    layers = [base.get_output_embeddings(), *([base.get_input_embeddings()] if tied else [])]
+    if any(hasattr(layer, "lora_A") for layer in layers):
+        raise bad_value(
+            "lora_model_dir",
+            "lora_model_dir has an adapter on the output layer, or on an embedding tied to it",
+            why="the loss uses the weight of that layer directly, so its adapter would not be "
+            "trained",
+            do="remove lora_model_dir",
         )
 
 
@@ -149,6 +183,8 @@ def adapter_notes(model: Any, config: Config) -> list[str]:
     if lora is None:
         return []
     notes = []
+    if config.lora_model_dir:
+        notes.append(f"lora_model_dir: training starts with the adapter in {config.lora_model_dir}")
     if lora.ensure_weight_tying:
         names, _ = find_embeddings(model.get_base_model())
         leaves = " and ".join(last_part(name) for name in names)
@@ -181,9 +217,9 @@ def _experts_without_adapter(model: Any) -> set[str]:
     """Return the last part of the names of experts' frozen parameters without an adapter."""
     return {
         last_part(name)
-        for name, weight in model.named_parameters()
-        if weight.dim() > 2 and ".experts." in name and ".base_layer." not in name
-        and not weight.requires_grad
+        for name, weight in named_weights(model)
+        if (weight.dim() > 2 or str(weight.dtype) == "torch.uint8")  # quantized to 4 bits
+        and ".experts." in name and ".base_layer." not in name and not weight.requires_grad
     }  # fmt: skip
 
 
@@ -242,7 +278,7 @@ def resolve_parameters(
     key, targets = "lora_target_parameters", config.lora_target_parameters
     if not targets:
         return None
-    names = [name for name, _ in model.named_parameters()]
+    names = [name for name, _ in named_weights(model)]
     if missing := [entry for entry in targets if not matching_names(entry, names)]:
         raise _unknown_names(key, missing, _parameter_names(model), kept=targets)
     embeddings, _ = find_embeddings(model)
@@ -267,8 +303,8 @@ def resolve_parameters(
 
 def _parameter_names(model: Any) -> list[str]:
     """Return the names of weights that belong to no layer of their own, such as fused experts."""
-    fused = [name for name, weight in model.named_parameters() if weight.dim() > 2]
-    return fused or [name for name, _ in model.named_parameters()]
+    fused = [name for name, weight in named_weights(model) if weight.dim() > 2]
+    return fused or [name for name, _ in named_weights(model)]
 
 
 def find_targets(model: Any, config: Config) -> set[str]:
@@ -285,7 +321,8 @@ def find_targets(model: Any, config: Config) -> set[str]:
 
 def _adaptable_names(model: Any) -> list[str]:
     """Return the names that targets can match: modules, and the layers fused in experts."""
-    return [*(name for name, _ in model.named_modules() if name), *list_expert_names(model)]
+    modules = (name for name, _ in model.named_modules() if name and not is_parametrized(name))
+    return [*modules, *list_expert_names(model)]
 
 
 def list_adaptable(model: Any, *, linear: bool = False) -> list[str]:
@@ -309,7 +346,7 @@ def list_expert_names(model: Any) -> list[str]:
     """Return the names by which PEFT adapts experts, whose layers are fused parameters."""
     return [
         f"{name.removesuffix(now)}{earlier}"
-        for name, _ in model.named_parameters()
+        for name, _ in named_weights(model)
         for now, before in _original_names(model).items()
         if name.endswith(f".experts.{now}")
         for earlier in before

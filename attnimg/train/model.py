@@ -33,7 +33,6 @@ from attnimg.train.experts import (
     has_fused_experts,
     quantized_experts,
     require_experts,
-    require_no_adapter_on_experts,
 )
 from attnimg.train.frozen import freeze_except, require_trained_weights
 from attnimg.train.lora import add_adapter, freeze_other_parts, untrained_embeddings
@@ -44,6 +43,7 @@ from attnimg.train.model_files import (
     unused_weights,
 )
 from attnimg.train.pickled_weights import advice_for_hub
+from attnimg.train.saved_adapter import layer_keys, load_saved_weights, require_same_layers
 
 if TYPE_CHECKING:
     import torch
@@ -101,6 +101,8 @@ def load_model(
     if replace_layers is not None:
         replace_layers(model)
     loaded = add_adapter(model, config) if config.adapter else model
+    if config.adapter and config.lora_model_dir:
+        load_saved_weights(loaded, config)
     if (device := _device(config)) is not None and not getattr(model, "is_quantized", False):
         loaded.to(device)
     return loaded
@@ -124,8 +126,9 @@ def _check_without_weights(config: Config, *, log: Callable[[str], None] | None)
         log(f"warning: quantize_moe_experts has no effect: {kind} has no fused experts")
     if config.adapter:
         adapted = add_adapter(shape, config)
-        if config.quantize_moe_experts:
-            require_no_adapter_on_experts(adapted)
+        if config.lora_model_dir and layer_keys(config):
+            written = config.model_copy(update={"lora_model_dir": None})
+            require_same_layers(adapted, add_adapter(load_without_weights(config), written), config)
 
 
 def _check_loaded(

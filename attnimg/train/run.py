@@ -62,8 +62,10 @@ def train(config: Config, machine: Machine, *, report: TrainReport, stop: StopFl
     from attnimg.train.data import find_sources
     from attnimg.train.environment import silence_libraries
     from attnimg.train.intact import read_checkpoint_hash
+    from attnimg.train.saved_adapter import with_saved_adapter
     from attnimg.train.trackers import require_hub, require_trackers
 
+    config = with_saved_adapter(config)
     path = model_file(config)
     if path is None and (missing := missing_folder(config.base_model or "")) is not None:
         raise missing

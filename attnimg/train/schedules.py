@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from attnimg.config.schema import Config
-from attnimg.errors import bad_value
+from attnimg.errors import AttnimgError, bad_value
 
 # The factor of learning_rate at a step.
 Factor = Callable[[int], float]
@@ -57,7 +57,9 @@ def _half_cosine(progress: float) -> float:
 def create_optimizer_with_rates(
     model: Any, config: Config, optimizer_class: Any, options: dict[str, Any], *, decay: set[str]
 ) -> Any:
-    """Return an optimizer with a rate of its own for embeddings or LoRA's B; None if none is set.
+    """Return an optimizer with a rate of its own for some weights; None if none is set.
+
+    They are embeddings, LoRA's B, or the groups of lr_groups.
 
     Args:
         model: the model to train.
@@ -67,7 +69,7 @@ def create_optimizer_with_rates(
         decay: names of the weights with weight decay.
 
     Raises:
-        AttnimgError: no embedding is trained (bad-value).
+        AttnimgError: no weight has such a rate (bad-value).
     """
     if config.loraplus_lr_ratio is not None:
         from peft.optimizers import create_loraplus_optimizer
@@ -78,29 +80,57 @@ def create_optimizer_with_rates(
             model, optimizer_class, loraplus_lr_ratio=config.loraplus_lr_ratio, **options
         )
     key = "embedding_lr" if config.embedding_lr else "embedding_lr_scale"
-    if getattr(config, key) is None:
+    if getattr(config, key) is None and not config.lr_groups:
         return None
-    rate = config.embedding_lr or options["lr"] * config.embedding_lr_scale
+    rate = config.embedding_lr or options["lr"] * (config.embedding_lr_scale or 1)
     groups: dict[str, list[Any]] = {"embeddings": [], "decay": [], "others": []}
+    named: dict[str, list[Any]] = {group.name: [] for group in config.lr_groups or ()}
+    modules = {part: group.name for group in config.lr_groups or () for part in group.modules}
     for name, weight in model.named_parameters():
-        if weight.requires_grad:
-            kind = "decay" if name in decay else "others"
-            groups["embeddings" if _is_embedding(name) else kind].append(weight)
-    if not groups["embeddings"]:
+        if not weight.requires_grad:
+            continue
+        if _is_embedding(name):
+            groups["embeddings"].append(weight)
+        elif name not in decay:
+            groups["others"].append(weight)
+        elif (found := next((part for part in modules if part in name), None)) is not None:
+            named[modules[found]].append(weight)
+        else:
+            groups["decay"].append(weight)
+    if getattr(config, key) is not None and not groups["embeddings"]:
         raise bad_value(
             key,
             f"{key} has no effect: no embedding is trained",
             why="found no trained weight of an embed_tokens or lm_head",
             do=f"remove {key}",
         )
-    without = {"weight_decay": 0.0}
+    if empty := [name for name, weights in named.items() if not weights]:
+        raise _empty_group(empty[0], config, model, decay=decay)
+    decayed, without = {"weight_decay": config.weight_decay}, {"weight_decay": 0.0}
     return optimizer_class(
         [
-            {"params": groups["decay"], "weight_decay": config.weight_decay, "lr": options["lr"]},
+            {"params": groups["decay"], "lr": options["lr"], **decayed},
             {"params": groups["embeddings"], "lr": rate, **without},
             {"params": groups["others"], "lr": options["lr"], **without},
+            *({"params": named[group.name], "lr": group.lr, **decayed}
+              for group in config.lr_groups or ()),
         ],
         **options,
+    )  # fmt: skip
+
+
+def _empty_group(name: str, config: Config, model: Any, *, decay: set[str]) -> AttnimgError:
+    """Build the error for a group of lr_groups without weights."""
+    group = next(group for group in config.lr_groups or () if group.name == name)
+    trained = [n for n, weight in model.named_parameters() if weight.requires_grad and n in decay
+               and not _is_embedding(n)]  # fmt: skip
+    examples = ", ".join(dict.fromkeys((trained[0], trained[-1]))) if trained else "none"
+    return bad_value(
+        "lr_groups",
+        f"lr_groups: {name} has no effect: it names no weight of its own",
+        why=f"found modules: {', '.join(group.modules)}; needed parts of names of trained weights "
+        f"with weight decay, which are no embeddings and in no earlier group, such as {examples}",
+        do=f"correct modules of {name} in lr_groups, or remove {name} from it",
     )
 
 

@@ -17,6 +17,7 @@ from attnimg.errors import AttnimgError
 from attnimg.train.data import choose_chat_template
 from attnimg.train.lora import untrained_embeddings
 from attnimg.train.model import find_class, load_model_config, load_without_weights
+from attnimg.train.renamed_tokens import rename_tokens
 from attnimg.train.rows import NO_LOSS
 
 # Number of documents in which to look for the token that ends an answer.
@@ -35,12 +36,14 @@ def load_tokenizer(config: Config, *, log: Callable[[str], None]) -> Any:
 
     Raises:
         AttnimgError: it can't be loaded (bad-model), or an adapter would leave added tokens
-            untrained (bad-value).
+            untrained (bad-value), or added_tokens_overrides renames others (bad-value).
     """
     source = config.tokenizer_config or config.base_model or ""
     if config.tokenizer_use_mistral_common:
         return _load_mistral(config, source)
     tokenizer = _load(config, source)
+    if config.added_tokens_overrides:
+        rename_tokens(tokenizer, config.added_tokens_overrides)
     if config.tokenizer_legacy is not None and not hasattr(tokenizer, "legacy"):
         kind = type(tokenizer).__name__
         log(f"warning: tokenizer_legacy has no effect: {kind} has no such setting")

@@ -147,7 +147,7 @@ def shrink(values: Values, folder: Path) -> tuple[Values, list[str]]:
     if str(values.get("optimizer", "")).startswith(
         ("paged", "adamw_torch_8bit", "adamw_torch_4bit")
     ):
-        removed.append("optimizer")
+        removed += sorted({"optimizer", "optim_args"} & values.keys())
     kept = {key: value for key, value in values.items() if key not in removed}
     tokens = [text for text in (kept.get("special_tokens") or {}).values() if isinstance(text, str)]
     make_tokenizer(folder / "model", [*tokens, *kept.get("eot_tokens", ())])

@@ -331,9 +331,19 @@ CASES: dict[str, Case] = {
         "tokenizer_use_mistral_common": True, "special_tokens": {"pad_token": "<pad>"}}),
     "experts without 4 bits": Case(code="bad-value", options=2, values={
         "adapter": "lora", "quantize_moe_experts": True}),
-    "quantized experts that are trained": Case(code="bad-value", options=2, values={
-        "adapter": "qlora", "quantize_moe_experts": True, "lora_target_linear": True,
-        "lora_target_parameters": ["experts.down_proj"]}),
+    "an argument that the optimizer does not read": Case(code="bad-value", values={
+        "optimizer": "adamw_torch", "optim_args": {"momentum": 0.9}}),
+    "an argument that is a key": Case(code="bad-value", values={
+        "optimizer": "sgd", "optim_args": {"momentum": 0.9, "weight_decay": 0.1}}),
+    "a number for a flag": Case(code="bad-value", values={
+        "optimizer": "rmsprop", "optim_args": {"centered": 1}}),
+    "nesterov without momentum": Case(code="bad-value", values={
+        "optimizer": "sgd", "optim_args": {"nesterov": True}}),
+    "float16 beside bf16": Case(code="without-effect", values={"float16": True, "bf16": True}),
+    "batches split over processes": Case(code="bad-value", values={
+        "accelerator_config": {"split_batches": True}}),
+    "float16 without loss scaling": Case(code="unsupported-key", values={
+        "float16": True, "bf16": False}),
     "quantized experts that are sharded": Case(code="bad-value", options=2, values={
         "adapter": "qlora", "quantize_moe_experts": True, "fsdp": ["full_shard"]}),
     "weights beside an adapter": Case(code="bad-value", values={
@@ -382,8 +392,11 @@ CASES: dict[str, Case] = {
     # Keys of axolotl, one of each group; all of them below.
     **{f"{key} of axolotl": Case(code="unsupported-key", values={key: "x"})
        for key in ("ring_attn_func", "rope_scaling", "use_trackio", "use_onebitllms", "trl",
-                   "float16", "gpu_count", "curriculum_sampling", "relora_steps", "debug",
-                   "lr_groups", "use_ray")},
+                   "fp8", "gpu_count", "curriculum_sampling", "relora_steps", "generate_samples",
+                   "adam_beta3", "use_ray", "dataloader_drop_last", "use_pose", "device", "gptq",
+                   "overrides_of_model_kwargs", "qat", "peft_trainable_token_indices",
+                   "lisa_n_layers", "role_boundaries", "sample_packing_sequentially",
+                   "merge_lora")},
     "a plugin of axolotl": Case(code="unsupported-key", values={"plugins": ["my.Plugin"]}),
     "plugins that are no names": Case(code="bad-value", values={"plugins": 3}),
     "a transform of axolotl": Case(code="unsupported-key", entry={"input_transform": "x"}),

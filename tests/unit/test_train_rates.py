@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from attnimg.errors import AttnimgError
 
@@ -60,6 +62,9 @@ def test_the_rates_of_a_run(tiny: Path, tmp_path: Path, name: str) -> None:
     run(tiny, tmp_path, max_steps=8, learning_rate=RATE, **keys)
     found = rates(tmp_path)
     assert {step: found[step] for step in expected} == pytest.approx(expected)
+    used = json.loads((tmp_path / "receipt.json").read_text())["applied"]["scheduler"]
+    warmup = keys.get("warmup_steps", 0)
+    assert used["warmup_steps"] == (warmup if warmup >= 1 else 8 * warmup)
 
 
 @pytest.mark.parametrize("name", ["a quadratic warmup", "a constant end after a warmup"])
@@ -128,3 +133,61 @@ def test_loraplus_trains_b_faster(tiny: Path, tmp_path: Path) -> None:
     again = {**keys, "resume_from_checkpoint": str(tmp_path / "out/checkpoint-1")}
     run(tiny, tmp_path / "resumed", **again)
     assert losses(tmp_path / "resumed") == losses(tmp_path / "out")[1:]
+
+
+GROUPS = [{"name": "attention", "modules": ["q_proj", "layers.1.self_attn"], "lr": 1e-5},
+          {"name": "mlp", "modules": ["self_attn", "up_proj"], "lr": 1e-6}]  # fmt: skip
+
+
+def test_groups_of_weights_have_rates_of_their_own(tiny: Path, tmp_path: Path) -> None:
+    common = {"max_steps": 2, "learning_rate": RATE, "weight_decay": 0.1, "save_steps": 1}
+    run(tiny, tmp_path, lr_groups=GROUPS, **common)
+    # Of the 14 weights with decay: 1 + 4 in the first group; 3 + 2 of the rest in the second.
+    expected = [(4, RATE, 0.1), (2, RATE, 0.0), (5, RATE, 0.0), (5, 1e-5, 0.1), (5, 1e-6, 0.1)]
+    assert groups(tmp_path) == expected
+    # After resuming with another learning_rate, they keep theirs.
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    run(tiny, tmp_path, lr_groups=GROUPS, resume_from_checkpoint=True,
+        **{**common, "learning_rate": 4 * RATE})  # fmt: skip
+    rates = [rate for _, rate, _ in groups(tmp_path)]
+    assert rates == [4 * RATE, 4 * RATE, 4 * RATE, 1e-5, 1e-6]
+
+
+def test_a_group_changes_what_its_weights_learn(tiny: Path, tmp_path: Path) -> None:
+    slow = [{"name": "slow", "modules": ["up_proj"], "lr": 1e-30}]
+    run(tiny, tmp_path, lr_groups=slow, max_steps=2, learning_rate=RATE, weight_decay=0.0)
+    before, after = (load_file(place / "model.safetensors") for place in (tiny / "model", tmp_path))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name for name in before if "up_proj" in name} == before.keys() - changed
+
+
+def test_a_group_without_weights_is_refused(tiny: Path, tmp_path: Path) -> None:
+    wrong = [*GROUPS, {"name": "again", "modules": ["k_proj", "embed_tokens"], "lr": 1e-5}]
+    with pytest.raises(AttnimgError, match="again has no effect") as caught:
+        run(tiny, tmp_path, lr_groups=wrong, max_steps=1)
+    assert (caught.value.code, caught.value.key) == ("bad-value", "lr_groups")
+    assert "model.layers.0.self_attn.q_proj.weight" in str(caught.value.why)
+
+
+ARGUMENTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "sgd": ({"momentum": 0.9, "nesterov": True}, {"momentum": 0.9, "nesterov": True}),
+    "adagrad": ({"lr_decay": 0.5, "eps": 1e-3}, {"lr_decay": 0.5, "eps": 1e-3}),
+    "rmsprop": ({"momentum": 0.5, "alpha": 0.5, "centered": True, "eps": 1e-3},
+                {"momentum": 0.5, "alpha": 0.5, "centered": True, "eps": 1e-3}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("optimizer", ARGUMENTS)
+def test_arguments_reach_the_optimizer_and_change_the_run(
+    tiny: Path, tmp_path: Path, optimizer: str
+) -> None:
+    given, expected = ARGUMENTS[optimizer]
+    common = {"max_steps": 4, "learning_rate": RATE, "optimizer": optimizer}
+    run(tiny, tmp_path / "without", **common)
+    run(tiny, tmp_path / "with", optim_args=given, **common)
+    text = ", ".join(f"{name}={value}" for name, value in given.items())
+    run(tiny, tmp_path / "text", optim_args=text, **common)
+    (group, *_) = json.loads((tmp_path / "with/receipt.json").read_text())["applied"]["groups"]
+    assert {name: group[name] for name in expected} == expected
+    assert losses(tmp_path / "text") == losses(tmp_path / "with")
+    assert losses(tmp_path / "with")[-1] != losses(tmp_path / "without")[-1]

@@ -411,16 +411,82 @@ def test_loading_is_restored_after_experts_were_quantized(moe: Path) -> None:
     assert not any("parametrizations" in name for name, _ in plain.named_parameters())
 
 
-def test_an_adapter_on_quantized_experts_is_refused(moe: Path) -> None:
-    keys = {"adapter": "qlora", "quantize_moe_experts": True,
-            "lora_target_modules": ["q_proj", "w1", "w3"]}  # fmt: skip
-    error = refused(moe, **keys)
-    assert error.key == "quantize_moe_experts"
-    first, second = error.do.split("\nor ")
-    key, value = first.removeprefix("set ").split(": ")
-    load(moe, **{**keys, key: yaml.safe_load(value)})
-    assert second == "remove quantize_moe_experts"
-    load(moe, **{**keys, "quantize_moe_experts": None})
+EXPERTS = {
+    "by the names of their layers": {"lora_target_modules": ["q_proj", "w1", "w2", "w3"]},
+    "by the names of the weights": {
+        "lora_target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        "lora_target_modules": ["q_proj"]},
+    "in full": {"lora_target_parameters": ["model.layers.1.mlp.experts.gate_up_proj",
+                                           "model.layers.1.mlp.experts.down_proj"]},
+    "one of two": {"lora_target_parameters": ["experts.down_proj"]},
+    "by all linear layers": {"lora_target_linear": True},
+}  # fmt: skip
+
+
+def plain_copy(quantized: Any, folder: Path, out: Path) -> None:
+    """Write the model of a folder with the values that its quantized experts have."""
+    model = load(folder)
+    for name, module in quantized.named_modules():
+        if hasattr(module, "attnimg_weights"):
+            plain = model.get_submodule(name)
+            for leaf in module.attnimg_weights:
+                getattr(plain, leaf).data = getattr(module, leaf).detach().clone()
+    model.save_pretrained(out)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+def test_an_adapter_on_quantized_experts_gets_the_gradients_of_one_on_plain_experts(
+    moe: Path, tmp_path: Path, name: str, bits: int
+) -> None:
+    base = {"adapter": "qlora"} if bits == 4 else {"adapter": "lora", "load_in_8bit": True}
+    keys = {**base, "gradient_checkpointing": True, **EXPERTS[name]}
+    shutil.copytree(moe / "model", tmp_path / "model")
+    alone = load(moe, **base, quantize_moe_experts=True, lora_target_modules=ATTENTION)
+    plain_copy(alone.get_base_model(), moe, tmp_path / "model")
+    found = {}
+    for kind, folder, extra in (
+        ("quantized", moe, {"quantize_moe_experts": True}), ("plain", tmp_path, {})
+    ):  # fmt: skip
+        model = load(folder, **keys, **extra)
+        torch.manual_seed(0)
+        for weight in model.parameters():
+            if weight.requires_grad:  # B is zero at first, and with it the gradient of A
+                weight.data = torch.randn_like(weight) / 8
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+        ids = torch.arange(24).reshape(2, 12)
+        loss = model.train()(input_ids=ids, labels=ids).loss
+        loss.backward()
+        found[kind] = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+        found[kind]["loss"] = loss.detach()
+    assert found["quantized"].keys() == found["plain"].keys()
+    for weight, expected in found["plain"].items():
+        gradient = found["quantized"][weight]
+        assert gradient is not None, weight
+        assert gradient.abs().max() > 0, weight
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+def test_an_adapter_trained_on_quantized_experts_loads_on_plain_ones(
+    moe: Path, tmp_path: Path
+) -> None:
+    from peft import PeftModel
+
+    keys = EXPERTS["by the names of the weights"]
+    result = tiny_run.run(moe, tmp_path, max_steps=3, adapter="qlora", quantize_moe_experts=True,
+                          **keys)  # fmt: skip
+    assert result.loss < tiny_run.lines(tmp_path)[0]["loss"]
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert len([name for name in saved if ".experts." in name]) == 2 * 2 * 2
+    assert all(tensor.abs().max() > 0 for tensor in saved.values())
+    again = PeftModel.from_pretrained(load(moe), tmp_path)
+    loaded = {name.replace(".default", ""): p for name, p in again.named_parameters()
+              if ".lora_" in name}  # fmt: skip
+    assert loaded.keys() == saved.keys()
+    assert all(torch.equal(loaded[name].cpu(), saved[name]) for name in saved)
 
 
 def test_quantized_experts_of_a_dense_model_are_a_warning(tiny: Path) -> None:

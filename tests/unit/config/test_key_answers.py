@@ -129,7 +129,7 @@ def test_values_with_a_meaning_are_of_known_keys_and_not_also_without_effect() -
         ("sample_packing_eff_est", 0.9), ("sample_packing_seq_len_multiplier", 4),
         ("total_num_tokens", 100000), ("sample_packing_sequentially", True),
         ("curriculum_sampling", True), ("multipack_real_batches", True),
-        ("dataloader_drop_last", True), ("fp32_norms", True), ("float16", True),
+        ("dataloader_drop_last", True), ("fp32_norms", True),
     ],
 )  # fmt: skip
 def test_a_key_that_changes_the_data_or_precision_of_a_step_is_refused(

@@ -7,11 +7,17 @@ from typing import Any
 import pytest
 
 from attnimg.config import check_values
-from attnimg.config.other_names import OTHER_NAMES
-from attnimg.config.schema import CheckResult
+from attnimg.config.other_names import (
+    EMPTY_IS_UNSET,
+    FALSE_IS_ZERO,
+    OTHER_NAMES,
+    ZERO_IS_UNSET,
+)
+from attnimg.config.schema import CheckResult, Config
 
 VALUES = {"adam_eps": 1e-6, "bfloat16": True, "evaluation_strategy": "no", "gc_steps": 10,
           "model_config": {"rms_norm_eps": 1e-5}, "noisy_embedding_alpha": 5,
+          "pretrain_multipack_buffer_size": 100,
           "type_of_model": "LlamaForCausalLM"}  # fmt: skip
 
 
@@ -88,7 +94,6 @@ def test_batch_size_sets_the_accumulation(keys: dict[str, Any], steps: int) -> N
         {"batch_size": 6, "micro_batch_size": 4},
         {"batch_size": 2, "micro_batch_size": 4},
         {"batch_size": 4, "gradient_accumulation_steps": 4},
-        {"batch_size": 0},
     ],
     ids=str,
 )
@@ -96,3 +101,35 @@ def test_a_batch_size_that_does_not_fit_is_refused(keys: dict[str, Any]) -> None
     assert [(error.code, error.key) for error in check(**keys).errors] == [
         ("bad-value", "batch_size")
     ]
+
+
+UNSET = {**dict.fromkeys(EMPTY_IS_UNSET, ""), **dict.fromkeys(ZERO_IS_UNSET, 0), "tokens": {}}
+
+
+@pytest.mark.parametrize("key", UNSET)
+def test_a_value_that_turns_a_key_off_in_axolotl_is_like_no_value(key: str) -> None:
+    assert check(**{key: UNSET[key]}) == check()
+
+
+@pytest.mark.parametrize("key", sorted(ZERO_IS_UNSET | FALSE_IS_ZERO))
+def test_false_is_zero_for_a_number_that_it_turns_off(key: str) -> None:
+    off, zero = check(**{key: False}), check(**{key: 0})
+    assert off.ok
+    assert off == zero
+    assert [error.code for error in check(**{key: True}).errors] == ["bad-value"]
+
+
+@pytest.mark.parametrize("key", ["name", "data_files", "ds_type", "text_column"])
+def test_an_empty_text_in_a_dataset_entry_is_like_none(key: str) -> None:
+    entry = {"path": "a", "type": "completion"}
+    assert check(datasets=[{**entry, key: ""}]) == check(datasets=[entry])
+
+
+def test_values_that_turn_nothing_off_are_refused() -> None:
+    # axolotl trains with them, or raises, so that they are not the same as no value.
+    for key in ("micro_batch_size", "sequence_len", "num_epochs", "logging_steps", "lora_r",
+                "loss_watchdog_threshold", "embedding_lr"):  # fmt: skip
+        assert [error.key for error in check(**{key: 0}).errors] == [key]
+    for key in ("base_model", "output_dir", "optimizer", "attn_implementation"):
+        assert [error.key for error in check(**{key: ""}).errors] == [key]
+    assert Config.model_fields.keys() >= EMPTY_IS_UNSET | ZERO_IS_UNSET | FALSE_IS_ZERO

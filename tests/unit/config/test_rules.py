@@ -152,11 +152,46 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "other roles in mistral-common": (
         {"tokenizer_use_mistral_common": True, **chat(roles_to_train=["user"])},
         "bad-value", "datasets[0].roles_to_train"),
+    "an argument that the optimizer does not read": (
+        {"optimizer": "adamw_torch", "optim_args": {"momentum": 0.9}}, "bad-value", "optim_args"),
+    "an argument that is a key": (
+        {"optimizer": "sgd", "optim_args": "momentum=0.9,weight_decay=0.1"},
+        "bad-value", "optim_args"),
+    "an argument of another type": (
+        {"optimizer": "sgd", "optim_args": {"momentum": "high"}}, "bad-value", "optim_args"),
+    "a number for a flag": (
+        {"optimizer": "rmsprop", "optim_args": {"centered": 1}}, "bad-value", "optim_args"),
+    "arguments that are no pairs": (
+        {"optimizer": "sgd", "optim_args": "momentum"}, "bad-value", "optim_args"),
+    "nesterov without momentum": (
+        {"optimizer": "sgd", "optim_args": {"nesterov": True}}, "bad-value", "optim_args"),
+    "two groups of one name": (
+        {"lr_groups": [{"name": "a", "modules": ["q_proj"], "lr": 1e-5}] * 2},
+        "bad-value", "lr_groups"),
+    "a group without modules": (
+        {"lr_groups": [{"name": "a", "modules": [], "lr": 1e-5}]}, "bad-value", "lr_groups"),
+    "rates of groups and of B": (
+        LORA | {"lr_groups": [{"name": "a", "modules": ["q_proj"], "lr": 1e-5}],
+                "loraplus_lr_ratio": 16}, "bad-value", "lr_groups"),
+    "float16 without loss scaling": (
+        {"float16": True, "bf16": False}, "unsupported-key", "float16"),
+    "batches split over processes": (
+        {"accelerator_config": {"split_batches": True}}, "bad-value", "accelerator_config"),
+    "a setting that accelerate lacks": (
+        {"accelerator_config": {"even": True}}, "bad-value", "accelerator_config"),
+    "steps of accelerate": (
+        {"accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 2}}},
+        "bad-value", "accelerator_config"),
+    "a synchronization that is no flag": (
+        {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": 2}}},
+        "bad-value", "accelerator_config"),
+    "renamed tokens in mistral-common": (
+        {"tokenizer_use_mistral_common": True, "added_tokens_overrides": {5: "<a>"}},
+        "bad-value", "added_tokens_overrides"),
+    "a renamed token that is no number": (
+        {"added_tokens_overrides": {"first": "<a>"}}, "bad-value", "added_tokens_overrides"),
     "experts without 4 bits": (
         LORA | {"quantize_moe_experts": True}, "bad-value", "quantize_moe_experts"),
-    "quantized experts that are trained": (
-        QLORA | {"quantize_moe_experts": True, "lora_target_parameters": ["experts.down_proj"]},
-        "bad-value", "quantize_moe_experts"),
     "quantized experts that are sharded": (
         QLORA | {"quantize_moe_experts": True, "fsdp": ["full_shard"]},
         "bad-value", "quantize_moe_experts"),
@@ -293,6 +328,43 @@ RIGHT: dict[str, dict[str, Any]] = {
         "lora_rank_pattern": {"q_proj": 4},
     },
     "quantized experts": QLORA | {"quantize_moe_experts": True},
+    "quantized experts that are trained": QLORA
+    | {
+        "quantize_moe_experts": True,
+        "lora_target_linear": True,
+        "lora_target_parameters": ["experts.down_proj"],
+    },
+    "arguments of an optimizer": {
+        "optimizer": "sgd",
+        "optim_args": {"momentum": 0.9, "nesterov": True, "dampening": 0},
+    },
+    "arguments of an optimizer as text": {
+        "optimizer": "rmsprop",
+        "optim_args": "momentum=0.9, alpha = 0.5,centered=True",
+    },
+    "no arguments of an optimizer": {"optim_args": ""},
+    "random rounding": {
+        "optimizer": "adamw_torch_8bit",
+        "optim_args": {"bf16_stochastic_round": True},
+    },
+    "rates of groups": {
+        "lr_groups": [
+            {"name": "attention", "modules": ["q_proj", "k_proj"], "lr": "1e-5"},
+            {"name": "mlp", "modules": ["up_proj"], "lr": 1e-6},
+        ]
+    },
+    "float16 beside fp16": {"float16": True, "fp16": True, "bf16": False},
+    "float16 beside bf16": {"float16": True},
+    "settings of accelerate": {
+        "accelerator_config": {
+            "gradient_accumulation_kwargs": {"sync_each_batch": True},
+            "split_batches": False,
+            "dispatch_batches": None,
+            "even_batches": False,
+            "non_blocking": True,
+        }
+    },
+    "renamed tokens": {"added_tokens_overrides": {128041: "<a>", "128042": "<b>"}},
     "quantized experts in 8 bits": LORA | {"quantize_moe_experts": True, "load_in_8bit": True},
     "weights and rows": {
         "unfrozen_parameters": ["^lm_head.weight$[:5]", "model.layers.2[0-9]+.mlp"],
@@ -456,25 +528,33 @@ def test_a_split_is_judged_as_datasets_judges_it(split: str) -> None:
 # its function, and by its code or the function that builds it; x2 where there are two.
 NEEDS = {
     "model": """
-        _check_loaded bad_model, _freeze_rows bad_value, _load_errors bad_model,
-        _load_errors pickled-weights, _no_match bad_value, _no_weight bad_value,
-        _not_causal_error not-causal-lm, _quantization_error quantized-checkpoint,
-        _refuse_embeddings bad_value, _refused_field bad_value, _require_adapter
-        _quantization_error x4, _require_layers bad_value, _require_patterns bad_value,
-        _require_scale _quantization_error x3, _resize_embeddings bad_value, _unknown_field
-        _refused_field, _unknown_names bad_value, _untrained_error bad-value, add_adapter
-        bad_value, change_fields _refused_field x2, change_fields _unknown_field,
-        freeze_except _no_weight, judge_hub_layers local-kernel, judge_layers
+        _check_loaded bad_model, _empty_group bad_value, _freeze_rows bad_value,
+        _load_errors bad_model, _load_errors pickled-weights, _no_match bad_value,
+        _no_weight bad_value, _not_causal_error not-causal-lm, _quantization_error
+        quantized-checkpoint, _refuse_embeddings bad_value, _refused_field bad_value,
+        _require_adapter _quantization_error x4, _require_layers bad_value,
+        _require_patterns bad_value, _require_scale _quantization_error x3,
+        _resize_embeddings bad_value, _unknown_field _refused_field, _unknown_names
+        bad_value, _untrained_error bad-value, add_adapter bad_value, change_fields
+        _refused_field x2, change_fields _unknown_field, create_optimizer_with_rates
+        _empty_group, freeze_except _no_weight, judge_hub_layers local-kernel, judge_layers
         liger-unknown-model, judge_positions positions-short, judge_quantization
         _quantization_error x4, list_hub_tasks bad_value, list_tasks liger-unknown-model,
         require_causal_class _not_causal_error, require_causal_type _not_causal_error,
         require_embeddings _untrained_error, require_experts bad_value, require_finite
         weights-not-finite, require_known_weights _quantization_error x2,
-        require_modules_to_save _unknown_names, require_no_adapter_on_experts bad_value,
-        require_trainable AttnimgError, require_trained_tokens _untrained_error,
-        require_trained_weights bad_value, resolve_parameters _unknown_names,
-        resolve_parameters bad_value, resolve_targets _no_match, resolve_targets
-        _unknown_names
+        require_modules_to_save _unknown_names, require_trainable AttnimgError,
+        require_trained_tokens _untrained_error, require_trained_weights bad_value,
+        resolve_parameters _unknown_names, resolve_parameters bad_value, resolve_targets
+        _no_match, resolve_targets _unknown_names
+    """,
+    "added tokens": """
+        _not_free bad_value, rename_tokens _not_free, rename_tokens bad_value
+    """,
+    "a saved adapter": """
+        _find_folder bad-model, _require_adaptable_loss bad_value, _unfit bad_value,
+        load_saved_weights _unfit x2, require_same_layers bad_value, with_saved_adapter
+        bad_value x2
     """,
     "tokenizer": """
         __init__ bad-value x2, _load_mistral not-installed, _require_single_tokens
@@ -483,24 +563,24 @@ NEEDS = {
         make_encoder missing-key
     """,
     "data": """
-        __call__ _template_error, __call__ bad_record, _completions bad_record,
-        _cut_documents bad_file, _encode bad_record, _gather_rows bad-data, _input
-        bad_record, _local_file bad-value, _local_file bad_file, _locate _not_found,
-        _missing_type missing-key, _no_documents empty-dataset, _reasoning bad_record,
-        _refuse_media bad_record, _refuse_unpackable bad-data, _require_supported
-        bad_record, _require_written bad_record, _role bad_record x2, _split_validation
-        bad-value, _system bad_record, _template_error bad-value, _template_error bad_file,
-        _tokenize bad_record, _turn bad_record x5, _with_system_column bad_record, bad_file
-        bad-data, bad_record AttnimgError, find_sources _missing_type, find_sources
-        empty-dataset, load_all _no_documents, load_documents _no_documents, make_on_disk
+        __call__ _template_error, __call__ bad_record x2, _answer bad_record, _completions
+        bad_record, _cut_documents bad_file, _encode bad_record, _fit bad_file, _gather_rows
+        bad-data, _input bad_record, _label bad_record, _local_file bad-value, _local_file
+        bad_file, _locate _not_found, _message bad_record, _messages bad_record x3,
+        _missing_type missing-key, _nectar bad_record x2, _no_documents empty-dataset,
+        _orpo_chat bad_record x2, _reasoning bad_record, _refuse_media bad_record,
+        _refuse_unpackable bad-data, _render bad_record, _require_answer bad_record,
+        _require_supported bad_record, _require_written bad_record, _role bad_record x2,
+        _split_validation bad-value, _system bad_record, _template_error bad-value,
+        _template_error bad_file, _tokenize bad_record, _turn bad_record x5, _whole_answer
+        bad_record, _with_system_column bad_record, bad_file bad-data, bad_record
+        AttnimgError, find_sources _missing_type, find_sources empty-dataset, load_all
+        _no_documents, load_documents _no_documents, make missing-key, make_on_disk
         not-writable, parse_prompt bad_record, parse_segments bad_record x2, parse_tokens
         bad_record x3, parse_turns bad_record, read_content bad_record, read_flag bad_record
         x2, read_records bad_file x2, read_records bad_record, read_tool_calls bad_record,
         read_tools bad_record, read_trained_parts bad_record x3, require_column bad_record,
-        require_text bad_record, split_thinking bad_record, _messages bad_record x3, _nectar
-        bad_record x2, _orpo_chat bad_record x2, _fit bad_file, _label bad_record, _message
-        bad_record, _require_answer bad_record, _render bad_record, _answer bad_record,
-        _whole_answer bad_record, __call__ bad_record, make missing-key
+        require_text bad_record, split_thinking bad_record
     """,
     "files": """
         _check_options bad-value, _check_reachable file-missing, _check_reachable
@@ -552,14 +632,14 @@ NEEDS = {
         lost_rank_errors _lost_rank_error, require_same_on_all_ranks rank-mismatch
     """,
     "the run": """
-        check_log_probs loss-differs, _get_grad_norm _not_finite_error, _high_loss_error
-        loss-too-high, _loss_differs_error loss-differs, _maybe_log_save_evaluate _high_loss_error,
+        _get_grad_norm _not_finite_error, _high_loss_error loss-too-high,
+        _loss_differs_error loss-differs, _maybe_log_save_evaluate _high_loss_error,
         _model_raised_error model-raised, _not_finite_error not-finite, _record_results
         _wrong_kernel_error, _run_engine out-of-memory, _wrong_kernel_error
-        kernel-wrong-at-run, compute_likelihood _loss_differs_error, prove_run AttnimgError,
-        replace_by_hub_layers not-applied, replace_proven_layers not-applied, require_equal
-        _loss_differs_error, require_equal _model_raised_error, run _model_raised_error,
-        write_errors AttnimgError
+        kernel-wrong-at-run, check_log_probs loss-differs, compute_likelihood
+        _loss_differs_error, prove_run AttnimgError, replace_by_hub_layers not-applied,
+        replace_proven_layers not-applied, require_equal _loss_differs_error, require_equal
+        _model_raised_error, run _model_raised_error, write_errors AttnimgError
     """,
 }
 

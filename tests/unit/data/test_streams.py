@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from attnimg.config import check_values
-from attnimg.config.schema import Config, DatasetSpec
+from attnimg.config.schema import Config, DatasetSpec, is_streamed
 from attnimg.config.without_effect import keys_without_effect
 from attnimg.errors import AttnimgError
 from attnimg.train.data import load_documents
@@ -170,3 +170,39 @@ def test_keys_of_streams_without_effect_are_named(keys: Any, named: str | None) 
     assert [text.partition(" has no effect")[0].split()[-1] for text in found] == (
         [named] if named else []
     )
+
+
+ONE: dict[str, Any] = {"pretraining_dataset": [{"path": "a"}], "max_steps": 2}
+
+
+@pytest.mark.parametrize(
+    ("keys", "streamed"),
+    [
+        (ONE, True),
+        ({**ONE, "streaming": False}, False),
+        ({**ONE, "max_steps": None}, False),
+        ({**ONE, "val_set_size": 0.1}, False),
+        ({**ONE, "dataset_exact_deduplication": True}, False),
+        ({**ONE, "pretraining_dataset": [{"path": "a", "shards": 2}]}, False),
+        ({**ONE, "pretraining_dataset": [{"path": "a"}, {"path": "b"}]}, False),
+        ({"datasets": [{"path": "a"}], "max_steps": 2}, False),
+        ({"datasets": [{"path": "a"}], "max_steps": 2, "streaming": True}, True),
+    ],
+    ids=str,
+)
+def test_a_pretraining_dataset_is_streamed_where_it_can_be(
+    keys: dict[str, Any], streamed: bool
+) -> None:
+    values = {"base_model": "m", "learning_rate": 1e-4, **keys}
+    assert check_values(values, file="x").ok
+    assert is_streamed(Config.model_validate(values)) is streamed
+
+
+def test_only_the_needed_records_of_a_pretraining_dataset_are_read(
+    tokenizer: Any, endless: str
+) -> None:
+    run = config(endless, under="pretraining_dataset", streaming=None,
+                 streaming_multipack_buffer_size=None, shuffle_merged_datasets=False)  # fmt: skip
+    assert load_documents(run, tokenizer).figures[0].records < 2000
+    with pytest.raises(AttnimgError, match=r"line 2001"):
+        load_documents(run.model_copy(update={"streaming": False}), tokenizer)
