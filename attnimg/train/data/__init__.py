@@ -48,12 +48,17 @@ class Documents:
         validation: the same columns; None without val_set_size and test_datasets.
         figures: statistics of each source, in the order of the config, test_datasets last.
         warnings: warnings for the user before training.
+        train_places: where each document of `train` comes from: columns source (an index into
+            figures) and place ("train.jsonl, line 3").
+        validation_places: the same for `validation`.
     """
 
     train: Dataset
     validation: Dataset | None
     figures: tuple[SourceFigures, ...]
     warnings: tuple[str, ...] = ()
+    train_places: Dataset | None = None
+    validation_places: Dataset | None = None
 
 
 def find_sources(config: Config) -> tuple[list[Source], list[Source]]:
@@ -105,6 +110,7 @@ def load_documents(config: Config, tokenizer: Any) -> Documents:
         AttnimgError: the data are missing, broken, or not as the config describes them.
     """
     import datasets
+    import numpy
 
     training, testing = find_sources(config)
     figures = list[SourceFigures]()
@@ -116,7 +122,7 @@ def load_documents(config: Config, tokenizer: Any) -> Documents:
             part, (counts, found) = load_source(source, config, tokenizer, need)
             if not counts.documents:
                 raise _no_documents(source, counts)
-            parts.append(part)
+            parts.append(part.add_column("source", numpy.full(len(part), len(figures), "int32")))
             figures.append(counts)
             warnings.update(dict.fromkeys((*source.warnings, *found)))
         if len(parts) > 1 and config.shuffle_before_merging_datasets:
@@ -136,8 +142,14 @@ def load_documents(config: Config, tokenizer: Any) -> Documents:
         train, validation = _split_validation(train, config)
     if validation is not None:
         warnings.update(dict.fromkeys(_warn_of_shared_documents(train, validation)))
+    columns, places = ["input_ids", "labels"], ["source", "place"]
     return Documents(
-        train=train, validation=validation, figures=tuple(figures), warnings=tuple(warnings)
+        train=train.select_columns(columns),
+        validation=validation and validation.select_columns(columns),
+        figures=tuple(figures),
+        warnings=tuple(warnings),
+        train_places=train.select_columns(places),
+        validation_places=validation and validation.select_columns(places),
     )
 
 
