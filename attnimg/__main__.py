@@ -110,6 +110,11 @@ COMMANDS = {
             _JSON,
         ),
     ),
+    "schema": Command(
+        "schema",
+        "Print the JSON Schema of a config, by which editors complete and check its keys.",
+        (_argument("--json", "Print it in one line.", dest="as_json_lines", action="store_true"),),
+    ),
     "selftest": Command(
         "doctor",
         "Run the image's own tests: imports, a short training run, kernels on this GPU.",
