@@ -111,8 +111,9 @@ def _page(
     yield f"</section>\n{_LEGEND}"
     for (key, split), group in groupby(samples, key=lambda one: (one.source.key, one.split)):
         chosen = list(group)
+        count = f"{len(chosen)} document{'s' if len(chosen) > 1 else ''}"
         yield (
-            f"<section><h2>{_text(key)} <small>{split}: {len(chosen)} documents, chosen at random "
+            f"<section><h2>{_text(key)} <small>{split}: {count}, chosen at random "
             f"(seed {seed})</small></h2>\n<p class=path>{_text(chosen[0].source.path)}, "
             f"type {_text(chosen[0].source.type)}</p>\n"
         )

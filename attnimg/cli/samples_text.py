@@ -36,9 +36,6 @@ _REASONS = {
 }
 
 
-_NOT_KEPT = "memory only: with dataset_prepared_path: prepared, train reuses what is tokenized"
-
-
 class Signs(NamedTuple):
     """The signs around trained tokens, special tokens and bytes, and between documents."""
 
@@ -101,7 +98,16 @@ def facts(prepared: Preprocessed) -> Iterator[tuple[str, str]]:
         f"{schedule.steps_per_epoch:,} optimizer steps in an epoch, {rows:,} rows in each"
         f"{processes}; {schedule.total_steps:,} in the run ({key}: {getattr(config, key):g})",
     )
-    yield "kept in", config.dataset_prepared_path or _NOT_KEPT
+    yield "kept in", _kept_text(prepared)
+
+
+def _kept_text(prepared: Preprocessed) -> str:
+    """Return where the tokenized documents are kept for `train`."""
+    folder = prepared.config.dataset_prepared_path
+    if folder is None:
+        return "memory only: with dataset_prepared_path: prepared, train reuses what is tokenized"
+    others = ", ".join(found.key for found in prepared.documents.figures if not found.kept)
+    return folder + (f"; not {others}: datasets of the hub may change" if others else "")
 
 
 def _split_facts(name: str, split: Split) -> Iterator[tuple[str, str]]:

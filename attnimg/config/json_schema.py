@@ -164,7 +164,7 @@ def _other_keys(known: Mapping[str, Schema]) -> dict[str, Schema]:
     }
     for key, name in LEGACY.items():
         text = f"Write attn_implementation: {name} instead."
-        found[key] = _described(_nullable(_FLAG), text) | {"deprecated": True}
+        found[key] = {"description": text, **_nullable(_FLAG), "deprecated": True}
     for key, answer in key_answers().items():
         if key in IN_SCHEMA:
             both = {"allOf": [{"enum": _values_without_effect(answer)}]}

@@ -89,7 +89,8 @@ class SourceFigures:
         content: SHA-256 of the documents' tokens and labels, in order.
         read: SHA-256 of the records, before a template renders them.
         places: name of a count above -> where the first records are that it counts.
-        reused: whether the documents were found in dataset_prepared_path.
+        kept: whether the documents are in dataset_prepared_path; those of the hub never are.
+        reused: whether an earlier run put them there.
     """
 
     key: str
@@ -110,6 +111,7 @@ class SourceFigures:
     content: str = ""
     read: str = ""
     places: Mapping[str, list[str]] = field(default_factory=dict)
+    kept: bool = False
     reused: bool = False
 
 
@@ -532,7 +534,7 @@ def _load_cached(folder: Path, key: str) -> tuple[Dataset, Prepared]:
         raise UnusableCache("it is damaged")
     if facts["key"] != key:
         raise UnusableCache("it was made from other data")
-    figures = replace(SourceFigures(**facts["figures"]), reused=True)
+    figures = replace(SourceFigures(**facts["figures"]), kept=True, reused=True)
     return datasets.Dataset.from_file(str(documents)), (figures, tuple(facts["warnings"]))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,19 @@ def test_without_packing_each_document_is_a_row(
     assert prepared.schedule.steps_per_epoch == 4
     assert choose_row(prepared, seed=0, limit=None) is None
     assert "not packed" in dict(facts(prepared))["  rows"]
+
+
+def test_where_documents_are_kept_is_printed(
+    run_on: Run, json_lines: Write, tokenizer: Any, tmp_path: Path
+) -> None:
+    path = json_lines({"text": "Day."})
+    kept = str(tmp_path / "kept")
+    assert dict(facts(prepare_data(run_on(path), tokenizer)))["kept in"].startswith("memory only")
+    local = prepare_data(run_on(path, dataset_prepared_path=kept), tokenizer)
+    assert dict(facts(local))["kept in"] == kept
+    figures = (replace(local.documents.figures[0], kept=False),)
+    of_hub = replace(local, documents=replace(local.documents, figures=figures))
+    assert dict(facts(of_hub))["kept in"].startswith(f"{kept}; not datasets[0]: ")
 
 
 def test_what_was_dropped_is_listed_with_the_first_places(

@@ -12,14 +12,16 @@ from typing import Any
 import pytest
 import yaml
 
+from attnimg.cli.samples_html import write_page
 from attnimg.cli.samples_text import print_figures, print_samples, printer
 from attnimg.config.schema import Config
-from attnimg.train.preprocess import prepare_data
+from attnimg.train.preprocess import Preprocessed, prepare_data
 from attnimg.train.samples import choose_row, choose_samples
 from examples.demo import prepare
 
 ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs/see-your-data.md"
+EXAMPLE = ROOT / "docs/demo-data.html"
 BLOCK = re.compile(
     r"```\n\$ attnimg preprocess examples/demo/demo.yaml --show 1\n(?P<shown>[^`]*)```"
 )
@@ -27,8 +29,10 @@ BLOCK = re.compile(
 DOCUMENTS = 2
 
 
-def printed(folder: Path) -> str:
-    """Return what the command prints after `make demo`, up to a few documents of the row."""
+@pytest.fixture
+def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Preprocessed:
+    """Prepare the data of the demo, in a folder as `make demo` leaves it."""
+    monkeypatch.chdir(tmp_path)
     config = yaml.safe_load((ROOT / "examples/demo/demo.yaml").read_text(encoding="utf-8"))
     data = Path(config["datasets"][0]["path"])
     data.parent.mkdir(parents=True)
@@ -38,7 +42,11 @@ def printed(folder: Path) -> str:
         for record in prepare.chosen_definitions()
     ]  # fmt: skip
     data.write_text("".join(json.dumps(chat) + "\n" for chat in chats), encoding="utf-8")
-    prepared = prepare_data(Config(**config), prepare.make_tokenizer())
+    return prepare_data(Config(**config), prepare.make_tokenizer())
+
+
+def printed(prepared: Preprocessed) -> str:
+    """Return what the command prints, up to a few documents of the row."""
     out = printer(io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
     print_figures(prepared, out)
     print_samples(
@@ -50,14 +58,29 @@ def printed(folder: Path) -> str:
     return text[: text.index(f"\n─── document {DOCUMENTS + 1},")].rstrip("\n") + "\n...\n"
 
 
-def test_the_page_shows_what_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_the_page_shows_what_is_printed(prepared: Preprocessed) -> None:
     text = PAGE.read_text(encoding="utf-8")
     block = BLOCK.search(text)
     assert block
-    found = printed(tmp_path)
+    found = printed(prepared)
     if os.environ.get("UPDATE_PAGES"):
         start, end = block.span("shown")
         PAGE.write_text(text[:start] + found + text[end:], encoding="utf-8")
         pytest.skip("the page was updated; run it again without UPDATE_PAGES")
     assert block["shown"] == found, "UPDATE_PAGES=1 writes what is printed"
+
+
+def test_the_example_is_the_page_that_is_written(prepared: Preprocessed, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    write_page(
+        page,
+        prepared,
+        name="demo.yaml",
+        samples=choose_samples(prepared, 5, seed=0, limit=4000),
+        row=choose_row(prepared, seed=0, limit=4000),
+        seed=0,
+    )
+    if os.environ.get("UPDATE_PAGES"):
+        EXAMPLE.write_bytes(page.read_bytes())
+        pytest.skip("the example was updated; run it again without UPDATE_PAGES")
+    assert EXAMPLE.read_bytes() == page.read_bytes(), "UPDATE_PAGES=1 writes what is written"
