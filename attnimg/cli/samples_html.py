@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attnimg.cli.samples_text import dropped_texts, facts
+from attnimg.cli.samples_text import WITHOUT_LOSS, dropped_texts, facts
 from attnimg.errors import AttnimgError
 from attnimg.files import data_file
 from attnimg.train.samples import SPACES, Omitted, Sample, SampledRow, Token, visible
@@ -155,8 +155,11 @@ def _datasets(sources: Iterable[SourceFigures]) -> str:
         names = "".join(f"<td>{_text(text)}" for text in (found.key, found.path, found.type))
         cells = "".join(f"<td class=n>{number:,}" for number in numbers)
         rows.append(f"<tr>{names}{cells}<td class=n>{share:.1%}</tr>")
-        rows += [f"<tr class=dropped><td><td colspan=6>{_text(text)}</tr>"
-                 for text in dropped_texts(found)]  # fmt: skip
+        for reason, text in dropped_texts(found):
+            note = " class=note" if reason == WITHOUT_LOSS else ""
+            rows.append(
+                f"<tr class=dropped><td><td colspan=6><span{note}>{_text(text)}</span></tr>"
+            )
     return f"<div class=wide><table>{head}{''.join(rows)}</table></div>"
 
 

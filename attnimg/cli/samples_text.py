@@ -25,12 +25,15 @@ _TRAINED = ("#000000 on #56b4e9", "#000000 on #9ad4f5")
 _MASKED = ("#c8c8c8 on #303030", "#c8c8c8 on #454545")
 _SPECIAL, _FAINT, _WARNING = "bold", "dim", "bold yellow"
 
+# The reason that is a mistake more often than not: the labels are other than expected.
+WITHOUT_LOSS = "without_loss"
+
 # What the counts of SourceFigures are called where the places of some records are listed.
 _REASONS = {
     "empty": "dropped: no text",
     "too_long": "dropped: longer than sequence_len",
     "too_short": "dropped: shorter than min_sample_len",
-    "without_loss": "dropped: no trained token",
+    WITHOUT_LOSS: "dropped: no trained token",
     "split": "split: longer than sequence_len",
     "truncated": "truncated: longer than sequence_len",
 }
@@ -70,18 +73,18 @@ def print_figures(prepared: Preprocessed, out: Printer) -> None:
     """Print what became of the records of each dataset entry, and the rows and steps of the run."""
     for figures in prepared.documents.figures:
         _print(out, f"{figures.key}  {summary_line(figures)}")
-        for text in dropped_texts(figures):
-            _print(out, f"    {text}")
+        for name, text in dropped_texts(figures):
+            _print(out, f"    {text}", style=_WARNING if name == WITHOUT_LOSS else "")
     for name, text in facts(prepared):
         _print(out, f"{name:<12}{text}")
 
 
-def dropped_texts(figures: SourceFigures) -> Iterator[str]:
-    """Yield a line for each reason why records were dropped or cut, with the first places."""
+def dropped_texts(figures: SourceFigures) -> Iterator[tuple[str, str]]:
+    """Yield each reason why records were dropped or cut, and a line with the first places."""
     for name, places in figures.places.items():
         count = getattr(figures, name)
         more = ", ..." if count > len(places) else ""
-        yield f"{count:,} {_REASONS[name]} ({'; '.join(places)}{more})"
+        yield name, f"{count:,} {_REASONS[name]} ({'; '.join(places)}{more})"
 
 
 def facts(prepared: Preprocessed) -> Iterator[tuple[str, str]]:
@@ -92,11 +95,14 @@ def facts(prepared: Preprocessed) -> Iterator[tuple[str, str]]:
     config, schedule = prepared.config, prepared.schedule
     rows = config.micro_batch_size * config.gradient_accumulation_steps * prepared.world
     processes = f" in {prepared.world} processes" if prepared.world > 1 else ""
-    key = "max_steps" if config.max_steps else "num_epochs"
+    until = f"num_epochs: {config.num_epochs:g}"
+    if config.max_steps:
+        until = f"max_steps: {config.max_steps}"
     yield (
         "steps",
-        f"{schedule.steps_per_epoch:,} optimizer steps in an epoch, {rows:,} rows in each"
-        f"{processes}; {schedule.total_steps:,} in the run ({key}: {getattr(config, key):g})",
+        f"{schedule.steps_per_epoch:,} optimizer steps in an epoch, {rows:,} "
+        f"row{'s' if rows > 1 else ''} in each{processes}; {schedule.total_steps:,} in the run "
+        f"({until})",
     )
     yield "kept in", _kept_text(prepared)
 

@@ -109,7 +109,7 @@ def choose_samples(
     random = numpy.random.default_rng(seed)
     found = []
     for name, split in _splits(prepared):
-        sources = numpy.asarray(split.places["source"][:])
+        sources = split.places.with_format("numpy")["source"][:]
         for number in range(len(prepared.documents.figures)):
             (own,) = numpy.nonzero(sources == number)
             chosen = random.choice(own, size=min(count, len(own)), replace=False)
@@ -176,8 +176,6 @@ def _sample(
 def _note(config: Config, source: SourceFigures, trained: Sequence[bool]) -> str:
     """Return what looks wrong about the labels of a document; "" for nothing."""
     spec = next(spec for key, spec, _ in dataset_entries(config) if key == source.key)
-    if not any(trained):
-        return "no token has loss: nothing is learned from this document"
     if all(trained[1:]) and spec.type and not is_text(spec) and not config.train_on_inputs:
         return (
             f"every token has loss, but with type {source.type} and train_on_inputs: false the "

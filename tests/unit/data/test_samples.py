@@ -223,13 +223,31 @@ def test_what_was_dropped_is_listed_with_the_first_places(
                     min_sample_len=3)  # fmt: skip
     prepared = prepare_data(config, tokenizer)
     (figures,) = prepared.documents.figures
-    assert list(dropped_texts(figures)) == [
+    assert [text for _, text in dropped_texts(figures)] == [
         "5 dropped: no text (data.jsonl, line 2; data.jsonl, line 4; data.jsonl, line 5, ...)",
         "1 truncated: longer than sequence_len (data.jsonl, line 3)",
         "1 dropped: shorter than min_sample_len (data.jsonl, line 8)",
     ]
-    out = printer(io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
+    assert [name for name, _ in dropped_texts(figures)] == ["empty", "truncated", "too_short"]
+
+
+@pytest.mark.parametrize("answers", [True, False], ids=["an answer", "no answer"])
+def test_a_conversation_without_a_trained_turn_is_noted(
+    run_on: Run, json_lines: Write, tokenizer: Any, tmp_path: Path, answers: bool
+) -> None:
+    silent = {"messages": [*CHAT["messages"][:1], {**CHAT["messages"][1], "train": answers}]}
+    path = json_lines(CHAT, silent)
+    config = run_on(path, "chat_template", spec_message_field_training="train")
+    prepared = prepare_data(config, tokenizer)
+    raw = io.BytesIO()
+    out = printer(io.TextIOWrapper(raw, encoding="utf-8"))
     print_figures(prepared, out)
+    out.console.file.flush()
+    page = tmp_path / "page.html"
+    write_page(page, prepared, name="a", samples=(), row=None, seed=0)
+    for text in (raw.getvalue().decode(), page.read_text()):
+        assert ("1 dropped: no trained token (data.jsonl, line 2)" in text) is not answers
+    assert ("<span class=note>" in page.read_text()) is not answers
 
 
 SEGMENTS = [{"label": False, "text": "Ask. "}, {"label": True, "text": "Answer."}]
