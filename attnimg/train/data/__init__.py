@@ -36,6 +36,9 @@ __all__ = [
     "summary_line",
 ]
 
+# Columns with the place of each document, which is not trained on.
+PLACES = ["source", "place"]
+
 SAMPLE_TOKENS = 400  # shown of a long document, to fit on a screen
 
 
@@ -142,14 +145,13 @@ def load_documents(config: Config, tokenizer: Any) -> Documents:
         train, validation = _split_validation(train, config)
     if validation is not None:
         warnings.update(dict.fromkeys(_warn_of_shared_documents(train, validation)))
-    columns, places = ["input_ids", "labels"], ["source", "place"]
     return Documents(
-        train=train.select_columns(columns),
-        validation=validation and validation.select_columns(columns),
+        train=train.remove_columns(PLACES),
+        validation=validation and validation.remove_columns(PLACES),
         figures=tuple(figures),
         warnings=tuple(warnings),
-        train_places=train.select_columns(places),
-        validation_places=validation and validation.select_columns(places),
+        train_places=train.select_columns(PLACES),
+        validation_places=validation and validation.select_columns(PLACES),
     )
 
 
