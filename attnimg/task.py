@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from attnimg.backends import added_backends, all_backends
-from attnimg.config.schema import Config, offloading_mode
+from attnimg.config.schema import Config, offloading_mode, rows_of_example
 from attnimg.facts import Arch, Finding, LayerKind, Machine, Model, Plan, Problem
 from attnimg.machine import probe
 from attnimg.selection import known_bad, model_config, model_types, plan
@@ -116,7 +116,7 @@ def build_problem(config: Config, *, model: Model | None, dropout: float, arch: 
         forward_only_ok=config.attn_forward_only_ok,
         trusted=bool(config.trust_remote_code),
         sequence_len=config.sequence_len,
-        rows=max(config.micro_batch_size, config.eval_batch_size or 0),
+        rows=max(config.micro_batch_size, config.eval_batch_size or 0) * rows_of_example(config),
         # With bf16: full the weights are bfloat16 and nothing is cast; DeepSpeed casts the weights
         # too.
         autocast=dtype != "float32" and config.bf16 != "full" and not config.deepspeed,

@@ -13,12 +13,15 @@ import json
 import re
 import textwrap
 from collections.abc import Iterable, Iterator
+from itertools import islice, pairwise
 from pathlib import Path
 
 from debian_texts import read_bible, read_dictionary
 
 DATA = Path(__file__).parent / "data"
 CONVERSATIONS = 300
+# Pairs of answers, of definitions of at most so many characters.
+PREFERENCES, LONGEST_ANSWER = 200, 240
 
 Record = dict[str, str]
 
@@ -130,6 +133,17 @@ def conversation(record: Record) -> dict[str, list[Record]]:
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
+def preferences(records: Iterable[Record]) -> Iterator[dict[str, object]]:
+    """Yield a question with two answers: its definition, and that of the next short entry."""
+    short = [record for record in records if len(record["output"]) <= LONGEST_ANSWER]
+    for record, other in islice(pairwise(short), PREFERENCES):
+        yield {
+            "messages": [{"role": "user", "content": record["instruction"]}],
+            "chosen": {"role": "assistant", "content": record["output"]},
+            "rejected": {"role": "assistant", "content": other["output"]},
+        }
+
+
 def as_json_lines(records: Iterable[object]) -> str:
     """Write one record a line, as a person would read it."""
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
@@ -145,6 +159,7 @@ def main() -> None:
     files: dict[str, Iterable[object]] = {
         "devils_dictionary.jsonl": alpaca,
         "conversations.jsonl": map(conversation, alpaca[:CONVERSATIONS]),
+        "preferences.jsonl": preferences(alpaca),
         "kjv.jsonl": chapters(read_bible(folder)),
     }
     DATA.mkdir(exist_ok=True)

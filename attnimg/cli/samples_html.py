@@ -128,17 +128,19 @@ def _cards(prepared: Preprocessed) -> Iterator[str]:
     """Yield the figures that a reader looks for first."""
     found, schedule = prepared.train.figures, prepared.schedule
     share = found["trained_tokens"] / max(1, found["tokens"])
-    yield _card(f"{found['documents']:,}", "documents to train on")
+    unit = prepared.documents.figures[0].unit
+    yield _card(f"{found['documents']:,}", f"{unit} to train on")
     yield _card(f"{found['tokens']:,}", "tokens")
     yield _card(f"{share:.1%}", f"trained: {found['trained_tokens']:,} tokens", share)
-    yield _card(
-        f"{found['filled_share']:.1%}",
-        f"of {found['rows']:,} rows filled, {'packed' if found['packed'] else 'not packed'}",
-        found["filled_share"],
-    )
+    if found["filled_share"] is not None:
+        yield _card(
+            f"{found['filled_share']:.1%}",
+            f"of {found['rows']:,} rows filled, {'packed' if found['packed'] else 'not packed'}",
+            found["filled_share"],
+        )
     yield _card(f"{schedule.steps_per_epoch:,}", "optimizer steps in an epoch")
     if prepared.evaluation is not None:
-        yield _card(f"{prepared.evaluation.figures['documents']:,}", "documents to evaluate on")
+        yield _card(f"{prepared.evaluation.figures['documents']:,}", f"{unit} to evaluate on")
 
 
 def _card(value: str, label: str, share: float | None = None) -> str:

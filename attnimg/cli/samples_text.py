@@ -89,9 +89,10 @@ def dropped_texts(figures: SourceFigures) -> Iterator[tuple[str, str]]:
 
 def facts(prepared: Preprocessed) -> Iterator[tuple[str, str]]:
     """Yield a name and a text: the splits, the steps of the run, and where the data are kept."""
-    yield from _split_facts("training", prepared.train)
+    unit = prepared.documents.figures[0].unit
+    yield from _split_facts("training", prepared.train, unit)
     if prepared.evaluation is not None:
-        yield from _split_facts("evaluation", prepared.evaluation)
+        yield from _split_facts("evaluation", prepared.evaluation, unit)
     config, schedule = prepared.config, prepared.schedule
     rows = config.micro_batch_size * config.gradient_accumulation_steps * prepared.world
     processes = f" in {prepared.world} processes" if prepared.world > 1 else ""
@@ -116,14 +117,16 @@ def _kept_text(prepared: Preprocessed) -> str:
     return folder + (f"; not {others}: datasets of the hub may change" if others else "")
 
 
-def _split_facts(name: str, split: Split) -> Iterator[tuple[str, str]]:
+def _split_facts(name: str, split: Split, unit: str) -> Iterator[tuple[str, str]]:
     found = split.figures
     share = found["trained_tokens"] / max(1, found["tokens"])
     yield (
         name,
-        f"{found['documents']:,} documents, {found['tokens']:,} tokens, "
+        f"{found['documents']:,} {unit}, {found['tokens']:,} tokens, "
         f"{found['trained_tokens']:,} trained ({share:.1%})",
     )
+    if found["filled_share"] is None:
+        return
     how = "packed" if found["packed"] else "not packed, one document in each"
     yield (
         "  rows",

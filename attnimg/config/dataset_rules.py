@@ -16,6 +16,7 @@ from attnimg.config.schema import (
     DATASET_TYPES,
     Config,
     DatasetSpec,
+    PreferenceFormat,
     PromptFormat,
     SpecialToken,
     dataset_entries,
@@ -24,6 +25,7 @@ from attnimg.config.schema import (
     is_text,
     make_error,
     role_names,
+    trains_preferences,
 )
 from attnimg.facts import Finding
 
@@ -37,18 +39,15 @@ _PART_OF_SPLIT = re.compile(
     rf"\w+(?:\.\w+)*(?:\[({_BOUND})?:({_BOUND})?\])?(\((?:closest|pct1_dropremainder)\))?"
 )
 # Axolotl's dataset types that are not implemented, by their first word: those of conversations,
-# those whose prompt is too long to repeat here, and those of other kinds of training.
+# those whose prompt is too long to repeat here, those of preferences, and of other training.
 # Source: axolotl 0.19.0, prompt_strategies and docs/dataset-formats (2026-11-27)
 _OF_CONVERSATIONS = frozenset({"sharegpt", "llama2_chat", "pygmalion", "messages"})
 _OF_LONG_PROMPTS = frozenset({"creative_acr", "reflection"})
+_OF_PREFERENCES = frozenset({"chatml", "llama3", "zephyr", "passthrough"})
 _OF_OTHER_TRAINING = frozenset(
     {
         "bradley_terry",
         "stepwise_supervised",
-        "chatml",
-        "llama3",
-        "zephyr",
-        "passthrough",
         "_synthetic",
     }
 )
@@ -79,11 +78,20 @@ def bad_value(key: str, what: str, why: str, do: str) -> Finding:
 
 
 def _dataset_types(config: Config) -> Iterator[Finding]:
-    """Yield an error for each unknown type; `train` finds a missing one from the columns."""
+    """Yield an error for each unknown type; `train` finds a missing one from the columns.
+
+    preference_rules.py has the types of preference data.
+    """
+    if trains_preferences(config):
+        return
     for entry, spec, _ in dataset_entries(config):
         key = f"{entry}.type"
         if isinstance(spec.type, PromptFormat):
             yield from _placeholders(spec.type, key=key)
+        if isinstance(spec.type, PreferenceFormat):
+            what = f"{key} describes preference data"
+            why = f"found {', '.join(sorted(spec.type.model_fields_set))}, and no rl"
+            yield bad_value(key, what, why, "set rl: dpo")
         if not isinstance(spec.type, str) or spec.type in DATASET_TYPES:
             continue
         first, do = re.split(r"[.:]", spec.type)[0], ""
@@ -91,6 +99,8 @@ def _dataset_types(config: Config) -> Iterator[Finding]:
             do = f"set {key}: chat_template"
         elif first in _OF_LONG_PROMPTS:
             do = f"set {key}: chat_template, and write each record as messages"
+        elif first in _OF_PREFERENCES:
+            do = "set rl: dpo"
         elif first in _OF_OTHER_TRAINING or first.startswith("ebft"):
             do = f"remove {entry}; attnimg trains language models on text"
         if do:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any
 
 from pydantic.json_schema import GenerateJsonSchema
@@ -26,7 +27,12 @@ from attnimg.config.keys import (
 )
 from attnimg.config.other_names import OTHER_NAMES
 from attnimg.config.rules import BNB_VALUES
-from attnimg.config.schema import DATASET_TYPES, Config
+from attnimg.config.schema import (
+    DATASET_TYPES,
+    PREFERENCE_METHODS,
+    Config,
+    preference_types,
+)
 from attnimg.files import read_data
 from attnimg.redact import is_secret
 
@@ -59,7 +65,8 @@ def config_schema() -> Schema:
     of_entries = texts.pop(OF_ENTRIES)
     of_keys = {key: text for section in texts.values() for key, text in section.items()}
     found = Config.model_json_schema(schema_generator=_Generator)
-    entry, prompt = (_plain(found["$defs"][name]) for name in ("DatasetSpec", "PromptFormat"))
+    parts = {name: _plain(part) for name, part in found["$defs"].items()}
+    entry = parts["DatasetSpec"]
     known = {
         key: _described(_nullable(_plain(value)), of_keys[key], examples.get(key))
         for key, value in found["properties"].items()
@@ -91,7 +98,7 @@ def config_schema() -> Schema:
             {"required": [key], "properties": {key: {"not": {"type": "null"}}}}
             for key in ("datasets", "pretraining_dataset")
         ],
-        "$defs": {"DatasetSpec": entry, "PromptFormat": prompt},
+        "$defs": parts,
     }
 
 
@@ -167,8 +174,10 @@ def _other_keys(known: Mapping[str, Schema]) -> dict[str, Schema]:
         found[key] = {"description": text, **_nullable(_FLAG), "deprecated": True}
     for key, answer in key_answers().items():
         if key in IN_SCHEMA:
+            # rl is a key like others, some values of which are refused.
+            named = any(isinstance(one, str) for one in answer.accepts)
             both = {"allOf": [{"enum": _values_without_effect(answer)}]}
-            found[key] = {**known[key], **_answer(answer), **both}
+            found[key] = {**known[key], **({} if named else _answer(answer)), **both}
         elif answer.answer == "refused":
             found[key] = _refused(answer)
         else:
@@ -232,7 +241,9 @@ def _plain(node: Any) -> Any:
     if not isinstance(node, dict):
         return node
     if "oneOf" in node:  # the type of an entry: a name or a prompt
-        node = {**node, "anyOf": [{"enum": [*DATASET_TYPES]}, *node["oneOf"][1:]]}
+        types = (preference_types(method) for method in PREFERENCE_METHODS)
+        names = dict.fromkeys((*DATASET_TYPES, *chain.from_iterable(types)))
+        node = {**node, "anyOf": [{"enum": [*names]}, *node["oneOf"][1:]]}
         del node["oneOf"]
     found = {}
     for name, value in node.items():

@@ -11,6 +11,7 @@ import math
 from collections.abc import Collection, Iterator
 
 from attnimg.config.dataset_rules import DATASET_RULES, DATASETS, Rule, bad_value
+from attnimg.config.preference_rules import PREFERENCE_RULES
 from attnimg.config.schema import (
     BnbArgument,
     Config,
@@ -364,5 +365,6 @@ _RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (_trained_weights, ("adapter", "unfrozen_parameters", "gradient_checkpointing_kwargs")),
     (_offloading, ("gradient_checkpointing", "activation_offloading")),
     *DATASET_RULES,
+    *PREFERENCE_RULES,
     (_trackers, ()),
 )

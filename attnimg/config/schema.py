@@ -170,6 +170,11 @@ Scheduler = Literal[
     "cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt",
     "cosine_with_restarts", "cosine_with_min_lr", "warmup_stable_decay", "reduce_lr_on_plateau",
 ]  # fmt: skip
+# TRL's losses of DPO. Source: trl 1.16.0, dpo_trainer.py, _compute_loss (2026-11-27)
+DpoLoss = Literal[
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
+    "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+]  # fmt: skip
 Strategy = Literal["no", "steps", "epoch"]
 TrainedEnds = Literal["all", "turn", "last", "none"]
 SaveStrategy = Literal["no", "steps", "epoch", "best"]
@@ -207,6 +212,23 @@ DATASET_TYPES = (
 )  # fmt: skip
 # The types that error messages list.
 COMMON_TYPES = ("alpaca", "alpaca:chat", "completion", "chat_template", "input_output")
+# The values of rl that are implemented, and the types of their data; a record of dpo, ipo and orpo
+# has two answers, one of kto has one. The types are in train/preferences/records.py.
+# Source: axolotl 0.19.0, prompt_strategies/dpo, kto and orpo (2026-11-27)
+PREFERENCE_METHODS = ("dpo", "ipo", "orpo", "kto")
+_STYLES = ("chatml", "llama3")
+_PAIR_TYPES = (
+    "chat_template.default", "chat_template", "chat_template.argilla_chat",
+    *(f"{style}{name}" for style in _STYLES
+      for name in ("", ".default", ".argilla_chat", ".icr", ".intel", ".prompt_pairs", ".ultra")),
+    "zephyr.nectar", "passthrough", "passthrough.default",
+)  # fmt: skip
+_KTO_TYPES = tuple(
+    f"{style}.{name}"
+    for style in _STYLES
+    for name in ("argilla", "argilla_chat", "intel", "prompt_pairs", "ultra")
+)
+_ORPO_TYPES = ("chat_template.argilla",)
 # Name of a role in records -> its name in chat templates. The first seven are axolotl's.
 # Source: axolotl 067b021c, prompt_strategies/chat_template.py:78-87 (2026-11-26)
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
@@ -236,12 +258,46 @@ class PromptFormat(BaseModel):
     system_format: Text | None = None
 
 
+class PreferenceFormat(BaseModel):
+    """Texts of preference data that the config describes: the mapping under `type` with `rl`.
+
+    Attributes:
+        prompt_format: the prompt, with {prompt} and {system}.
+        chosen_format: the preferred answer, with {chosen}.
+        rejected_format: the other answer, with {rejected}.
+        completion_format: the answer of a record of KTO, with {completion}.
+        field_label: the column that says whether that answer is desirable.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    field_system: Text | None = None
+    field_prompt: Text | None = None
+    field_chosen: Text | None = None
+    field_rejected: Text | None = None
+    field_completion: Text | None = None
+    field_label: Text | None = None
+    prompt_format: Text | None = None
+    chosen_format: Text | None = None
+    rejected_format: Text | None = None
+    completion_format: Text | None = None
+
+
+_OF_PREFERENCES = PreferenceFormat.model_fields.keys() - PromptFormat.model_fields.keys()
+
+
 def _kind_of_type(value: object) -> str:
-    return "format" if isinstance(value, dict | PromptFormat) else "name"
+    if isinstance(value, PreferenceFormat):
+        return "preferences"
+    if isinstance(value, dict):
+        return "preferences" if value.keys() & _OF_PREFERENCES else "format"
+    return "format" if isinstance(value, PromptFormat) else "name"
 
 
 DatasetType = Annotated[
-    Annotated[Text, Tag("name")] | Annotated[PromptFormat, Tag("format")],
+    Annotated[Text, Tag("name")]
+    | Annotated[PromptFormat, Tag("format")]
+    | Annotated[PreferenceFormat, Tag("preferences")],
     Discriminator(_kind_of_type),
 ]
 
@@ -257,6 +313,8 @@ class DatasetSpec(BaseModel):
         message_property_mappings: role/content -> the keys in the records.
         roles: role of the chat template -> its names in the records.
         roles_to_train: the roles whose turns have loss.
+        field_chosen: the column of the preferred answer, with rl.
+        field_rejected: the column of the other answer.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -275,6 +333,8 @@ class DatasetSpec(BaseModel):
     shards_idx: Whole | None = None
     preprocess_shards: Whole | None = None
     field_messages: Text | None = None
+    field_chosen: Text | None = None
+    field_rejected: Text | None = None
     field_system: Text | None = None
     field_tools: Text | None = None
     field_thinking: Text | None = None
@@ -496,8 +556,19 @@ class Config(BaseModel):
     dataloader_prefetch_factor: Processes | None = None
     dataloader_pin_memory: Flag | None = None
 
-    # Not implemented: data/keys.toml refuses them after the rules of config/attention.py.
+    # Preference training; data/keys.toml refuses values of rl after the rules of
+    # config/attention.py.
     rl: Text | Flag | None = None
+    rl_beta: Positive | None = None
+    dpo_loss_type: Annotated[list[DpoLoss], Field(min_length=1)] | None = None
+    dpo_loss_weights: Annotated[list[Number], Field(min_length=1)] | None = None
+    dpo_label_smoothing: Beta | None = None
+    dpo_use_weighting: Flag | None = None
+    kto_desirable_weight: Positive | None = None
+    kto_undesirable_weight: Positive | None = None
+    orpo_alpha: Positive | None = None
+
+    # Not implemented: data/keys.toml refuses them after the rules of config/attention.py.
     context_parallel_size: Whole | None = None
     scaling_softmax: Flag | None = None
 
@@ -516,6 +587,21 @@ def dataset_entries(config: Config) -> Iterator[tuple[str, DatasetSpec, bool]]:
             if name == "pretraining_dataset" and spec.type is None:
                 spec = spec.model_copy(update={"type": "pretrain"})  # as in axolotl
             yield f"{name}[{index}]", spec, name != "test_datasets"
+
+
+def trains_preferences(config: Config) -> bool:
+    """Return whether a run learns from preferences between answers."""
+    return config.rl in PREFERENCE_METHODS
+
+
+def rows_of_example(config: Config) -> int:
+    """Return how many rows of a batch an example has: both answers of a pair are in one batch."""
+    return 2 if trains_preferences(config) and config.rl != "kto" else 1
+
+
+def preference_types(method: str) -> tuple[str, ...]:
+    """Return the dataset types that have data for a value of rl."""
+    return {"kto": _KTO_TYPES, "orpo": _ORPO_TYPES}.get(method, _PAIR_TYPES)
 
 
 def is_streamed(config: Config) -> bool:
@@ -563,7 +649,7 @@ def is_text(spec: DatasetSpec) -> bool:
 
 def type_name(spec: DatasetSpec) -> str:
     """Return what a dataset entry's type is called in messages."""
-    if isinstance(spec.type, PromptFormat):
+    if isinstance(spec.type, PromptFormat | PreferenceFormat):
         return "a prompt of the config"
     return spec.type or "tokens"
 

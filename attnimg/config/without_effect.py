@@ -16,6 +16,7 @@ from attnimg.config.schema import (
     is_text,
     make_warning,
     trackers,
+    trains_preferences,
     type_name,
 )
 from attnimg.facts import Finding
@@ -139,6 +140,10 @@ def _unused_run_keys(config: Config) -> Iterator[tuple[str, list[str]]]:
         yield "save_strategy is no", named("save_total_limit", "save_only_model")
     if not (config.fsdp or config.fsdp_config):
         yield "fsdp is not set", named("fsdp_version")
+    if trains_preferences(config):
+        yield "TRL turns dropout off in preference training", named("lora_dropout")
+        yield f"rl: {config.rl} trains whole answers", named("eot_tokens")
+        yield "one process reads preference data", named("dataset_num_proc", "dataset_processes")
     yield from _unused_tracker_keys(config)
     specs = [spec for _, spec, _ in dataset_entries(config)]
     if not any(map(is_chat, specs)):
@@ -214,7 +219,9 @@ def _unused_dataset_keys(config: Config) -> Iterator[tuple[str, list[str]]]:
             found = (name for name in sorted(names) if getattr(spec, name) not in (None, False))
             return [f"{key}.{name}" for name in found]
 
-        if spec.type is not None:
+        if not trains_preferences(config):
+            yield "rl is not set", named(["field_chosen", "field_rejected"])
+        if spec.type is not None and not trains_preferences(config):
             unread = (frozenset() if is_chat(spec) else _CHAT_KEYS) | (
                 frozenset() if is_text(spec) else _TEXT_KEYS
             )

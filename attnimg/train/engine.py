@@ -1,7 +1,8 @@
-"""Train with TRL's SFTTrainer: checkpoints that survive kills, stops on signals, token counts.
+"""Train with one of TRL's trainers: checkpoints that survive kills, stops on signals, token counts.
 
-The loss is the negative log-likelihood averaged over the trained tokens of a step, on all
-processes. loss.py computes it; own_loss.py compares it with the model's own loss.
+Engine trains by next-token loss: the negative log-likelihood averaged over the trained tokens of a
+step, on all processes. loss.py computes it; own_loss.py compares it with the model's own loss.
+preferences/trainer.py has the engines of preference training.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from attnimg.train import records
 from attnimg.train.checkpoint import FileHasher, write_errors
 from attnimg.train.distributed import Stopped, any_rank
 from attnimg.train.frozen import restore_after_steps
+from attnimg.train.loss import LossTrainer
 from attnimg.train.loss_watchdog import LossWatchdog
 from attnimg.train.model_files import TRAINER_FILES, correct_saved_config
 from attnimg.train.offloading import offload_activations
@@ -38,25 +40,28 @@ if TYPE_CHECKING:
     from attnimg.train.fit import Session
 
 # transformers' name -> the name in metrics.jsonl, in the order of a line.
-TRAIN_KEYS = (
+TRAIN_KEYS: tuple[str, ...] = (
     "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "filled",
     "memory_bytes", "seconds", "aux_loss", "attn_checks", "attn_margin",
 )  # fmt: skip
+EVAL_KEYS: tuple[str, ...] = ("eval_loss", "eval_aux_loss")
 
 
 class EvaluationInterrupted(Exception):
     """Raised if a signal comes during an evaluation, which the next session then repeats."""
 
 
-class Engine(CheckpointingTrainer):
-    """Train one run.
+class RunTrainer(CheckpointingTrainer):
+    """The part of an engine that does not depend on the loss; one of TRL's trainers follows it.
 
     Args:
         session: config, model, rows and state of the run. Its stop flag is read after each step
             and evaluation batch.
-        options: arguments of SFTTrainer.
+        options: arguments of TRL's trainer.
 
     Attributes:
+        train_keys: the values of a training log that are written to metrics.jsonl.
+        eval_keys: those of an evaluation's log.
         counter: counts tokens and time between two logs.
         watchdog: counts steps with a high loss.
         base_rates: the learning rate of each group of weights, without schedule.
@@ -64,13 +69,14 @@ class Engine(CheckpointingTrainer):
         loaded_config: the model's config before training.
     """
 
+    train_keys, eval_keys = TRAIN_KEYS, EVAL_KEYS
+
     def __init__(self, session: Session, **options: Any) -> None:
         self.session, self.folder, self.stop = session, session.folder, session.stop
         self.attention_check = session.attention_check
         self.counter, self.base_rates = records.TokenCounter(), list[float]()
         config = session.config
         self.watchdog = LossWatchdog(config.loss_watchdog_threshold, config.loss_watchdog_patience)
-        self._eval_sums = torch.zeros(2, dtype=torch.float64)
         self._evaluated_at = -1
         self.pending_checkpoint, self.hashes = checkpoints.PendingCheckpoint(), FileHasher()
         self.loaded_config = options["model"].config.to_dict()
@@ -265,23 +271,16 @@ class Engine(CheckpointingTrainer):
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> Any:
-        """Sum the loss over trained tokens, so that it does not depend on how rows are batched."""
+        """Compute the loss of an evaluation batch.
+
+        Raises:
+            EvaluationInterrupted: a signal came.
+        """
         inputs.pop(COUNTS, None)
-        trained = (inputs["labels"][..., 1:] != -100).sum()
         result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        self._eval_sums += torch.stack([result[0] * trained, trained]).double().cpu()
         if any_rank(self.stop.number is not None):
             raise EvaluationInterrupted
         return result
-
-    def evaluation_loop(self, *args: Any, **options: Any) -> Any:
-        """Replace transformers' mean over batches with the mean over trained tokens."""
-        self._eval_sums = torch.zeros(2, dtype=torch.float64)
-        output = super().evaluation_loop(*args, **options)
-        sums = self._eval_sums.float().to(self.args.device)
-        loss, tokens = self.accelerator.reduce(sums, reduction="sum").tolist()
-        output.metrics[f"{options.get('metric_key_prefix', 'eval')}_loss"] = loss / max(tokens, 1)
-        return output
 
     def _determine_best_metric(self, metrics: Any, trial: Any) -> bool:
         """Return whether the loss is the lowest so far; the best model is saved for the end."""
@@ -400,7 +399,7 @@ class Engine(CheckpointingTrainer):
             "step": self.state.global_step,
             "tokens": self.counter.total_tokens,
             "window": {"loss": loss, "from_step": self._globalstep_last_logged,
-                       "tokens": tokens, "places": positions, "aux": self.aux_window(),
+                       "tokens": tokens, "places": positions, **self.window_sums(),
                        "high_steps": self.watchdog.high_steps},
             "evaluate_first": self._evaluation_due(),
             "identity": dict(self.session.identity),
@@ -418,6 +417,48 @@ class Engine(CheckpointingTrainer):
         # The sums include all processes, so only one of them restores them.
         if self.is_world_process_zero():
             self.counter.count(window["tokens"], window["places"])
+        self.restore_window_sums(window)
+
+    def window_sums(self) -> dict[str, Any]:
+        """Return the sums since the last log that only this kind of training has."""
+        return {}
+
+    def restore_window_sums(self, window: Mapping[str, Any]) -> None:
+        """Restore the values of `window_sums` from a checkpoint; every process calls this."""
+
+
+class Engine(RunTrainer, LossTrainer):
+    """Train one run by next-token loss, with TRL's SFTTrainer."""
+
+    def __init__(self, session: Session, **options: Any) -> None:
+        self._eval_sums = torch.zeros(2, dtype=torch.float64)
+        super().__init__(session, **options)
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> Any:
+        """Sum the loss over trained tokens, so that it does not depend on how rows are batched."""
+        trained = (inputs["labels"][..., 1:] != -100).sum()
+        result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        self._eval_sums += torch.stack([result[0] * trained, trained]).double().cpu()
+        return result
+
+    def evaluation_loop(self, *args: Any, **options: Any) -> Any:
+        """Replace transformers' mean over batches with the mean over trained tokens."""
+        self._eval_sums = torch.zeros(2, dtype=torch.float64)
+        output = super().evaluation_loop(*args, **options)
+        sums = self._eval_sums.float().to(self.args.device)
+        loss, tokens = self.accelerator.reduce(sums, reduction="sum").tolist()
+        output.metrics[f"{options.get('metric_key_prefix', 'eval')}_loss"] = loss / max(tokens, 1)
+        return output
+
+    def window_sums(self) -> dict[str, Any]:
+        """Return the sums of the auxiliary loss since the last log."""
+        return {"aux": self.aux_window()}
+
+    def restore_window_sums(self, window: Mapping[str, Any]) -> None:
+        """Restore the sums of the auxiliary loss; they include all processes, so on one of them."""
+        if self.is_world_process_zero():
             self.restore_aux_window(window.get("aux", [0, 0]))
 
 
@@ -433,7 +474,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers' types
     """
 
     def __init__(
-        self, engine: Engine, view: records.ProgressView, on_ready: Callable[[Any], None]
+        self, engine: RunTrainer, view: records.ProgressView, on_ready: Callable[[Any], None]
     ) -> None:
         self.engine, self.view, self.on_ready = engine, view, on_ready
         self.stopping = False
@@ -492,11 +533,12 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers' types
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Write the log as one line, on the first process only."""
         if "loss" in logs:
-            line = {"step": state.global_step} | {k: logs[k] for k in TRAIN_KEYS if k in logs}
+            line = {"step": state.global_step}
+            line |= {key: logs[key] for key in self.engine.train_keys if key in logs}
             self.view.show_training(state.global_step, line)
         elif "eval_loss" in logs:
             line = {"step": state.global_step}
-            line |= {key: logs[key] for key in ("eval_loss", "eval_aux_loss") if key in logs}
+            line |= {key: logs[key] for key in self.engine.eval_keys if key in logs}
             self.view.show_evaluation(state.global_step, logs["eval_loss"])
         else:
             return

@@ -299,6 +299,7 @@ def silence_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # where TRL has its ORPOTrainer
     # transformers would report to a Kubeflow server regardless of report_to.
     # Source: transformers 5.22.2, training_args.py, is_kubeflow_available (2026-11-27).
     os.environ["DISABLE_KUBEFLOW_INTEGRATION"] = "TRUE"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from attnimg.config.schema import Config
+from attnimg.config.schema import Config, trains_preferences
 from attnimg.errors import AttnimgError, memory_errors
 from attnimg.facts import RunContext
 from attnimg.redact import redact
@@ -81,6 +81,7 @@ class Session:
         config: the validated run.
         folder: output_dir.
         model: as `load_model` returns it.
+        reference: for rl: dpo or kto without an adapter, a frozen copy of the model.
         tokenizer: as `load_tokenizer` returns it.
         run: the results of the steps before training.
         resume: where the run resumes; None for a new run in an empty folder.
@@ -108,6 +109,7 @@ class Session:
     restored: Mapping[str, Any]
     identity: Mapping[str, Any]
     attention_check: AttentionCheck
+    reference: Any = None
 
     @property
     def checkpoint(self) -> Path | None:
@@ -131,6 +133,7 @@ def fit(
     stop: StopFlag,
     console: Console,
     attention_check: AttentionCheck,
+    reference: Any = None,
 ) -> FitResult:
     """Train, and write checkpoints, model, metrics.jsonl, loss.png and receipt.json to output_dir.
 
@@ -144,6 +147,7 @@ def fit(
         stop: whether a stop was requested, from `stop_signals`.
         console: the console for progress, on stderr.
         attention_check: judges attention calls of training steps.
+        reference: for rl: dpo or kto without an adapter, another copy of the model.
 
     Raises:
         AttnimgError: the run failed (exit code 1): disk full, out of memory, loss not finite,
@@ -183,6 +187,7 @@ def fit(
         restored=read_run_state(resume.path) if resume and resume.path else {},
         identity=identity,
         attention_check=attention_check,
+        reference=reference,
     )
     require_steps(session.schedule.total_steps, config, resume)
     with output_dir_lock(folder) if rank() == 0 else nullcontext():
@@ -194,7 +199,15 @@ def fit(
 def _make_rows(
     config: Config, documents: Documents, *, run: RunFacts, tokenizer: Any
 ) -> tuple[Rows, Rows | None]:
-    """Pack both splits, or make each document a row."""
+    """Pack both splits, or make each document a row; preference data are never packed."""
+    if trains_preferences(config):
+        from attnimg.train.preferences.batches import make_preference_rows
+
+        padding, validation = tokenizer.pad_token_id, documents.validation
+        return (
+            make_preference_rows(documents.train, config, pad_token_id=padding),
+            make_preference_rows(validation, config, pad_token_id=padding) if validation else None,
+        )
 
     def rows(dataset: Any, *, packed: bool, batch_size: int) -> Rows:
         padding = tokenizer.pad_token_id
@@ -365,7 +378,7 @@ def build_engine(
     from transformers import EarlyStoppingCallback, PrinterCallback
     from trl import SFTConfig
 
-    from attnimg.train.engine import Engine, RunCallback
+    from attnimg.train.engine import Engine, RunCallback, RunTrainer
 
     config, run, evaluation = session.config, session.run, session.evaluation
     arguments = training_arguments(
@@ -376,16 +389,21 @@ def build_engine(
         sparse=any(getattr(session.model.config, name, None) for name in EXPERT_KEYS),
     )
     patience = config.early_stopping_patience
-    engine = Engine(
-        session,
-        model=session.model,
-        args=SFTConfig(**arguments),
-        data_collator=session.train.collate,
-        train_dataset=session.train.dataset,
-        eval_dataset=evaluation.dataset if evaluation else None,
-        processing_class=session.tokenizer,
-        callbacks=[EarlyStoppingCallback(patience)] if patience else [],
-    )
+    options = {
+        "model": session.model,
+        "data_collator": session.train.collate,
+        "train_dataset": session.train.dataset,
+        "eval_dataset": evaluation.dataset if evaluation else None,
+        "processing_class": session.tokenizer,
+        "callbacks": [EarlyStoppingCallback(patience)] if patience else [],
+    }
+    engine: RunTrainer
+    if trains_preferences(config):
+        from attnimg.train.preferences.trainer import build_preference_engine
+
+        engine = build_preference_engine(session, arguments, options)
+    else:
+        engine = Engine(session, args=SFTConfig(**arguments), **options)
     engine.remove_callback(PrinterCallback)
     for callback in callbacks:  # before RunCallback, which may evaluate when training begins
         callback.attach(engine)
@@ -433,6 +451,17 @@ def _check_own_loss(engine: Any, session: Session) -> LossCheck:
     config = session.config
     if session.is_done:
         return LossCheck(compared=False, why="no step is left to train")
+    if trains_preferences(config):
+        from attnimg.train.preferences.log_probs import check_log_probs, log_probs_text
+
+        check = check_log_probs(
+            engine,
+            session.train,
+            context=session.run.context,
+            pad_token_id=session.tokenizer.pad_token_id,
+        )
+        print_line(session.console, f"  {log_probs_text(check)}")
+        return check
     sharded = bool(config.fsdp or config.fsdp_config or config.deepspeed)
     check = check_loss(engine, session.train, context=session.run.context, sharded=sharded)
     print_line(session.console, f"  {loss_check_text(check)}")

@@ -38,7 +38,7 @@ class LossTrainer(SFTTrainer):  # type: ignore[misc]  # TRL's types are not foll
         self.own_head = False
         config = options["model"].config.get_text_config()
         requested = getattr(config, "output_router_logits", None)
-        self.aux_coefficient = _coefficient(options["model"]) if requested else None
+        self.aux_coefficient = aux_loss_coefficient(options["model"]) if requested else None
         super().__init__(**options)
         # The saved config must equal the loaded one, and the auxiliary loss is added below.
         if requested is not None:
@@ -130,7 +130,7 @@ def unwrap_peft(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _coefficient(model: Any) -> float:
+def aux_loss_coefficient(model: Any) -> float:
     """Return the weight of a model's auxiliary loss; 0 where neither class nor config has it."""
     base = unwrap_peft(model)
     holders = (base, base.config.get_text_config())

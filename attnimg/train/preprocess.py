@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from attnimg.config.schema import Config
+from attnimg.config.schema import Config, trains_preferences
 from attnimg.selection.model_config import missing_folder
 from attnimg.task import model_file
 from attnimg.train.arguments import Schedule, plan_steps
@@ -122,6 +122,8 @@ def _split(config: Config, documents: Dataset, places: Any, *, evaluation: bool)
     rows = pack_documents(documents, config) if packed else None
     figures = row_figures(documents, rows, config)
     figures["trained_tokens"] = count_trained(documents)
+    if trains_preferences(config):
+        figures["filled_share"] = None  # a row is a pair, of which the answers share the prompt
     return Split(documents=documents, places=places, rows=rows, figures=figures)
 
 

@@ -55,6 +55,8 @@ BY_VALUE = frozenset(
         "unfrozen_parameters", "quantize_moe_experts", "bnb_config_kwargs",
         "early_stopping_patience", "load_best_model_at_end",
         "fsdp", "fsdp_config", "fsdp_version", "deepspeed", "rl", "context_parallel_size",
+        "rl_beta", "dpo_loss_type", "dpo_loss_weights", "dpo_label_smoothing", "dpo_use_weighting",
+        "kto_desirable_weight", "kto_undesirable_weight", "orpo_alpha",
     }
 )  # fmt: skip
 

@@ -39,14 +39,14 @@ class Rows:
     """Rows of one split, how to batch them, and the statistics of packing.
 
     Attributes:
-        dataset: columns input_ids, labels and, when packed, document_lengths.
+        dataset: columns input_ids, labels and, when packed, document_lengths; or preference data.
         collate: examples -> batch, with its numbers of tokens and positions under COUNTS.
         figures: documents, rows, tokens, capacity and filled share, for the receipt.
         added: rows at the end that `pad_rows_to_multiple` added.
     """
 
     dataset: Dataset
-    collate: CountingCollator
+    collate: Any
     figures: Mapping[str, object]
     added: int = 0
 

@@ -107,15 +107,14 @@ def choose_samples(
     import numpy
 
     random = numpy.random.default_rng(seed)
-    found = []
+    found = list[Sample]()
     for name, split in _splits(prepared):
         sources = split.places.with_format("numpy")["source"][:]
         for number in range(len(prepared.documents.figures)):
             (own,) = numpy.nonzero(sources == number)
             chosen = random.choice(own, size=min(count, len(own)), replace=False)
-            found += [
-                _sample(prepared, name, split, int(index), limit=limit) for index in sorted(chosen)
-            ]
+            for index in sorted(chosen):
+                found += _samples(prepared, name, split, int(index), limit=limit)
     return found
 
 
@@ -142,8 +141,9 @@ def choose_row(prepared: Preprocessed, *, seed: int, limit: int | None) -> Sampl
         rows=rows.count,
         capacity=rows.capacity,
         documents=tuple(
-            _sample(prepared, "training", prepared.train, int(index), limit=limit)
+            sample
             for index in rows.documents[first:last]
+            for sample in _samples(prepared, "training", prepared.train, int(index), limit=limit)
         ),
     )
 
@@ -154,23 +154,40 @@ def _splits(prepared: Preprocessed) -> Iterator[tuple[SplitName, Split]]:
         yield "evaluation", prepared.evaluation
 
 
-def _sample(
+def _samples(
     prepared: Preprocessed, name: SplitName, split: Split, index: int, *, limit: int | None
-) -> Sample:
+) -> Iterator[Sample]:
+    """Yield a document; of preference data, the prompt with each answer."""
     row, place = split.documents[index], split.places[index]
     source = prepared.documents.figures[place["source"]]
-    # A document's first token has no context to predict it from.
-    trained = [label != IGNORE_INDEX for label in row["labels"]]
-    trained[0] = False
-    return Sample(
-        source=source,
-        split=name,
-        place=place["place"],
-        tokens=tuple(_tokens(row["input_ids"], trained, prepared.tokenizer, limit=limit)),
-        length=len(trained),
-        trained=sum(trained),
-        note=_note(prepared.config, source, trained),
-    )
+    for suffix, ids, labels in _sequences(row):
+        # A document's first token has no context to predict it from.
+        trained = [False, *(label != IGNORE_INDEX for label in labels[1:])]
+        yield Sample(
+            source=source,
+            split=name,
+            place=f"{place['place']}{suffix}",
+            tokens=tuple(_tokens(ids, trained, prepared.tokenizer, limit=limit)),
+            length=len(trained),
+            trained=sum(trained),
+            note=_note(prepared.config, source, trained),
+        )
+
+
+def _sequences(row: dict[str, Any]) -> Iterator[tuple[str, list[int], list[int]]]:
+    """Yield what follows the place of each sequence of a row, its tokens and its labels."""
+    if "parts" not in row:
+        yield "", row["input_ids"], row["labels"]
+        return
+    from attnimg.train.preferences.data import split_row
+
+    found = split_row(row)
+    names = ("chosen", "rejected")
+    if found.desirable is not None:
+        names = ("desirable" if found.desirable else "undesirable", "")
+    masked = [IGNORE_INDEX] * len(found.prompt)
+    for answer, suffix in zip(found.answers, names, strict=False):
+        yield f", {suffix}", found.prompt + answer, masked + answer
 
 
 def _note(config: Config, source: SourceFigures, trained: Sequence[bool]) -> str:

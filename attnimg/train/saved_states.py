@@ -18,15 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import Trainer
 
 from attnimg.errors import AttnimgError
 from attnimg.train.checkpoint import FileHasher
-from attnimg.train.loss import LossTrainer
 from attnimg.train.model_files import load_renamed, read_tensor_headers
 
 
-class CheckpointingTrainer(LossTrainer):
-    """The part of the engine that saves and loads the states of a checkpoint.
+class CheckpointingTrainer(Trainer):  # type: ignore[misc]  # transformers' types are not followed
+    """The part of an engine that saves and loads the states of a checkpoint.
 
     Attributes:
         hashes: hashes of the files of the checkpoint that is being saved, or was saved last.

@@ -40,10 +40,10 @@ datasets:
 learning_rate: 1e-3
 ```
 
-More of them are in `examples/`: `lora.yaml`, `qlora.yaml`, `chat.yaml`, `pretrain.yaml`. An editor
-with the YAML language server (VS Code's YAML extension has it, Neovim and others can use it) shows
-these texts, completes keys and marks mistakes, if the first line of a config names the JSON Schema
-that `attnimg schema > attnimg.schema.json` writes:
+More of them are in `examples/`: `lora.yaml`, `qlora.yaml`, `chat.yaml`, `dpo.yaml`,
+`pretrain.yaml`. An editor with the YAML language server (VS Code's YAML extension has it, Neovim
+and others can use it) shows these texts, completes keys and marks mistakes, if the first line of a
+config names the JSON Schema that `attnimg schema > attnimg.schema.json` writes:
 
 ```yaml
 # yaml-language-server: $schema=attnimg.schema.json

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny_preferences as preferences
 import torch
 from forked_runs import Fork, Ranks, free_port
 from safetensors.torch import load_file
@@ -113,6 +114,41 @@ def test_two_processes_train_each_row_once_an_epoch(tmp_path: Path) -> None:
     assert 0 < receipt["packing"]["train"]["rows"] % 18 <= 9
     for ours, theirs in zip(curve(tmp_path / "out"), curve(single), strict=True):
         assert ours == pytest.approx(theirs, abs=1e-5, rel=1e-5)
+
+
+@pytest.mark.parametrize("adapter", [None, "lora"])
+def test_two_processes_of_one_pair_train_as_one_of_two(tmp_path: Path, adapter: str | None) -> None:
+    """They are stopped after step 3 of 6, by max_steps, and resumed."""
+    common: dict[str, object] = {
+        "rl": "dpo", "adapter": adapter, "lr_scheduler": "constant", "logging_steps": 1,
+        "save_steps": 3, "auto_resume_from_checkpoints": True,
+        **preferences.write(tmp_path / "pairs.jsonl", preferences.pairs(16)),
+    }  # fmt: skip
+    save_model(tmp_path, "llama")
+    run(tmp_path, tmp_path / "single", micro_batch_size=2, max_steps=6, **common)
+    for steps in (3, 6):
+        finish(forked(tmp_path, micro_batch_size=1, max_steps=steps, **common))
+    names = ("rewards/margins", "logps/chosen")
+    single = curve(tmp_path / "single", *names)
+    for ours, theirs in zip(curve(tmp_path / "out", *names), single, strict=True):
+        assert ours == pytest.approx(theirs, abs=2e-5, rel=1e-4)
+
+
+@pytest.mark.parametrize("rl", ["kto", "orpo"])
+def test_two_processes_train_by_preferences(tmp_path: Path, rl: str) -> None:
+    """Fifteen or thirty records do not divide into batches of two processes."""
+    records = preferences.labeled(15) if rl == "kto" else preferences.pairs(15)
+    save_model(tmp_path, "llama")
+    finish(
+        forked(
+            tmp_path, rl=rl, micro_batch_size=2, num_epochs=2, max_steps=None, save_steps=None,
+            logging_steps=1, learning_rate=1e-3,
+            **preferences.write(tmp_path / "data.jsonl", records),
+        )
+    )  # fmt: skip
+    found = [line["loss"] for line in curve(tmp_path / "out")]
+    assert len(found) == 2 * (8 if rl == "kto" else 4)
+    assert sum(found[-4:]) < sum(found[:4])
 
 
 ROUTED = {"output_router_logits": True, "router_aux_loss_coef": 0.5}

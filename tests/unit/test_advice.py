@@ -71,6 +71,7 @@ def table(kind: str) -> bytes:
 
 PARQUET, ARROW = table("parquet"), table("arrow")
 COMPLETION, CHAT = {"type": "completion"}, {"type": "chat_template"}
+PAIRS = {"type": "chatml.prompt_pairs"}
 
 
 def whole_checkpoint() -> dict[str, bytes]:
@@ -268,6 +269,37 @@ CASES: dict[str, Case] = {
         "context_parallel_size": 2, "attn_implementation": "flash_attention_2",
         "sample_packing": True, "micro_batch_size": 2}),
     "rl": Case(code="packing-with-rl", values={"rl": "dpo", "sample_packing": True}),
+    "a key of another rl": Case(code="bad-value", values={"kto_desirable_weight": 0.5}),
+    "two weights of orpo": Case(
+        code="bad-value", entry={"type": "chat_template.argilla"},
+        values={"rl": "orpo", "orpo_alpha": 0.1, "rl_beta": 0.1}),
+    "weights of no losses": Case(
+        code="bad-value", entry=PAIRS, values={"rl": "dpo", "dpo_loss_weights": [1, 2]}),
+    "smoothing without a loss that reads it": Case(
+        code="bad-value", entry=PAIRS, options=2, values={"rl": "dpo", "dpo_label_smoothing": 0.1}),
+    "too much smoothing": Case(
+        code="bad-value", entry=PAIRS,
+        values={"rl": "dpo", "dpo_loss_type": ["robust"], "dpo_label_smoothing": 0.5}),
+    "no smoothing": Case(
+        code="bad-value", entry=PAIRS, values={"rl": "dpo", "dpo_loss_type": ["exo_pair"]}),
+    "weighted pairs that are sorted": Case(
+        code="bad-value", entry=PAIRS,
+        values={"rl": "dpo", "dpo_loss_type": ["aot"], "dpo_use_weighting": True}),
+    "offloading with rl": Case(
+        code="bad-value", entry=PAIRS, values={"rl": "dpo", "gradient_checkpointing": "offload"}),
+    "long answers split": Case(
+        code="bad-value", entry=PAIRS, values={"rl": "dpo", "excess_length_strategy": "split"}),
+    "one row of kto": Case(code="bad-value", entry={"type": "llama3.ultra"}, values={"rl": "kto"}),
+    "text with rl": Case(code="unsupported-key", values={"rl": "dpo"}),
+    "roles to train with rl": Case(
+        code="bad-value", entry=PAIRS | {"roles_to_train": ["assistant"]}, values={"rl": "dpo"}),
+    "pairs without rl": Case(code="unsupported-key", entry=PAIRS),
+    "a described pair without rl": Case(
+        code="bad-value", entry={"type": {"field_chosen": "good"}}),
+    "a pair that is refused where longer": Case(
+        code="bad-data", entry={"type": "passthrough"}, options=3,
+        records=[{"prompt": "Is it?", "chosen": "Yes. " * 30, "rejected": "No."}],
+        values={"rl": "dpo", "sequence_len": 20, "excess_length_strategy": "raise"}),
     "flex": Case(code="flex-uncompiled", values={"attn_implementation": "flex_attention"},
                  on="h100"),
     "fp16 beside bf16": Case(code="bad-value", values={"fp16": True, "bf16": True}, options=2),

@@ -239,7 +239,14 @@ def named(name: str, **more: object) -> dict[str, object]:
         pytest.param({"context_parallel_size": 1}, [], [], id="cp of 1 is no cp"),
         pytest.param({"context_parallel_size": -1}, ["bad-value"], [], id="cp is not negative"),
         pytest.param({"rl": "dpo"} | PACK, ["packing-with-rl"], [], id="rl does not pack"),
-        pytest.param({"rl": "dpo"}, ["unsupported-key"], [], id="rl is not implemented"),
+        pytest.param({"rl": "dpo"}, ["unsupported-key"], [], id="rl needs pairs of answers"),
+        pytest.param({"rl": "grpo"}, ["unsupported-key"], [], id="rl of rewards"),
+        pytest.param(
+            {"rl": "dpo", "datasets": [{"path": "a", "type": "chatml.intel"}]},
+            [],
+            [],
+            id="rl with pairs of answers",
+        ),
         pytest.param({"rl": False}, [], [], id="no rl is no rl"),
         pytest.param({"learning_rate": 0}, ["bad-value"], [], id="learning_rate 0"),
         pytest.param({"learning_rate": "fast"}, ["bad-value"], [], id="learning_rate in words"),
@@ -429,7 +436,7 @@ def test_an_unknown_key_names_the_one_that_is_meant(key: str, known: str) -> Non
 
 
 def test_every_error_is_listed() -> None:
-    values = {"nonsense": 1, "rl": "dpo", "micro_batch_size": 0, "attn_implementation": "fa2"}
+    values = {"nonsense": 1, "rl": "grpo", "micro_batch_size": 0, "attn_implementation": "fa2"}
     checked = check_values(values, file="x.yaml")
     assert sorted(e.code for e in checked.errors) == sorted(
         ["alias-rejected", "missing-key", "missing-key", "missing-key", "bad-value",

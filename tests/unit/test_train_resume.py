@@ -64,7 +64,9 @@ OTHER = {
     "bnb_config_kwargs": {"bnb_4bit_quant_type": "fp4"},
     "early_stopping_patience": 2, "fsdp": ["full_shard"], "fsdp_config": {"x": 1},
     "fsdp_version": 2,
-    "deepspeed": {"zero": 1}, "rl": "dpo",
+    "deepspeed": {"zero": 1}, "rl": "dpo", "rl_beta": 0.5, "dpo_loss_type": ["robust"],
+    "dpo_loss_weights": [2.0], "dpo_label_smoothing": 0.1, "dpo_use_weighting": True,
+    "kto_desirable_weight": 2.0, "kto_undesirable_weight": 2.0, "orpo_alpha": 0.5,
     "load_best_model_at_end": True,
     "context_parallel_size": 2,
 }  # fmt: skip

@@ -7,13 +7,19 @@ Conversations are processed by conversations -> chat_render -> chat_turn -> chat
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from attnimg.config.schema import COMMON_TYPES, Config, DatasetSpec, dataset_entries
+from attnimg.config.schema import (
+    COMMON_TYPES,
+    Config,
+    DatasetSpec,
+    dataset_entries,
+    trains_preferences,
+)
 from attnimg.errors import AttnimgError, printable
 from attnimg.train.data.chat_templates import choose_chat_template
 from attnimg.train.data.prepare import SourceFigures, load_source, summary_line
@@ -47,7 +53,8 @@ class Documents:
     """Everything to train on, tokenized; rows are documents of 1 to sequence_len tokens.
 
     Attributes:
-        train: columns input_ids and labels, both list[int32] of equal length.
+        train: columns input_ids and labels, both list[int32] of equal length; preference data
+            (preferences/data.py) also has parts.
         validation: the same columns; None without val_set_size and test_datasets.
         figures: statistics of each source, in the order of the config, test_datasets last.
         warnings: warnings for the user before training.
@@ -78,10 +85,16 @@ def find_sources(config: Config) -> tuple[list[Source], list[Source]]:
     """
     training, testing = list[Source](), list[Source]()
     for key, spec, trains in dataset_entries(config):
-        columns = _first_columns(spec, key=key) if spec.type is None else None
-        if columns is not None and "input_ids" not in columns:
-            raise _missing_type(spec, columns, key=key)
-        parse = choose_parser(spec)
+        parse: Callable[..., object] = choose_parser(spec)
+        if trains_preferences(config):
+            # Its modules import those of this package.
+            from attnimg.train.preferences.records import choose_preference_parser
+
+            parse = choose_preference_parser(spec, str(config.rl))
+        elif spec.type is None:
+            columns = _first_columns(spec, key=key)
+            if columns is not None and "input_ids" not in columns:
+                raise _missing_type(spec, columns, key=key)
         source = find_source(spec, key=key)
         found = False
         for file in source.files:
@@ -206,9 +219,10 @@ def _without_copies(documents: Dataset, kind: str, warnings: dict[str, None]) ->
     Source: axolotl 0.19.0, utils/data/utils.py, _deduplicate_dataset (2026-11-27)
     """
     seen, kept = set[bytes](), list[int]()
-    pairs = zip(_hash_documents(documents), _hash_documents(documents, "labels"), strict=True)
-    for index, pair in enumerate(pairs):
-        if (digest := b"".join(pair)) not in seen:
+    names = [name for name in documents.column_names if name not in PLACES]
+    columns = [_hash_documents(documents, column) for column in names]
+    for index, row in enumerate(zip(*columns, strict=True)):
+        if (digest := b"".join(row)) not in seen:
             seen.add(digest)
             kept.append(index)
     if removed := len(documents) - len(kept):
@@ -296,6 +310,10 @@ def sample_text(documents: Documents, tokenizer: Any) -> str:
     that data can't send commands to a terminal.
     """
     row = documents.train[0]
+    if "parts" in row:
+        from attnimg.train.preferences.data import sample_preference
+
+        return sample_preference(row, tokenizer)
     ids, labels = row["input_ids"], row["labels"]
     first = next((index for index, label in enumerate(labels) if label != IGNORE_INDEX), 0)
     start = max(0, min(first - SAMPLE_TOKENS // 4, len(ids) - SAMPLE_TOKENS))

@@ -30,7 +30,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from attnimg.config.schema import Config, is_chat, is_text, type_name
+from attnimg.config.schema import Config, is_chat, is_text, trains_preferences, type_name
 from attnimg.errors import AttnimgError
 from attnimg.files import NotPrivate, check_private
 from attnimg.train.data.chat_mistral import describe_tokenizer
@@ -91,6 +91,7 @@ class SourceFigures:
         places: name of a count above -> where the first records are that it counts.
         kept: whether the documents are in dataset_prepared_path; those of the hub never are.
         reused: whether an earlier run put them there.
+        unit: what the documents are called in messages.
     """
 
     key: str
@@ -113,11 +114,12 @@ class SourceFigures:
     places: Mapping[str, list[str]] = field(default_factory=dict)
     kept: bool = False
     reused: bool = False
+    unit: str = "documents"
 
 
 def summary_line(figures: SourceFigures) -> str:
     """Return the statistics of a source in one line, without counts of 0."""
-    parts = [f"{figures.records:,} records -> {figures.documents:,} documents"]
+    parts = [f"{figures.records:,} records -> {figures.documents:,} {figures.unit}"]
     longer = f"longer than {figures.sequence_len:,} tokens"
     for count, what in (
         (figures.empty, "empty ones dropped"),
@@ -241,7 +243,7 @@ def _parse_batches(
 ) -> Iterator[Batch]:
     """Yield batches of parsed records, and count what was read."""
     parse = choose_parser(source.spec)
-    stream = _read_shard(source, seed=seed) if need is None else _read_stream(source, need, seed)
+    stream = read_shard(source, seed=seed) if need is None else _read_stream(source, need, seed)
     while records := list(islice(stream, BATCH_RECORDS)):
         tally["records"] += len(records)
         advance(len(records))
@@ -255,7 +257,7 @@ def _parse_batches(
             yield nonempty
 
 
-def _read_shard(source: Source, *, seed: int) -> Iterator[Record]:
+def read_shard(source: Source, *, seed: int) -> Iterator[Record]:
     """Yield the records of a source, or those of its shard, in the order of the files.
 
     A shard has the same records as with axolotl, which shuffles them before it takes one.
@@ -405,8 +407,13 @@ def cache_key(source: Source, config: Config, tokenizer: Any, need: Need | None)
     template = None
     if is_chat(source.spec):
         template = choose_chat_template(config, tokenizer, spec=source.spec, key=source.key)
+    here = Path(__file__).parent
+    code = sorted(here.glob("*.py"))
+    if trains_preferences(config):
+        code += sorted((here.parent / "preferences").glob("*.py"))
     facts = {
-        "code": [_digest(path) for path in sorted(Path(__file__).parent.glob("*.py"))],
+        "code": [_digest(path) for path in code],
+        "rl": config.rl,
         "packages": {name: version(name) for name in PACKAGES},
         "spec": source.spec.model_dump(mode="json"),
         "data": [(path.name, _digest(path)) for path in paths],
@@ -436,27 +443,34 @@ def load_source(
     source: Source, config: Config, tokenizer: Any, need: Need | None
 ) -> tuple[Dataset, Prepared]:
     """Prepare one source, or load its documents from dataset_prepared_path."""
-    make = partial(prepare_source, source, config, tokenizer, need)
+    make, columns = partial(prepare_source, source, config, tokenizer, need), schema()
+    if trains_preferences(config):
+        from attnimg.train.preferences.data import preference_schema, prepare_preferences
+
+        make = partial(prepare_preferences, source, config, tokenizer)
+        columns = preference_schema()
     # The data of a hub name may change, so only local data are cached.
     if config.dataset_prepared_path and source.kind != "hub":
         root = Path(config.dataset_prepared_path).expanduser()
-        return make_on_disk(root, cache_key(source, config, tokenizer, need), make)
-    return make_in_memory(make)
+        return make_on_disk(root, cache_key(source, config, tokenizer, need), make, columns)
+    return make_in_memory(make, columns)
 
 
-def make_in_memory(make: Callable[[Write], Prepared]) -> tuple[Dataset, Prepared]:
+def make_in_memory(
+    make: Callable[[Write], Prepared], columns: pyarrow.Schema
+) -> tuple[Dataset, Prepared]:
     """Prepare documents and return them in memory: 8 bytes per token."""
     import datasets
     import pyarrow
 
     batches: list[pyarrow.RecordBatch] = []
     figures, warnings = make(batches.append)
-    table = datasets.table.InMemoryTable(pyarrow.Table.from_batches(batches, schema=schema()))
+    table = datasets.table.InMemoryTable(pyarrow.Table.from_batches(batches, schema=columns))
     return datasets.Dataset(table, fingerprint=figures.content[:16]), (figures, warnings)
 
 
 def make_on_disk(
-    root: Path, key: str, make: Callable[[Write], Prepared]
+    root: Path, key: str, make: Callable[[Write], Prepared], columns: pyarrow.Schema
 ) -> tuple[Dataset, Prepared]:
     """Return the documents cached under a key, or prepare and cache them; both are memory-mapped.
 
@@ -475,7 +489,7 @@ def make_on_disk(
             except UnusableCache as error:
                 refused = (f"{folder} is not used: {error}",)
                 _remove(folder)
-            _write(root, folder, key, make)
+            _write(root, folder, key, make, columns)
             documents, (figures, warnings) = _load_cached(folder, key)
     except (OSError, UnusableCache) as error:
         raise AttnimgError(
@@ -547,7 +561,13 @@ def _check_private(path: Path, is_kind: Callable[[int], bool]) -> None:
         raise UnusableCache(f"{path.name} cannot be read: {error.strerror}") from None
 
 
-def _write(root: Path, folder: Path, key: str, make: Callable[[Write], Prepared]) -> None:
+def _write(
+    root: Path,
+    folder: Path,
+    key: str,
+    make: Callable[[Write], Prepared],
+    columns: pyarrow.Schema,
+) -> None:
     """Write to a temporary folder, and rename it when complete, so that a kill leaves no cache."""
     import pyarrow
 
@@ -555,7 +575,7 @@ def _write(root: Path, folder: Path, key: str, make: Callable[[Write], Prepared]
     try:
         with (
             os.fdopen(_create(partial / DOCUMENTS), "wb") as file,
-            pyarrow.ipc.new_stream(file, schema()) as stream,
+            pyarrow.ipc.new_stream(file, columns) as stream,
         ):
             figures, warnings = make(stream.write_batch)
         facts: dict[str, object] = {

@@ -94,7 +94,7 @@ def choose_prompt(spec: DatasetSpec) -> Prompt | None:
     """Return the prompt of a dataset entry; None for a type without one."""
     if isinstance(spec.type, PromptFormat):
         return _of_config(spec.type)
-    return PROMPTS.get(spec.type or "")
+    return PROMPTS.get(spec.type) if isinstance(spec.type, str) else None
 
 
 def parse_prompt(prompt: Prompt, record: Mapping[str, Any], place: Place) -> Pair | None:

@@ -36,7 +36,7 @@ Format = Literal["json", "csv", "parquet", "arrow", "text"]
 # Columns that identify a record, unless the entry names others: those that the types read.
 COLUMNS = frozenset(
     {"text", "instruction", "input", "output", "prompt", "completion", "messages", "conversations",
-     "segments", "input_ids"}
+     "segments", "input_ids", "chosen"}
 )  # fmt: skip
 
 # Suffixes of compressed files, after the suffix of the format: train.jsonl.zst.

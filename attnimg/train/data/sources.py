@@ -389,7 +389,7 @@ def _local_file(path: Path, spec: DatasetSpec, *, key: str) -> LocalFile:
         why = f"found the name {path.name}, needed one of {' '.join(FORMATS)}"
         do = f"set {key}.ds_type: {' or '.join(suggested)}"
         raise AttnimgError(what, why=why, do=do, code="bad-value", key=f"{key}.ds_type")
-    named = (spec.field, spec.text_column, spec.field_messages)
+    named = (spec.field, spec.text_column, spec.field_messages, spec.field_chosen)
     prompt = choose_prompt(spec)
     columns = COLUMNS.union(filter(None, named), prompt.columns if prompt else ())
     return LocalFile(path=path, format=kind, columns=columns)

@@ -15,7 +15,7 @@ import yaml
 from attnimg.config import check_values
 from attnimg.config.attention import LEGACY
 from attnimg.config.json_schema import config_schema
-from attnimg.config.keys import COMPUTED, dataset_key_answers, key_answers
+from attnimg.config.keys import COMPUTED, IN_SCHEMA, dataset_key_answers, key_answers
 from attnimg.config.other_names import OTHER_NAMES
 from attnimg.config.read import parse_yaml
 from attnimg.config.schema import Config, DatasetSpec
@@ -147,6 +147,8 @@ def test_every_known_key_is_in_it_and_says_what_becomes_of_it() -> None:
     assert KEYS.keys() >= {*LEGACY, *OTHER_NAMES, *key_answers(), "plugins"}
     assert ENTRY.keys() == {*DatasetSpec.model_fields, *dataset_key_answers()}
     for key, answer in key_answers().items():
+        if key in IN_SCHEMA:  # implemented in part
+            continue
         assert KEYS[key]["deprecated"]
         assert KEYS[key]["description"].startswith(f"{answer.answer}: {answer.reason}")
 

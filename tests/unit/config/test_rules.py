@@ -496,7 +496,10 @@ NEEDS = {
         bad_record x3, parse_turns bad_record, read_content bad_record, read_flag bad_record
         x2, read_records bad_file x2, read_records bad_record, read_tool_calls bad_record,
         read_tools bad_record, read_trained_parts bad_record x3, require_column bad_record,
-        require_text bad_record, split_thinking bad_record
+        require_text bad_record, split_thinking bad_record, _messages bad_record x3, _nectar
+        bad_record x2, _orpo_chat bad_record x2, _fit bad_file, _label bad_record, _message
+        bad_record, _require_answer bad_record, _render bad_record, _answer bad_record,
+        _whole_answer bad_record, __call__ bad_record, make missing-key
     """,
     "files": """
         _check_options bad-value, _check_reachable file-missing, _check_reachable
@@ -548,8 +551,8 @@ NEEDS = {
         lost_rank_errors _lost_rank_error, require_same_on_all_ranks rank-mismatch
     """,
     "the run": """
-        _get_grad_norm _not_finite_error, _high_loss_error loss-too-high,
-        _loss_differs_error loss-differs, _maybe_log_save_evaluate _high_loss_error,
+        check_log_probs loss-differs, _get_grad_norm _not_finite_error, _high_loss_error
+        loss-too-high, _loss_differs_error loss-differs, _maybe_log_save_evaluate _high_loss_error,
         _model_raised_error model-raised, _not_finite_error not-finite, _record_results
         _wrong_kernel_error, _run_engine out-of-memory, _wrong_kernel_error
         kernel-wrong-at-run, compute_likelihood _loss_differs_error, prove_run AttnimgError,

@@ -283,6 +283,35 @@ def test_the_middle_of_a_long_document_is_left_out(
     assert cut.trained == whole.trained == whole.length - 1
 
 
+def test_the_answers_of_a_pair_are_shown_separately(
+    json_lines: Write, tokenizer: Any, tmp_path: Path
+) -> None:
+    template = (
+        tokenizer.chat_template + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    pair = {
+        "messages": CHAT["messages"][:1],
+        "chosen": {"role": "assistant", "content": "Good."},
+        "rejected": {"role": "assistant", "content": "Bad."},
+    }
+    config = Config(
+        rl="dpo",
+        chat_template_jinja=template,
+        datasets=[{"path": json_lines(pair), "type": "chat_template.default"}],
+    )
+    prepared = prepare_data(config, tokenizer)
+    prompt = "\u2039<|im_start|>\u203auser↵\nDefine·day.\u2039<|im_end|>\u203a↵\n"
+    prompt += "\u2039<|im_start|>\u203aassistant↵\n"
+    text = shown(prepared)
+    for name, answer in (("chosen", "Good."), ("rejected", "Bad.")):
+        assert f"data.jsonl, line 1, {name}" in text
+        assert f"{prompt}⟦{answer}" in text
+    assert "1 pairs" in dict(facts(prepared))["training"]
+    write_page(tmp_path / "a.html", prepared, name="a", samples=samples_of(prepared), row=None,
+               seed=0)  # fmt: skip
+    assert (tmp_path / "a.html").read_text().count("<article>") == 2
+
+
 class Page(HTMLParser):
     """The elements, attributes and text of a page, as a browser reads them."""
 

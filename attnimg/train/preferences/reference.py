@@ -1,0 +1,59 @@
+"""Load the reference of dpo and kto: the model as it is before training, which stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from attnimg.config.schema import Config, trains_preferences
+from attnimg.facts import RunContext
+from attnimg.train.model import load_model
+
+if TYPE_CHECKING:
+    import torch
+
+
+def needs_reference(config: Config) -> bool:
+    """Return whether a run needs a second model in memory.
+
+    ORPO has no reference, and an adapter is turned off for it.
+    Source: axolotl 0.19.0, train.py, setup_reference_model (2026-11-27)
+    """
+    return trains_preferences(config) and config.rl != "orpo" and not config.adapter
+
+
+def load_reference(
+    config: Config,
+    model: torch.nn.Module,
+    *,
+    tokenizer: Any,
+    implementation: str,
+    context: RunContext,
+    needs_dtype_cast: bool,
+    replace_layers: Callable[[Any], None] | None = None,
+) -> Any:
+    """Return a frozen copy of a model before training, with the same attention.
+
+    It is loaded again, since functions that were set on layers may refer to the first model.
+
+    Args:
+        config: the validated run.
+        model: the model to train, as `load_model` returned it.
+        tokenizer: as `load_tokenizer` returns it.
+        implementation: transformers' name of the selected attention.
+        context: how the run calls the model.
+        needs_dtype_cast: whether the backend takes q, k, v in that precision only.
+        replace_layers: replaces layers as in the model to train.
+    """
+    reference = load_model(
+        config,
+        tokenizer=tokenizer,
+        implementation=implementation,
+        context=context,
+        needs_dtype_cast=needs_dtype_cast,
+        replace_layers=replace_layers,
+    )
+    # New embeddings are random.
+    reference.load_state_dict(model.state_dict())
+    reference.requires_grad_(False)
+    return reference.eval()
