@@ -59,7 +59,8 @@ def config_schema() -> Schema:
     of_entries = texts.pop(OF_ENTRIES)
     of_keys = {key: text for section in texts.values() for key, text in section.items()}
     found = Config.model_json_schema(schema_generator=_Generator)
-    entry, prompt = (_plain(found["$defs"][name]) for name in ("DatasetSpec", "PromptFormat"))
+    parts = {name: _plain(part) for name, part in found["$defs"].items()}
+    entry = parts["DatasetSpec"]
     known = {
         key: _described(_nullable(_plain(value)), of_keys[key], examples.get(key))
         for key, value in found["properties"].items()
@@ -91,7 +92,7 @@ def config_schema() -> Schema:
             {"required": [key], "properties": {key: {"not": {"type": "null"}}}}
             for key in ("datasets", "pretraining_dataset")
         ],
-        "$defs": {"DatasetSpec": entry, "PromptFormat": prompt},
+        "$defs": parts,
     }
 
 
