@@ -66,10 +66,11 @@ test/templates: .venv/ready ## Compare prompts and labels with axolotl's wheel; 
 	  tests/packages/test_prompts.py tests/packages/test_chat_options.py \
 	  tests/packages/test_named_templates.py
 
-test/mistral: .venv/ready ## Read Mistral's tokenizers with mistral-common; downloads 9 MB into build/mistral
+test/mistral: .venv/ready ## Read Mistral's tokenizers with mistral-common, and test the schema; downloads 9 MB into build/mistral
 	@mkdir -p build/mistral
 	@$(BIN)/pip install -q --disable-pip-version-check --upgrade --no-deps --target build/mistral $(MISTRAL)
-	PYTHONPATH=build/mistral $(BIN)/pytest tests/unit/data/test_chat_mistral.py
+	PYTHONPATH=build/mistral $(BIN)/pytest tests/unit/data/test_chat_mistral.py \
+	  tests/unit/config/test_json_schema.py
 
 axolotl-examples: .venv/ready ## Check axolotl's examples, and train 20 of them on tiny models; downloads 4 MB; 3 minutes
 	@mkdir -p build/axolotl-source

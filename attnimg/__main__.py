@@ -37,6 +37,13 @@ def _argument(name: str, help_text: str, **options: Any) -> tuple[str, dict[str,
     return name, {"help": help_text, **options}
 
 
+def _number(text: str) -> int:
+    """Return a whole number of the command line that is not negative."""
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
+    return int(text)
+
+
 _ON = _argument("--on", "Judge for this GPU: h100, t4, sm_90, gfx942, cpu.", metavar="GPU")
 _SETTINGS = _argument(
     "settings", "Keys to set: learning_rate=1e-4.", metavar="KEY=VALUE", nargs="*"
@@ -86,6 +93,27 @@ COMMANDS = {
             _argument("file", "The YAML file of the run.", metavar="CONFIG"),
             _SETTINGS,
         ),
+    ),
+    "preprocess": Command(
+        "preprocess",
+        "Tokenize, pack and cache a run's data, and show which tokens are trained; no model.",
+        (
+            _argument("file", "The YAML file of the run.", metavar="CONFIG"),
+            _SETTINGS,
+            _argument("--show", "Print N documents of each dataset.", type=_number, metavar="N"),
+            _argument(
+                "--html", "Write them to one static page (10 each without --show).", metavar="FILE"
+            ),
+            _argument(
+                "--seed", "Seed of the choice of documents.", type=_number, default=0, metavar="N"
+            ),
+            _JSON,
+        ),
+    ),
+    "schema": Command(
+        "schema",
+        "Print the JSON Schema of a config, by which editors complete and check its keys.",
+        (_argument("--json", "Print it in one line.", dest="as_json_lines", action="store_true"),),
     ),
     "selftest": Command(
         "doctor",

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from attnimg.errors import AttnimgError
+from attnimg.files import data_file
 from recipes.facts import ImagePlan
 from recipes.files import write_all
 from recipes.pages import built, gpu_runs
-from recipes.pages.config_keys_page import TEXTS as CONFIG_KEYS
 from recipes.pages.model_pages import FAMILIES_RECORD, RELOAD_RECORD
 from recipes.read import read_recipes
 from recipes.render.transformers_models import model_lists
@@ -151,7 +151,8 @@ def _render_all(root: Path) -> dict[str, str]:
         runners=read("recipes/runners.toml"),
         families=read(FAMILIES_RECORD),
         reload=read(RELOAD_RECORD),
-        config_keys=read(CONFIG_KEYS),
+        # Of the installed package, whose schema it describes.
+        config_keys=data_file("config_keys.toml").read_text("utf-8"),
         built=records,
     )
     readme = built.replace_table(read("README.md"), "images", built.images_table(plans, records))

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from attnimg.config.json_schema import config_schema
 from attnimg.errors import AttnimgError
 from attnimg.selection.gpus_and_images import parse_images
 from attnimg.selection.model_types import read_causal_types
 from recipes.facts import ImagePlan, Recipes
-from recipes.files import read_if_exists
+from recipes.files import generated_json, read_if_exists
 from recipes.gates import all_gates
 from recipes.pages.api_page import api_page
 from recipes.pages.built import built_table
@@ -52,7 +53,7 @@ def render_files(
         runners: text of recipes/runners.toml.
         families: text of the record of `make families`.
         reload: text of the record of `make test/reload`.
-        config_keys: text of recipes/config_keys.toml.
+        config_keys: text of attnimg/data/config_keys.toml.
         built: image -> its record of `make built/NAME`.
 
     Raises:
@@ -71,6 +72,7 @@ def render_files(
         "docs/what-auto-chooses.md": choices_page(gpu_choices),
         "docs/checkpoints.md": checkpoints_page(read_causal_types(), reloaded=reload),
         "docs/config-keys.md": config_keys_page(config_keys),
+        "docs/attnimg.schema.json": generated_json(config_schema()),
         "tests/unit/golden/choices.json": choices_json(gpu_choices, parsed),
         "docs/model-types.md": families_page(families),
         "docs/gates.md": gates_page(all_gates(), recipes.allowed),

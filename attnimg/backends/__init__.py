@@ -26,7 +26,7 @@ GROUP = "attnimg.backends"
 MOST_ADDED = 200
 
 # org/name, then @revision, then :function. Source: transformers 5.22.2, modeling_utils.py.
-_HUB_PATH = re.compile(r"(?!\.)[\w.-]+/(?!\.)[\w.-]+(@[^/:@\s]+)?(:[^/:@\s]+)?", re.ASCII)
+HUB_PATH = r"(?!\.)[\w.-]+/(?!\.)[\w.-]+(@[^/:@\s]+)?(:[^/:@\s]+)?"
 
 # The value that turns on the environment variable of a variant; any other value turns it off.
 # Source: flash-attn, flash_attn_interface.py:11 (2026-11-25).
@@ -134,7 +134,7 @@ def _require_usable(
 
 def is_hub_path(name: str) -> bool:
     """Return whether `name` has the form org/name[@rev][:fn]."""
-    return _HUB_PATH.fullmatch(name) is not None
+    return re.fullmatch(HUB_PATH, name, re.ASCII) is not None
 
 
 def hub_repo_name(path: str) -> str:

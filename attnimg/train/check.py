@@ -62,6 +62,16 @@ def check_inputs(config: Config, machine: Machine) -> ResumePoint | None:
     return point
 
 
+def check_data_keys(config: Config) -> None:
+    """Raise for keys of the data that this machine can't use.
+
+    Raises:
+        AttnimgError: exit code 2, with the key at fault.
+    """
+    _check_home_paths(config)
+    _check_processes(config)
+
+
 def _check_home_paths(config: Config) -> None:
     """Raise for a path in the home of a user that does not exist, such as ~nobody/out."""
     for key in ("base_model", "tokenizer_config", "output_dir", "dataset_prepared_path",

@@ -59,7 +59,7 @@ from attnimg.train.resume import (
     require_steps,
     resume_notes,
 )
-from attnimg.train.rows import Rows, make_rows, pad_rows_to_multiple
+from attnimg.train.rows import Rows, is_packed, make_rows, pad_rows_to_multiple
 from attnimg.train.tokenizer import end_token_notes, use_trained_template
 from attnimg.train.trackers import active_trackers
 
@@ -199,11 +199,7 @@ def fit(
 def _make_rows(
     config: Config, documents: Documents, *, run: RunFacts, tokenizer: Any
 ) -> tuple[Rows, Rows | None]:
-    """Pack both splits; evaluation is packed as training is, unless eval_sample_packing is false.
-
-    Without sample_packing nothing is packed: no proof shows that the model isolates documents.
-    Preference data are never packed.
-    """
+    """Pack both splits, or make each document a row; preference data are never packed."""
     if trains_preferences(config):
         from attnimg.train.preferences.batches import make_preference_rows
 
@@ -219,13 +215,13 @@ def _make_rows(
         multiple = batch_size * world_size() if world_size() > 1 else 1
         return pad_rows_to_multiple(built, multiple=multiple, pad_token_id=padding)
 
-    packed, batch_size = bool(config.sample_packing), config.micro_batch_size
+    packed, batch_size = is_packed(config, evaluation=False), config.micro_batch_size
     train = rows(documents.train, packed=packed, batch_size=batch_size)
     if not documents.validation:
         return train, None
     return train, rows(
         documents.validation,
-        packed=packed and config.eval_sample_packing is not False,
+        packed=is_packed(config, evaluation=True),
         batch_size=config.eval_batch_size or batch_size,
     )
 

@@ -65,12 +65,7 @@ def make_rows(
     """
     fixed = config.sequence_len if config.pad_to_sequence_len else None
     flat = context.padding_free and bool(config.batch_flattening)
-    if packed:
-        rows = pack(row_lengths(documents), capacity=config.sequence_len, seed=config.seed)
-        dataset, tokens, filled = pack_dataset(documents, rows), rows.tokens, rows.filled_share
-    else:
-        dataset, tokens = documents, int(row_lengths(documents).sum())
-        filled = tokens / (len(documents) * config.sequence_len)
+    rows = pack_documents(documents, config) if packed else None
     if packed or flat:
         collate: PackedCollator | PaddedCollator = PackedCollator(
             pad_token_id=pad_token_id,
@@ -81,17 +76,37 @@ def make_rows(
     else:
         collate = PaddedCollator(pad_token_id=pad_token_id, pad_to=fixed)
     return Rows(
-        dataset=dataset,
+        dataset=pack_dataset(documents, rows) if rows else documents,
         collate=CountingCollator(collate, capacity=config.sequence_len if packed else None),
-        figures={
-            "packed": packed,
-            "documents": len(documents),
-            "rows": len(dataset),
-            "tokens": tokens,
-            "row_capacity": config.sequence_len,
-            "filled_share": filled,
-        },
+        figures=row_figures(documents, rows, config),
     )
+
+
+def is_packed(config: Config, *, evaluation: bool) -> bool:
+    """Return whether a split is packed: evaluation as training, unless the config says otherwise.
+
+    Without sample_packing nothing is packed: no proof shows that the model isolates documents.
+    """
+    return bool(config.sample_packing) and not (evaluation and config.eval_sample_packing is False)
+
+
+def row_figures(documents: Dataset, rows: PackedRows | None, config: Config) -> dict[str, Any]:
+    """Return the statistics of a split's rows; without packing, each document is a row."""
+    tokens = int(row_lengths(documents).sum())
+    count = rows.count if rows else len(documents)
+    return {
+        "packed": rows is not None,
+        "documents": len(documents),
+        "rows": count,
+        "tokens": tokens,
+        "row_capacity": config.sequence_len,
+        "filled_share": rows.filled_share if rows else tokens / (count * config.sequence_len),
+    }
+
+
+def pack_documents(documents: Dataset, config: Config) -> PackedRows:
+    """Return which documents share which row."""
+    return pack(row_lengths(documents), capacity=config.sequence_len, seed=config.seed)
 
 
 def row_lengths(documents: Dataset) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from attnimg.config.attention import LEGACY
+from attnimg.config.json_schema import EXAMPLES, OF_ENTRIES
 from attnimg.config.keys import COMPUTED, dataset_key_answers, key_answers, plugin_answers
 from attnimg.config.other_names import OTHER_NAMES
 from attnimg.config.schema import Config, DatasetSpec
@@ -14,9 +15,7 @@ from attnimg.errors import AttnimgError
 from recipes.files import NOTICE
 from recipes.pages import markdown_table
 
-TEXTS = "recipes/config_keys.toml"
-# The section of keys that belong to an entry of `datasets`.
-_OF_ENTRIES = "Entries of datasets"
+TEXTS = "attnimg/data/config_keys.toml"
 # Limits at or above this only protect libraries from absurd numbers.
 _NO_LIMIT = 1024
 _HEAD = ("key", "value", "default", "what it does")
@@ -42,7 +41,15 @@ learning_rate: 1e-3
 ```
 
 More of them are in `examples/`: `lora.yaml`, `qlora.yaml`, `chat.yaml`, `dpo.yaml`,
-`pretrain.yaml`. A mistake looks like this:
+`pretrain.yaml`. An editor with the YAML language server (VS Code's YAML extension has it, Neovim
+and others can use it) shows these texts, completes keys and marks mistakes, if the first line of a
+config names the JSON Schema that `attnimg schema > attnimg.schema.json` writes:
+
+```yaml
+# yaml-language-server: $schema=attnimg.schema.json
+```
+
+`check` also judges keys together, which an editor does not. A mistake looks like this:
 
 ```
 $ attnimg check wrong.yaml
@@ -89,16 +96,17 @@ def config_keys_page(text: str) -> str:
     """Write docs/config-keys.md.
 
     Args:
-        text: of recipes/config_keys.toml: section -> key -> what the key does.
+        text: of attnimg/data/config_keys.toml: section -> key -> what the key does.
 
     Raises:
         AttnimgError: a key of the schema has no text, or a text has no key (code "config-keys").
     """
     sections: dict[str, dict[str, str]] = tomllib.loads(text)
+    del sections[EXAMPLES]
     _require_same(sections)
     parts = [f"<!-- {NOTICE} -->\n\n{_INTRO}"]
     for title, keys in sections.items():
-        schema = (DatasetSpec if title == _OF_ENTRIES else Config).model_json_schema()
+        schema = (DatasetSpec if title == OF_ENTRIES else Config).model_json_schema()
         rows = [
             (f"`{key}`", _values(schema["properties"][key]), _default(schema, key), does)
             for key, does in keys.items()
@@ -113,8 +121,8 @@ def config_keys_page(text: str) -> str:
 def _require_same(sections: Mapping[str, Mapping[str, str]]) -> None:
     """Raise unless the texts are for exactly the keys of the schema."""
     for model, found in (
-        (Config, [key for title in sections if title != _OF_ENTRIES for key in sections[title]]),
-        (DatasetSpec, [*sections.get(_OF_ENTRIES, ())]),
+        (Config, [key for title in sections if title != OF_ENTRIES for key in sections[title]]),
+        (DatasetSpec, [*sections.get(OF_ENTRIES, ())]),
     ):
         needed = set(model.model_fields) - set(COMPUTED)
         if differ := needed.symmetric_difference(found):

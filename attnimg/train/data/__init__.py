@@ -42,6 +42,9 @@ __all__ = [
     "summary_line",
 ]
 
+# Columns with the place of each document, which is not trained on.
+PLACES = ["source", "place"]
+
 SAMPLE_TOKENS = 400  # shown of a long document, to fit on a screen
 
 
@@ -55,12 +58,17 @@ class Documents:
         validation: the same columns; None without val_set_size and test_datasets.
         figures: statistics of each source, in the order of the config, test_datasets last.
         warnings: warnings for the user before training.
+        train_places: where each document of `train` comes from: columns source (an index into
+            figures) and place ("train.jsonl, line 3").
+        validation_places: the same for `validation`.
     """
 
     train: Dataset
     validation: Dataset | None
     figures: tuple[SourceFigures, ...]
     warnings: tuple[str, ...] = ()
+    train_places: Dataset | None = None
+    validation_places: Dataset | None = None
 
 
 def find_sources(config: Config) -> tuple[list[Source], list[Source]]:
@@ -118,6 +126,7 @@ def load_documents(config: Config, tokenizer: Any) -> Documents:
         AttnimgError: the data are missing, broken, or not as the config describes them.
     """
     import datasets
+    import numpy
 
     training, testing = find_sources(config)
     figures = list[SourceFigures]()
@@ -129,7 +138,7 @@ def load_documents(config: Config, tokenizer: Any) -> Documents:
             part, (counts, found) = load_source(source, config, tokenizer, need)
             if not counts.documents:
                 raise _no_documents(source, counts)
-            parts.append(part)
+            parts.append(part.add_column("source", numpy.full(len(part), len(figures), "int32")))
             figures.append(counts)
             warnings.update(dict.fromkeys((*source.warnings, *found)))
         if len(parts) > 1 and config.shuffle_before_merging_datasets:
@@ -150,7 +159,12 @@ def load_documents(config: Config, tokenizer: Any) -> Documents:
     if validation is not None:
         warnings.update(dict.fromkeys(_warn_of_shared_documents(train, validation)))
     return Documents(
-        train=train, validation=validation, figures=tuple(figures), warnings=tuple(warnings)
+        train=train.remove_columns(PLACES),
+        validation=validation and validation.remove_columns(PLACES),
+        figures=tuple(figures),
+        warnings=tuple(warnings),
+        train_places=train.select_columns(PLACES),
+        validation_places=validation and validation.select_columns(PLACES),
     )
 
 
@@ -205,7 +219,8 @@ def _without_copies(documents: Dataset, kind: str, warnings: dict[str, None]) ->
     Source: axolotl 0.19.0, utils/data/utils.py, _deduplicate_dataset (2026-11-27)
     """
     seen, kept = set[bytes](), list[int]()
-    columns = [_hash_documents(documents, column) for column in documents.column_names]
+    names = [name for name in documents.column_names if name not in PLACES]
+    columns = [_hash_documents(documents, column) for column in names]
     for index, row in enumerate(zip(*columns, strict=True)):
         if (digest := b"".join(row)) not in seen:
             seen.add(digest)

@@ -21,7 +21,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from functools import partial
 from importlib.metadata import version
@@ -52,6 +52,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 BATCH_RECORDS = 256
+
+# Places of dropped and cut records that are kept for each reason.
+SHOWN_PLACES = 3
 
 Batch = list[tuple[Place, Parsed]]
 
@@ -85,7 +88,9 @@ class SourceFigures:
         sequence_len: the longest document allowed, in tokens.
         content: SHA-256 of the documents' tokens and labels, in order.
         read: SHA-256 of the records, before a template renders them.
-        reused: whether the documents were found in dataset_prepared_path.
+        places: name of a count above -> where the first records are that it counts.
+        kept: whether the documents are in dataset_prepared_path; those of the hub never are.
+        reused: whether an earlier run put them there.
         unit: what the documents are called in messages.
     """
 
@@ -106,6 +111,8 @@ class SourceFigures:
     sequence_len: int = 0
     content: str = ""
     read: str = ""
+    places: Mapping[str, list[str]] = field(default_factory=dict)
+    kept: bool = False
     reused: bool = False
     unit: str = "documents"
 
@@ -148,7 +155,7 @@ def prepare_source(
     import pyarrow
     from datasets.utils import tqdm
 
-    tally, warnings = Counter[str](), dict[str, None]()
+    tally, warnings = Tally(), dict[str, None]()
     content, read = hashlib.sha256(), hashlib.sha256()
     encoder = make_encoder(source, config, tokenizer)
     # Other processes would read ahead, past what is needed.
@@ -167,9 +174,13 @@ def prepare_source(
                 read.update(repr(value).encode("utf-8", "surrogatepass"))
             encoded = zip((place for place, _ in batch), tokens, strict=True)
             documents = list(_cut_documents(encoded, tally, limits))
-            for row in (row for document in documents for row in document):
+            for row in (row for _, document in documents for row in document):
                 content.update(len(row).to_bytes(8, "little") + array("i", row).tobytes())
-            columns = [[ids for ids, _ in documents], [labels for _, labels in documents]]
+            columns = [
+                [ids for _, (ids, _) in documents],
+                [labels for _, (_, labels) in documents],
+                [place for place, _ in documents],
+            ]
             write(pyarrow.record_batch(columns, schema=schema()))
             if need and need.is_met(tally):
                 break
@@ -183,6 +194,7 @@ def prepare_source(
         sequence_len=config.sequence_len,
         content=content.hexdigest(),
         read=read.hexdigest(),
+        places=tally.places,
         **cast("dict[str, Any]", tally),
     )
     return figures, tuple(warnings)
@@ -192,11 +204,11 @@ STREAM_ENDED = "{} has {:,} documents, fewer than max_steps needs: they are trai
 
 
 def schema() -> pyarrow.Schema:
-    """Return the columns of documents: input_ids and labels, list<int32>."""
+    """Return the columns of documents: input_ids and labels, list<int32>, and place, a text."""
     import pyarrow
 
     ids = pyarrow.list_(pyarrow.int32())
-    return pyarrow.schema([("input_ids", ids), ("labels", ids)])
+    return pyarrow.schema([("input_ids", ids), ("labels", ids), ("place", pyarrow.string())])
 
 
 def strategy_for(source: Source, config: Config) -> Strategy:
@@ -206,9 +218,24 @@ def strategy_for(source: Source, config: Config) -> Strategy:
     return "split" if is_text(source.spec) else "drop"
 
 
+class Tally(Counter[str]):
+    """Counts of a source, by the names of SourceFigures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: dict[str, list[str]] = {}
+
+    def add(self, name: str, place: Place) -> None:
+        """Count a record, and keep the place of the first ones."""
+        self[name] += 1
+        places = self.places.setdefault(name, [])
+        if len(places) < SHOWN_PLACES and (text := place_text(place)) not in places:
+            places.append(text)
+
+
 def _parse_batches(
     source: Source,
-    tally: Counter[str],
+    tally: Tally,
     advance: Callable[[int], object],
     need: Need | None,
     *,
@@ -220,9 +247,12 @@ def _parse_batches(
     while records := list(islice(stream, BATCH_RECORDS)):
         tally["records"] += len(records)
         advance(len(records))
-        parsed = ((place, parse(record, place)) for place, record in records)
-        nonempty = [(place, value) for place, value in parsed if value is not None]
-        tally["empty"] += len(records) - len(nonempty)
+        nonempty = []
+        for place, record in records:
+            if (value := parse(record, place)) is not None:
+                nonempty.append((place, value))
+            else:
+                tally.add("empty", place)
         if nonempty:
             yield nonempty
 
@@ -303,11 +333,12 @@ class DocumentLimits:
 
 
 def _cut_documents(
-    encoded: Iterable[tuple[Place, Tokens]], tally: Counter[str], limits: DocumentLimits
-) -> Iterator[Tokens]:
+    encoded: Iterable[tuple[Place, Tokens]], tally: Tally, limits: DocumentLimits
+) -> Iterator[tuple[str, Tokens]]:
     """Yield documents of at most sequence_len tokens, some of them with loss; count each.
 
-    The keys of the tally are fields of SourceFigures.
+    Each has a text about where it comes from, "train.jsonl, line 3, part 2 of 4". The keys of the
+    tally are fields of SourceFigures.
 
     Raises:
         AttnimgError: a document is longer and the strategy is "raise".
@@ -326,25 +357,32 @@ def _cut_documents(
                     key=place.key,
                 )
             if strategy == "drop":
-                tally["too_long"] += 1
+                tally.add("too_long", place)
                 continue
             starts = range(0, len(ids) if strategy == "split" else 1, sequence_len)
             pieces = [(ids[i : i + sequence_len], labels[i : i + sequence_len]) for i in starts]
-            tally["split"] += strategy == "split"
-            tally["truncated"] += strategy == "truncate"
-        for piece in pieces:
+            tally.add("split" if strategy == "split" else "truncated", place)
+        for number, piece in enumerate(pieces, start=1):
             if len(piece[0]) < limits.min_sample_len:
-                tally["too_short"] += 1
+                tally.add("too_short", place)
                 continue
             # A document's first token has no context to predict it from.
             trained = sum(label != IGNORE_INDEX for label in piece[1][1:])
             if not trained:
-                tally["without_loss"] += 1
+                tally.add("without_loss", place)
                 continue
             tally["documents"] += 1
             tally["tokens"] += len(piece[0])
             tally["trained_tokens"] += trained
-            yield piece
+            part = f", part {number} of {len(pieces)}" if len(pieces) > 1 else ""
+            yield f"{place_text(place)}{part}", piece
+
+
+def place_text(place: Place) -> str:
+    """Return where a record is, without the folder: cached documents may be those of a copy."""
+    named = str(replace(place, file=Path(place.file).name))
+    # A file name may have bytes that are not UTF-8.
+    return named.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 # Packages that the prepared documents depend on, besides this one.
@@ -510,7 +548,7 @@ def _load_cached(folder: Path, key: str) -> tuple[Dataset, Prepared]:
         raise UnusableCache("it is damaged")
     if facts["key"] != key:
         raise UnusableCache("it was made from other data")
-    figures = replace(SourceFigures(**facts["figures"]), reused=True)
+    figures = replace(SourceFigures(**facts["figures"]), kept=True, reused=True)
     return datasets.Dataset.from_file(str(documents)), (figures, tuple(facts["warnings"]))
 
 

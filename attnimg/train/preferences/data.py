@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -20,7 +19,14 @@ from attnimg.config.schema import Config, is_chat, type_name
 from attnimg.errors import AttnimgError, printable
 from attnimg.train.data.chat_render import Renderer, TemplateError
 from attnimg.train.data.chat_templates import TemplateLimitError, choose_chat_template
-from attnimg.train.data.prepare import BATCH_RECORDS, Prepared, SourceFigures, read_shard
+from attnimg.train.data.prepare import (
+    BATCH_RECORDS,
+    Prepared,
+    SourceFigures,
+    Tally,
+    place_text,
+    read_shard,
+)
 from attnimg.train.data.records import IGNORE_INDEX, Place, bad_file, bad_record
 from attnimg.train.data.sources import Source
 from attnimg.train.preferences.records import Preference, choose_preference_parser
@@ -76,11 +82,12 @@ def split_row(example: dict[str, Any]) -> Row:
 
 
 def preference_schema() -> pyarrow.Schema:
-    """Return the columns of preference data: input_ids, labels and parts, list<int32>."""
+    """Return the columns of preference data: those of documents, and parts, list<int32>."""
     import pyarrow
 
     ids = pyarrow.list_(pyarrow.int32())
-    return pyarrow.schema([("input_ids", ids), ("labels", ids), ("parts", ids)])
+    text = pyarrow.string()
+    return pyarrow.schema([("input_ids", ids), ("labels", ids), ("parts", ids), ("place", text)])
 
 
 def prepare_preferences(
@@ -102,7 +109,7 @@ def prepare_preferences(
     """
     import pyarrow
 
-    tally, content, read = Counter[str](), hashlib.sha256(), hashlib.sha256()
+    tally, content, read = Tally(), hashlib.sha256(), hashlib.sha256()
     parse = choose_preference_parser(source.spec, str(config.rl))
     encoder = PreferenceEncoder.make(source, config, tokenizer)
     records = read_shard(source, seed=config.seed)
@@ -111,11 +118,13 @@ def prepare_preferences(
         parsed = [(place, parse(record, place)) for place, record in batch]
         for _, value in parsed:
             read.update(repr(value).encode("utf-8", "surrogatepass"))
-        rows = [row.columns() for row in _fit(encoder(parsed), tally, config)]
+        kept = [(place, row.columns()) for place, row in _fit(encoder(parsed), tally, config)]
+        rows = [row for _, row in kept]
         for column in (column for row in rows for column in row):
             content.update(len(column).to_bytes(8, "little") + array("i", column).tobytes())
         columns = [[row[index] for row in rows] for index in range(3)]
-        write(pyarrow.record_batch(columns, schema=preference_schema()))
+        places = [place_text(place) for place, _ in kept]
+        write(pyarrow.record_batch([*columns, places], schema=preference_schema()))
     figures = SourceFigures(
         key=source.key,
         path=source.spec.path,
@@ -124,14 +133,15 @@ def prepare_preferences(
         sequence_len=config.sequence_len,
         content=content.hexdigest(),
         read=read.hexdigest(),
+        places=tally.places,
         **cast("dict[str, Any]", tally),
     )
     return figures, tuple(encoder.warnings())
 
 
 def _fit(
-    encoded: Iterator[tuple[Place, Row]], tally: Counter[str], config: Config
-) -> Iterator[Row]:
+    encoded: Iterator[tuple[Place, Row]], tally: Tally, config: Config
+) -> Iterator[tuple[Place, Row]]:
     """Yield the rows whose prompt fits with each answer into sequence_len tokens; count each.
 
     The keys of the tally are fields of SourceFigures.
@@ -154,16 +164,16 @@ def _fit(
                 )
             left = most - len(row.prompt)
             if strategy == "drop" or left < 1:
-                tally["too_long"] += 1
+                tally.add("too_long", place)
                 continue
-            tally["truncated"] += 1
+            tally.add("truncated", place)
             answers = tuple(answer[:left] for answer in row.answers)
             row = Row(prompt=row.prompt, answers=answers, desirable=row.desirable)
         tally["documents"] += 1
         trained = sum(map(len, row.answers))
         tally["tokens"] += len(row.prompt) * len(row.answers) + trained
         tally["trained_tokens"] += trained
-        yield row
+        yield place, row
 
 
 class PreferenceEncoder:
