@@ -121,6 +121,7 @@ _BEFORE: dict[Callable[..., Any], Callable[[Schema], Schema]] = {
     schema._to_bool: lambda _: dict(_FLAG),  # pydantic adds the default to it
     schema._to_learning_rate: lambda inner: {"anyOf": [inner, _NUMBER_AS_TEXT]},
     schema._unset_if_empty: lambda inner: {"anyOf": [inner, {"enum": ["", False, 0]}]},
+    schema._to_arguments: lambda inner: {"anyOf": [inner, {"type": "string"}]},
     schema._to_list: lambda inner: {"anyOf": [inner, inner["items"]]},
     schema._to_list_of_specs: lambda inner: {
         "anyOf": [inner, inner["items"], {"type": "string", "minLength": 1}]
