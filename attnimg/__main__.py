@@ -44,6 +44,12 @@ _SETTINGS = _argument(
 _JSON = _argument(
     "--json", "Print JSON, one object per line.", dest="as_json_lines", action="store_true"
 )
+_RUN = _argument(
+    "run", "A run's folder, a checkpoint in it, or the run's YAML file.", metavar="RUN"
+)
+_BASE_MODEL = _argument(
+    "--base-model", "The base model, if it has been moved.", metavar="FOLDER_OR_NAME"
+)
 COMMANDS = {
     "check": Command(
         "check",
@@ -85,6 +91,24 @@ COMMANDS = {
         (
             _argument("file", "The YAML file of the run.", metavar="CONFIG"),
             _SETTINGS,
+        ),
+    ),
+    "merge": Command(
+        "merge",
+        "Merge a run's adapter into its base model, and compare the logits of both.",
+        (
+            _RUN,
+            _argument("--output", "The folder to write; RUN/merged by default.", metavar="FOLDER"),
+            _argument(
+                "--dtype",
+                "Of the merged weights; that of the base model's files by default.",
+                choices=("float32", "bfloat16", "float16"),
+            ),
+            _argument(
+                "--max-shard-size", "Of a file with weights: 5GB.", metavar="SIZE", default="5GB"
+            ),
+            _BASE_MODEL,
+            _JSON,
         ),
     ),
     "selftest": Command(

@@ -28,6 +28,13 @@ from attnimg.train.records import RECEIPT_FILE
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
+# Keys on the base model that are part of the saved config and weights of a full fine-tuning.
+_APPLIED_KEYS = (
+    "revision_of_model", "overrides_of_model_config", "reinit_weights", "unfrozen_parameters",
+    "model_quantization_config", "model_quantization_config_kwargs", "load_in_4bit", "load_in_8bit",
+    "resize_token_embeddings_to_32x", "shrink_embeddings",
+)  # fmt: skip
+
 # Limits of what is read whole; a receipt has the proofs of a run.
 _RECEIPT_BYTES, _CONFIG_BYTES = 256 << 20, 16 << 20
 
@@ -52,6 +59,16 @@ class RunFolder:
     receipt: Mapping[str, Any] | None
     checkpoints: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def loading_config(self) -> Config:
+        """Return the config that loads the weights in one process, with the folder's tokenizer."""
+        changes: dict[str, Any] = dict.fromkeys(("fsdp", "fsdp_config", "deepspeed"))
+        if (self.folder / "tokenizer_config.json").is_file():
+            changes["tokenizer_config"] = str(self.folder)
+        if self.kind == "model":
+            changes |= dict.fromkeys(_APPLIED_KEYS) | {"base_model": str(self.folder)}
+        return self.config.model_copy(update=changes)
 
 
 def find_run(argument: str, *, command: str, base_model: str | None = None) -> RunFolder:
@@ -154,8 +171,13 @@ def _of_other_program(folder: Path) -> RunFolder:
     """Return the weights in a folder without a receipt: a PEFT adapter, or a model."""
     note = f"{folder} has no {RECEIPT_FILE}: its training config is unknown"
     if (folder / ADAPTER_CONFIG).is_file():
-        base = _read_json(folder / ADAPTER_CONFIG, _CONFIG_BYTES).get("base_model_name_or_path")
-        config = Config(base_model=base if isinstance(base, str) and base else None, adapter="lora")
+        settings = _read_json(folder / ADAPTER_CONFIG, _CONFIG_BYTES)
+        base, saved = settings.get("base_model_name_or_path"), settings.get("modules_to_save")
+        config = Config(
+            base_model=base if isinstance(base, str) and base else None,
+            adapter="lora",
+            lora_modules_to_save=saved if isinstance(saved, list) and saved else None,
+        )
         return RunFolder(folder=folder, kind="adapter", config=config, receipt=None, notes=(note,))
     if (folder / "config.json").is_file():
         config = Config(base_model=str(folder))
