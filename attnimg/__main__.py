@@ -111,6 +111,16 @@ COMMANDS = {
             _JSON,
         ),
     ),
+    "evaluate": Command(
+        "evaluate",
+        "Compute loss and perplexity of test_datasets with a run's model, as training does.",
+        (
+            _RUN,
+            _argument("--base", "Evaluate the base model instead.", action="store_true"),
+            _BASE_MODEL,
+            _JSON,
+        ),
+    ),
     "selftest": Command(
         "doctor",
         "Run the image's own tests: imports, a short training run, kernels on this GPU.",

@@ -26,7 +26,7 @@ def load_trained(
     implementation: str,
     context: RunContext,
     needs_dtype_cast: bool,
-    replace_layers: Callable[[Any], None] | None = None,
+    trainable: bool = False,
     log: Callable[[str], None] | None = None,
 ) -> Any:
     """Load a run's weights in evaluation mode, in the precision of training.
@@ -37,7 +37,7 @@ def load_trained(
         implementation: transformers' name of an attention.
         context: how the model will be called; decides the precision of the weights.
         needs_dtype_cast: whether the backend takes q, k, v in that precision only.
-        replace_layers: replaces layers of the model before the adapter is added.
+        trainable: whether the adapter's weights have gradients.
         log: prints a line.
 
     Returns:
@@ -53,16 +53,14 @@ def load_trained(
     )
     if keeps_float32(config, context=context, needs_dtype_cast=needs_dtype_cast):
         cast_embeddings_and_norms(model)
-    if replace_layers is not None:
-        replace_layers(model)
     if run.kind == "adapter":
         freeze_other_parts(model)
-        model = load_adapter(model, run.folder)
+        model = load_adapter(model, run.folder, trainable=trainable)
     move_to_gpu(model, config)
     return model.eval()
 
 
-def load_adapter(model: Any, folder: Path) -> Any:
+def load_adapter(model: Any, folder: Path, *, trainable: bool) -> Any:
     """Return a PEFT model with the adapter of a folder on a base model.
 
     Raises:
@@ -73,7 +71,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
     try:
         with warnings.catch_warnings(record=True) as raised:
             warnings.simplefilter("always")
-            adapted = PeftModel.from_pretrained(model, folder)
+            adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         raise _does_not_fit(folder, why=" ".join(str(error).split())[:400]) from error
     texts = [str(warning.message) for warning in raised]
