@@ -111,6 +111,30 @@ COMMANDS = {
             _JSON,
         ),
     ),
+    "chat": Command(
+        "chat",
+        "Talk to a run's model on the terminal, or answer each line of standard input.",
+        (
+            _RUN,
+            _argument("--system", "The system message.", metavar="TEXT"),
+            _argument(
+                "--raw", "Complete each line as text, without chat template.", action="store_true"
+            ),
+            _argument(
+                "--max-new-tokens", "The longest answer: 512.", metavar="N", type=int, default=512
+            ),
+            _argument(
+                "--temperature",
+                "Of the sampling, 0 for none; by default as in the model's generation config.",
+                metavar="T",
+                type=float,
+            ),
+            _argument("--top-p", "Sample from the most likely tokens.", metavar="P", type=float),
+            _argument("--seed", "Of the sampling.", metavar="N", type=int),
+            _BASE_MODEL,
+            _JSON,
+        ),
+    ),
     "evaluate": Command(
         "evaluate",
         "Compute loss and perplexity of test_datasets with a run's model, as training does.",

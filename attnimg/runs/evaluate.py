@@ -19,7 +19,7 @@ from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import Machine
 from attnimg.pipeline import Applied, Selected, select, select_verify_apply
-from attnimg.runs.folder import RunFolder, find_run, has_receipt, locate
+from attnimg.runs.folder import WITHOUT_TRAINING, RunFolder, find_run, has_receipt, locate
 from attnimg.train.run import TrainReport, read_checked_task, with_model_config
 
 if TYPE_CHECKING:
@@ -39,19 +39,6 @@ DATA_KEYS = (
     "attn_implementation", "attn_backends", "attn_known_bad", "bf16", "fp16", "tf32", "seed",
     "max_steps",
 )  # fmt: skip
-
-# Keys of training that an evaluation does not need, with values that have no effect on it.
-_NOT_USED: dict[str, Any] = {
-    "learning_rate": 1.0, "optimizer": "adamw_torch", "lr_scheduler": "constant",
-    "save_strategy": "no", "eval_strategy": "no", "attn_check_steps": 0,
-    **dict.fromkeys(
-        ("lr_scheduler_kwargs", "cosine_min_lr_ratio", "eta_min", "gradient_checkpointing",
-         "activation_offloading", "torch_compile", "eval_steps", "evals_per_epoch", "save_steps",
-         "saves_per_epoch", "load_best_model_at_end", "early_stopping_patience", "fsdp",
-         "fsdp_config", "deepspeed", "hub_model_id", "neftune_noise_alpha", "liger_rope",
-         "liger_rms_norm", "liger_glu_activation", "liger_swiglu", "liger_layer_norm")
-    ),
-}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,7 +127,7 @@ def evaluate(
     """
     from attnimg.train.environment import silence_libraries
 
-    config = target.config.model_copy(update=_NOT_USED)
+    config = target.config.model_copy(update=WITHOUT_TRAINING)
     if not config.test_datasets and not config.val_set_size:
         raise _nothing_to_evaluate(target)
     silence_libraries()

@@ -35,6 +35,19 @@ _APPLIED_KEYS = (
     "resize_token_embeddings_to_32x", "shrink_embeddings",
 )  # fmt: skip
 
+# Keys of training that a finished run does not need, with values that have no effect on it.
+WITHOUT_TRAINING: dict[str, Any] = {
+    "learning_rate": 1.0, "optimizer": "adamw_torch", "lr_scheduler": "constant",
+    "save_strategy": "no", "eval_strategy": "no", "attn_check_steps": 0,
+    **dict.fromkeys(
+        ("lr_scheduler_kwargs", "cosine_min_lr_ratio", "eta_min", "gradient_checkpointing",
+         "activation_offloading", "torch_compile", "eval_steps", "evals_per_epoch", "save_steps",
+         "saves_per_epoch", "load_best_model_at_end", "early_stopping_patience", "fsdp",
+         "fsdp_config", "deepspeed", "hub_model_id", "neftune_noise_alpha", "liger_rope",
+         "liger_rms_norm", "liger_glu_activation", "liger_swiglu", "liger_layer_norm")
+    ),
+}  # fmt: skip
+
 # Limits of what is read whole; a receipt has the proofs of a run.
 _RECEIPT_BYTES, _CONFIG_BYTES = 256 << 20, 16 << 20
 
