@@ -126,6 +126,8 @@ class Conversation:
 def _ending(found: Answer) -> str:
     if found.finish == "interrupted":
         return "stopped"
+    if found.finish == "context":
+        return "cut off at the end of the model's context; /reset begins a new conversation"
     return f"cut off after {found.tokens:,} tokens; --max-new-tokens allows more"
 
 

@@ -51,13 +51,17 @@ def merge(
         )
         files = sum(name.endswith(".safetensors") for name in merged.files)
         progress.log(
-            f"{merged.size / 2**30:,.2f} GiB in {files} file{'s' * (files > 1)}, "
-            f"{merged.seconds:.0f} s"
+            f"{size_text(merged.size)} in {files} file{'s' * (files > 1)}, {merged.seconds:.0f} s"
         )
     if as_json_lines:
         print(json_line(asdict(merged) | {"folder": str(target), "adapter": str(merged.adapter)}))
     else:
         print(printable(str(target)) if sys.stdout.isatty() else target)
+
+
+def size_text(size: int) -> str:
+    """Return a number of bytes in MiB or GiB."""
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
 
 
 def parse_size(text: str) -> int:

@@ -62,14 +62,15 @@ class Answer:
         text: without special tokens.
         prompt_tokens: number of tokens before it.
         tokens: number of generated tokens.
-        finish: why it ended: at an end token, at the longest length, or by the user.
+        finish: why it ended: at an end token, at the longest length, at the end of the model's
+            context, or by the user.
         seconds: the duration.
     """
 
     text: str
     prompt_tokens: int
     tokens: int
-    finish: Literal["stop", "length", "interrupted"]
+    finish: Literal["stop", "length", "context", "interrupted"]
     seconds: float
 
 
@@ -251,11 +252,13 @@ def answer(
             **_sampling(settings),
         )
     generated = output[0, length:].tolist()
-    finish: Literal["stop", "length", "interrupted"] = "length"
+    finish: Literal["stop", "length", "context", "interrupted"] = "length"
     if generated and generated[-1] in chat.stops:
         finish = "stop"
     elif stopped():
         finish = "interrupted"
+    elif room < settings.max_new_tokens:
+        finish = "context"
     return Answer(
         text=chat.tokenizer.decode(generated, skip_special_tokens=True),
         prompt_tokens=length,

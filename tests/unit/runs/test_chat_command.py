@@ -149,7 +149,7 @@ def test_the_context_is_not_exceeded(plain: ChatModel) -> None:
         return answer(chat, text, settings(), on_text=lambda _: None, stopped=lambda: False)
 
     found = ask(5)
-    assert (found.prompt_tokens + found.tokens, found.finish) == (20, "length")
+    assert (found.prompt_tokens + found.tokens, found.finish) == (20, "context")
     with pytest.raises(AttnimgError) as caught:
         ask(40)
     assert caught.value.code == "context-full"
