@@ -10,7 +10,7 @@ from pathlib import Path
 from attnimg.cli import json_line
 from attnimg.cli.progress import TaskProgress, exit_on_sigterm
 from attnimg.errors import AttnimgError, printable
-from attnimg.runs.folder import find_run
+from attnimg.runs.folder import RunFolder, find_run
 from attnimg.runs.merge import merge as merge_run
 from attnimg.train.environment import silence_libraries
 from attnimg.train.packages import require_trainer
@@ -33,7 +33,7 @@ def merge(
     exit_on_sigterm()
     found = find_run(run, command="merge", base_model=base_model)
     silence_libraries()
-    target = Path(output).expanduser() if output else found.folder / "merged"
+    target = Path(output).expanduser() if output else default_output(found)
     with TaskProgress() as progress:
         for note in found.notes:
             progress.log(f"warning: {note}")
@@ -57,6 +57,13 @@ def merge(
         print(json_line(asdict(merged) | {"folder": str(target), "adapter": str(merged.adapter)}))
     else:
         print(printable(str(target)) if sys.stdout.isatty() else target)
+
+
+def default_output(run: RunFolder) -> Path:
+    """Return the folder to write: in the run's folder, but not in a checkpoint."""
+    if run.folder in run.checkpoints:
+        return run.folder.with_name(f"merged-{run.folder.name}")
+    return run.folder / "merged"
 
 
 def size_text(size: int) -> str:

@@ -156,7 +156,10 @@ def _nothing_to_evaluate(target: Target) -> AttnimgError:
         if known
         else "the folder has no receipt.json, and so no test_datasets",
         do="add test_datasets, with the keys of datasets, to the YAML file of the run, and pass "
-        "that file: it names the run by output_dir",
+        "that file: it names the run by output_dir"
+        if known
+        else "pass a YAML file with test_datasets, and with the folder as base_model; merge an "
+        "adapter first, by attnimg merge",
         code="missing-key",
         key="test_datasets",
     )

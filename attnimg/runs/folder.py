@@ -115,7 +115,8 @@ def locate(argument: str) -> tuple[Config | None, Path]:
     """
     path = Path(argument).expanduser()
     if path.is_dir():
-        return None, path
+        # "." and ".." do not have the name of a checkpoint.
+        return None, path if path.name not in ("", "..") else path.resolve()
     if not path.exists():
         near = difflib.get_close_matches(path.name, _names(path.parent), n=1)
         raise _no_run(

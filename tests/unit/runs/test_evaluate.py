@@ -126,6 +126,8 @@ def test_data_comes_from_the_config_file(folder: Path, capsys: pytest.CaptureFix
     other.write_text(yaml.safe_dump(values))
     assert command("evaluate", str(other)) == 2
     assert "add test_datasets" in capsys.readouterr().err
+    assert command("evaluate", str(folder / "model")) == 2
+    assert "the folder has no receipt.json" in capsys.readouterr().err
 
 
 def test_several_processes_are_refused(

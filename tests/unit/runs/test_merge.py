@@ -163,7 +163,7 @@ def test_a_wrong_merge_is_refused_and_removed(
     with pytest.raises(AttnimgError) as caught:
         merged(found, tmp_path / "merged")
     assert (caught.value.code, caught.value.exit_code) == ("merge-differs", 1)
-    assert "allowed 4e-02" in caught.value.why
+    assert "allowed 8e-02" in caught.value.why
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
 
 
@@ -176,7 +176,7 @@ def test_a_small_adapter_that_is_lost_is_refused(
     base = make_base(tmp_path / "model", dtype="bfloat16")
     found, _ = write_adapter(base, tmp_path / "out", dtype="bfloat16", scale=0.001)
     right = merged(found, tmp_path / "right").logits
-    assert right.effect < right.tolerance / 2, "smaller than the tolerance"
+    assert right.effect < right.tolerance / 4, "smaller than the tolerance"
     delta = Linear.get_delta_weight
     monkeypatch.setattr(Linear, "get_delta_weight", lambda *at: torch.zeros_like(delta(*at)))
     with pytest.raises(AttnimgError) as caught:
@@ -308,7 +308,7 @@ def test_the_memory_is_that_of_the_base_and_one_shard(tmp_path: Path) -> None:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     make_model(folder / "model")
-    run(folder, folder / "lora", adapter="lora", max_steps=3)
+    run(folder, folder / "lora", adapter="lora", max_steps=3, save_steps=2)
     run(folder, folder / "full", max_steps=1)
     return folder
 
@@ -335,6 +335,16 @@ def test_the_command_merges_a_run(trained: Path, capsys: pytest.CaptureFixture[s
     printed = json.loads(capsys.readouterr().out)
     assert printed["folder"] == str(trained / "other")
     assert printed["logits"] == record["logits"]
+
+
+def test_a_merged_checkpoint_stays_intact(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from attnimg.train.intact import find_damage
+
+    assert command(str(trained / "lora/checkpoint-2")) == 0
+    assert capsys.readouterr().out.strip() == str(trained / "lora/merged-checkpoint-2")
+    assert not find_damage(trained / "lora/checkpoint-2")
 
 
 def test_the_command_refuses_what_it_can_not_merge(
