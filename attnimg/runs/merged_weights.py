@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import save_file
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.pytorch_utils import Conv1D
 
 from attnimg.facts import DType
 from attnimg.train.model_files import WEIGHT_INDEX
@@ -90,7 +91,8 @@ def merge_weights(adapted: Any, *, dtype: DType) -> MergedWeights:
             # The class for quantized layers has the same attributes, and would quantize again.
             Linear.merge(cast("Linear", module))
         found: torch.Tensor = plain.weight.data
-        return found
+        # bitsandbytes stores the transposed weight of GPT-2's layers.
+        return found.T if getattr(layer, "source_cls", None) is Conv1D else found
 
     for name, module in list(base.named_modules()):
         if any(name.startswith(f"{done.removesuffix('.weight')}.") for done in quantized):

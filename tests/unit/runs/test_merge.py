@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,9 @@ def by_peft(base: Path, adapter: Path, *, bits: int | None, rows: int) -> Any:
         model = model.dequantize()
     if len(model.get_input_embeddings().weight) < rows:
         model.resize_token_embeddings(rows)
-    return PeftModel.from_pretrained(model, adapter).merge_and_unload().float()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT sets fan_in_fan_out, once Conv1D is dequantized
+        return PeftModel.from_pretrained(model, adapter).merge_and_unload().float()
 
 
 def logits_of(model: Any, rows: int) -> Any:
@@ -84,6 +87,8 @@ CASES = [
                  id="tied embeddings"),
     pytest.param("llama", {"adapter": "qlora"}, 4, id="4 bits"),
     pytest.param("llama", {"adapter": "qlora", "peft_use_dora": True}, 4, id="dora on 4 bits"),
+    pytest.param("gpt2", {"adapter": "qlora", "lora_fan_in_fan_out": True}, 4,
+                 id="Conv1D in 4 bits"),
     pytest.param("llama", {"load_in_8bit": True}, 8, id="8 bits"),
     pytest.param("gpt2", {"lora_fan_in_fan_out": True}, None, id="Conv1D"),
     pytest.param("mixtral", EXPERTS, None, id="weights of experts"),
