@@ -144,7 +144,7 @@ def load_evaluation_documents(config: Config, tokenizer: Any) -> dict[str, Docum
     """Load only what a run evaluates on: test_datasets, or the part that val_set_size splits off.
 
     Args:
-        config: the validated run.
+        config: the validated run, with one of these keys.
         tokenizer: a transformers tokenizer, special tokens already set.
 
     Returns:
@@ -153,16 +153,8 @@ def load_evaluation_documents(config: Config, tokenizer: Any) -> dict[str, Docum
         sources: then all are one, "test_datasets".
 
     Raises:
-        AttnimgError: as `load_documents` does, or the config has neither key (missing-key).
+        AttnimgError: as `load_documents` does.
     """
-    if not config.test_datasets and not config.val_set_size:
-        raise AttnimgError(
-            "there is nothing to evaluate on",
-            why="found neither test_datasets nor val_set_size in the config",
-            do="add test_datasets to the config, with the keys of datasets",
-            code="missing-key",
-            key="test_datasets",
-        )
     if config.val_set_size or config.dataset_exact_deduplication:
         found = load_documents(config, tokenizer)
         key = "val_set_size" if config.val_set_size else "test_datasets"

@@ -491,7 +491,7 @@ NEEDS = {
         bad-value, _system bad_record, _template_error bad-value, _template_error bad_file,
         _tokenize bad_record, _turn bad_record x5, _with_system_column bad_record, bad_file
         bad-data, bad_record AttnimgError, find_sources _missing_type, find_sources
-        empty-dataset, load_all _no_documents, load_documents _no_documents, make_on_disk
+        empty-dataset, _load_part _no_documents, make_on_disk
         not-writable, parse_prompt bad_record, parse_segments bad_record x2, parse_tokens
         bad_record x3, parse_turns bad_record, read_content bad_record, read_flag bad_record
         x2, read_records bad_file x2, read_records bad_record, read_tool_calls bad_record,
