@@ -51,6 +51,12 @@ _SETTINGS = _argument(
 _JSON = _argument(
     "--json", "Print JSON, one object per line.", dest="as_json_lines", action="store_true"
 )
+_RUN = _argument(
+    "run", "A run's folder, a checkpoint in it, or the run's YAML file.", metavar="RUN"
+)
+_BASE_MODEL = _argument(
+    "--base-model", "The base model, if it has been moved.", metavar="FOLDER_OR_NAME"
+)
 COMMANDS = {
     "check": Command(
         "check",
@@ -114,6 +120,58 @@ COMMANDS = {
         "schema",
         "Print the JSON Schema of a config, by which editors complete and check its keys.",
         (_argument("--json", "Print it in one line.", dest="as_json_lines", action="store_true"),),
+    ),
+    "merge": Command(
+        "merge",
+        "Merge a run's adapter into its base model, and compare the logits of both.",
+        (
+            _RUN,
+            _argument("--output", "The folder to write; RUN/merged by default.", metavar="FOLDER"),
+            _argument(
+                "--dtype",
+                "Of the merged weights; that of the base model's files by default.",
+                choices=("float32", "bfloat16", "float16"),
+            ),
+            _argument(
+                "--max-shard-size", "Of a file with weights: 5GB.", metavar="SIZE", default="5GB"
+            ),
+            _BASE_MODEL,
+            _JSON,
+        ),
+    ),
+    "chat": Command(
+        "chat",
+        "Talk to a run's model on the terminal, or answer each line of standard input.",
+        (
+            _RUN,
+            _argument("--system", "The system message.", metavar="TEXT"),
+            _argument(
+                "--raw", "Complete each line as text, without chat template.", action="store_true"
+            ),
+            _argument(
+                "--max-new-tokens", "The longest answer: 512.", metavar="N", type=int, default=512
+            ),
+            _argument(
+                "--temperature",
+                "Of the sampling, 0 for none; by default as in the model's generation config.",
+                metavar="T",
+                type=float,
+            ),
+            _argument("--top-p", "Sample from the most likely tokens.", metavar="P", type=float),
+            _argument("--seed", "Of the sampling.", metavar="N", type=int),
+            _BASE_MODEL,
+            _JSON,
+        ),
+    ),
+    "evaluate": Command(
+        "evaluate",
+        "Compute loss and perplexity of test_datasets with a run's model, as training does.",
+        (
+            _RUN,
+            _argument("--base", "Evaluate the base model instead.", action="store_true"),
+            _BASE_MODEL,
+            _JSON,
+        ),
     ),
     "selftest": Command(
         "doctor",

@@ -341,12 +341,18 @@ WRITE_FAILED_TEXTS = ("failed writing", "error while serializing", "write failed
 
 
 @contextmanager
-def write_errors(path: Path, *, kept: str) -> Iterator[None]:
+def write_errors(
+    path: Path,
+    *,
+    kept: str,
+    do: str = "free space, then run again with resume_from_checkpoint: true",
+) -> Iterator[None]:
     """Turn errors while `path` is written into an AttnimgError.
 
     Args:
         path: the file or folder that is being written.
         kept: for the error message, what is kept nevertheless.
+        do: the advice.
 
     Raises:
         AttnimgError: code disk-full or not-written, exit code 1.
@@ -372,7 +378,7 @@ def write_errors(path: Path, *, kept: str) -> Iterator[None]:
             if full
             else f"{path.name} could not be written",
             why=f"{path}: {reason}\n{_free_bytes(path) / 2**20:,.1f} MiB free there; {kept}",
-            do="free space, then run again with resume_from_checkpoint: true",
+            do=do,
             code="disk-full" if full else "not-written",
             key="output_dir",
             exit_code=1,

@@ -32,10 +32,12 @@ class LossTrainer(SFTTrainer):  # type: ignore[misc]  # TRL's types are not foll
     Attributes:
         own_head: whether the loss is computed from the model's own logits, not by TRL's head.
         aux_coefficient: the weight of the auxiliary loss; None where the model computes none.
+        observe: called with each batch and the output of the head; None where nothing is observed.
     """
 
     def __init__(self, **options: Any) -> None:
         self.own_head = False
+        self.observe: Callable[[Any, Any], None] | None = None
         config = options["model"].config.get_text_config()
         requested = getattr(config, "output_router_logits", None)
         self.aux_coefficient = aux_loss_coefficient(options["model"]) if requested else None
@@ -70,6 +72,8 @@ class LossTrainer(SFTTrainer):  # type: ignore[misc]  # TRL's types are not foll
         def call(**arguments: Any) -> Any:
             outputs = head(**arguments)
             aux.append(outputs.aux_loss)
+            if self.observe is not None:
+                self.observe(inputs, outputs)
             return outputs
 
         nll = super().compute_loss(call, inputs, num_items_in_batch=num_items_in_batch)

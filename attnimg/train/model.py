@@ -82,18 +82,16 @@ def load_model(
         AttnimgError: the model can't be loaded, or lacks weights (bad-model), or a weight is NaN or
             inf (weights-not-finite).
     """
-    from transformers import set_seed
-
     _check_without_weights(config, log=log)
-    # New embeddings and LoRA matrices are random: with the seed, two runs start with the same ones.
-    set_seed(config.seed)
-    model, loading = _from_pretrained(config, implementation=implementation, dtype=context.dtype)
-    if loading is not None:
-        _check_loaded(model, loading, config, log=log)
-    _keep_packing(model)
-    _resize_embeddings(model, len(tokenizer), config)
-    if _keeps_float32(config, context=context, needs_dtype_cast=needs_dtype_cast):
-        _cast_embeddings_and_norms(model)
+    model = load_base(
+        config,
+        tokens=len(tokenizer),
+        implementation=implementation,
+        dtype=context.dtype,
+        log=log,
+    )
+    if keeps_float32(config, context=context, needs_dtype_cast=needs_dtype_cast):
+        cast_embeddings_and_norms(model)
     if config.unfrozen_parameters:
         freeze_except(model, config.unfrozen_parameters, log=log)
     freeze_other_parts(model)
@@ -103,9 +101,46 @@ def load_model(
     loaded = add_adapter(model, config) if config.adapter else model
     if config.adapter and config.lora_model_dir:
         load_saved_weights(loaded, config)
-    if (device := _device(config)) is not None and not getattr(model, "is_quantized", False):
-        loaded.to(device)
+    move_to_gpu(loaded, config)
     return loaded
+
+
+def load_base(
+    config: Config,
+    *,
+    tokens: int,
+    implementation: str,
+    dtype: DType,
+    log: Callable[[str], None] | None = None,
+) -> Any:
+    """Load the weights of base_model, and resize the embeddings; no adapter is added.
+
+    Args:
+        config: the validated run.
+        tokens: the number of tokens in the tokenizer.
+        implementation: transformers' name of an attention.
+        dtype: the precision of the weights.
+        log: prints a line.
+
+    Raises:
+        AttnimgError: as `load_model` does.
+    """
+    from transformers import set_seed
+
+    # New embeddings and LoRA matrices are random: with the seed, two runs start with the same ones.
+    set_seed(config.seed)
+    model, loading = _from_pretrained(config, implementation=implementation, dtype=dtype)
+    if loading is not None:
+        _check_loaded(model, loading, config, log=log)
+    _keep_packing(model)
+    _resize_embeddings(model, tokens, config)
+    return model
+
+
+def move_to_gpu(model: Any, config: Config) -> None:
+    """Move a loaded model to the GPU, if there is one; quantized weights are there already."""
+    if (device := _device(config)) is not None and not getattr(model, "is_quantized", False):
+        model.to(device)
 
 
 def _check_without_weights(config: Config, *, log: Callable[[str], None] | None) -> None:
@@ -463,7 +498,7 @@ def _loading_dtype(config: Config, dtype: DType) -> DType:
     return dtype
 
 
-def _keeps_float32(config: Config, *, context: RunContext, needs_dtype_cast: bool) -> bool:
+def keeps_float32(config: Config, *, context: RunContext, needs_dtype_cast: bool) -> bool:
     """Return whether embeddings and norms stay float32 while other weights are bfloat16.
 
     Without autocast, a float32 norm would pass float32 values to a bfloat16 layer.
@@ -472,7 +507,7 @@ def _keeps_float32(config: Config, *, context: RunContext, needs_dtype_cast: boo
     return context.autocast == "bfloat16" and plain
 
 
-def _cast_embeddings_and_norms(model: Any) -> None:
+def cast_embeddings_and_norms(model: Any) -> None:
     """Cast embeddings and norms of `model` to float32, in place.
 
     Their loaded dtypes, by name, are kept in `model.attnimg_loaded_dtypes` for

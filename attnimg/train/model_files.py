@@ -292,7 +292,7 @@ def hash_model(config: Config) -> dict[str, Any] | None:
     Raises:
         AttnimgError: a file can't be read (bad-model).
     """
-    folder = _find_folder(config.base_model, config, containing="config.json")
+    folder = find_model_folder(config.base_model, config, containing="config.json")
     weights = list_weight_files(folder) if folder else []
     if folder is None or not weights or not all(path.is_file() for path in weights):
         return None
@@ -319,18 +319,23 @@ def hash_tokenizer(config: Config) -> dict[str, Any] | None:
     named = config.tokenizer_config or config.base_model
     # mistral-common reads a file of its own.
     containing = "config.json" if config.tokenizer_use_mistral_common else "tokenizer_config.json"
-    folder = _find_folder(named, config, containing=containing)
+    folder = find_model_folder(named, config, containing=containing)
     if folder is None:
         return None
-    files = {path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)}
     return {
         "path": named,
         "revision": config.revision_of_model,
-        "files": _hash_files(folder, sorted(path for path in files if path.is_file())),
+        "files": _hash_files(folder, list_tokenizer_files(folder)),
     }
 
 
-def _find_folder(name: str | None, config: Config, *, containing: str) -> Path | None:
+def list_tokenizer_files(folder: Path) -> list[Path]:
+    """Return the files of a tokenizer, with its chat templates, in a folder."""
+    files = {path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)}
+    return sorted(path for path in files if path.is_file())
+
+
+def find_model_folder(name: str | None, config: Config, *, containing: str) -> Path | None:
     """Return a model's folder, or its snapshot in the hub's cache, if it contains a file."""
     folder = Path(name or "").expanduser()
     if folder.is_dir():
@@ -444,7 +449,7 @@ def correct_saved_config(folder: Path, loaded: Mapping[str, Any]) -> None:
     if not path.is_file():
         return
     config = json.loads(path.read_text(encoding="utf-8"))
-    dtype = _most_common_dtype(folder)
+    dtype = most_common_dtype(folder)
     for name in (None, *(key for key, value in config.items() if isinstance(value, dict))):
         part, before = (config, loaded) if name is None else (config[name], loaded.get(name) or {})
         if dtype and (name is None or "dtype" in part):
@@ -457,7 +462,7 @@ def correct_saved_config(folder: Path, loaded: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _most_common_dtype(folder: Path) -> str | None:
+def most_common_dtype(folder: Path) -> str | None:
     """Return the dtype of most of the numbers in a folder's weights; None without weights."""
     sizes: Counter[str] = Counter()
     for tensor in read_tensor_headers(folder).values():

@@ -66,13 +66,7 @@ def train(config: Config, machine: Machine, *, report: TrainReport, stop: StopFl
     from attnimg.train.trackers import require_hub, require_trackers
 
     config = with_saved_adapter(config)
-    path = model_file(config)
-    if path is None and (missing := missing_folder(config.base_model or "")) is not None:
-        raise missing
-    raw = read_model_config(config, path) if path is not None else None
-    if raw is not None:
-        _require_base_model(config, raw, machine, report)
-    task = build_task(config, raw, machine)
+    task = read_checked_task(config, machine, report)
     on_cpu = machine.arch.vendor == "cpu"
     require_agreement(os.environ, config, task.problem, cpu=on_cpu)
     plan = select(task, report)
@@ -92,11 +86,26 @@ def train(config: Config, machine: Machine, *, report: TrainReport, stop: StopFl
         require_trackers(config)
         require_hub(config)
     with application.restore_registries():
-        task, plan = _with_model_config(config, task, plan, report)
+        task, plan = with_model_config(config, task, plan, report)
         return fit_selected(config, task, plan, report=report, stop=stop, resume=resume)
 
 
-def _with_model_config(
+def read_checked_task(config: Config, machine: Machine, report: TrainReport) -> Task:
+    """Return the task of a run, after checking its base model by the files on this machine.
+
+    Raises:
+        AttnimgError: there is no such folder, or the run can't use the model.
+    """
+    path = model_file(config)
+    if path is None and (missing := missing_folder(config.base_model or "")) is not None:
+        raise missing
+    raw = read_model_config(config, path) if path is not None else None
+    if raw is not None:
+        _require_base_model(config, raw, machine, report)
+    return build_task(config, raw, machine)
+
+
+def with_model_config(
     config: Config, task: Task, plan: Plan, report: TrainReport
 ) -> tuple[Task, Plan]:
     """Select again if config.json from the hub, or the model's class, has more information.

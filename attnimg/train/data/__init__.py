@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,7 @@ __all__ = [
     "choose_chat_template",
     "find_sources",
     "load_documents",
+    "load_evaluation_documents",
     "sample_text",
     "summary_line",
 ]
@@ -135,12 +136,10 @@ def load_documents(config: Config, tokenizer: Any) -> Documents:
     def load_all(sources: list[Source], need: Need | None = None) -> Dataset:
         parts = []
         for source in sources:
-            part, (counts, found) = load_source(source, config, tokenizer, need)
-            if not counts.documents:
-                raise _no_documents(source, counts)
+            part, counts, found = _load_part(source, config, tokenizer, need)
             parts.append(part.add_column("source", numpy.full(len(part), len(figures), "int32")))
             figures.append(counts)
-            warnings.update(dict.fromkeys((*source.warnings, *found)))
+            warnings.update(dict.fromkeys(found))
         if len(parts) > 1 and config.shuffle_before_merging_datasets:
             parts = [part.shuffle(seed=config.seed, keep_in_memory=True) for part in parts]
         return datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
@@ -166,6 +165,45 @@ def load_documents(config: Config, tokenizer: Any) -> Documents:
         train_places=train.select_columns(PLACES),
         validation_places=validation and validation.select_columns(PLACES),
     )
+
+
+def load_evaluation_documents(config: Config, tokenizer: Any) -> dict[str, Documents]:
+    """Load only what a run evaluates on: test_datasets, or the part that val_set_size splits off.
+
+    Args:
+        config: the validated run, with one of these keys.
+        tokenizer: a transformers tokenizer, special tokens already set.
+
+    Returns:
+        The key of each source, "test_datasets[0]", or "val_set_size" -> its documents, as both
+        `train` and `validation`. Copies that dataset_exact_deduplication removes may be in several
+        sources: then all are one, "test_datasets".
+
+    Raises:
+        AttnimgError: as `load_documents` does.
+    """
+    if config.val_set_size or config.dataset_exact_deduplication:
+        found = load_documents(config, tokenizer)
+        key = "val_set_size" if config.val_set_size else "test_datasets"
+        assert found.validation is not None
+        return {key: replace(found, train=found.validation)}
+    parts = {}
+    for source in find_sources(config)[1]:
+        part, figures, warnings = _load_part(source, config, tokenizer, None)
+        parts[source.key] = Documents(
+            train=part, validation=part, figures=(figures,), warnings=warnings
+        )
+    return parts
+
+
+def _load_part(
+    source: Source, config: Config, tokenizer: Any, need: Need | None
+) -> tuple[Dataset, SourceFigures, tuple[str, ...]]:
+    """Load the documents of one source, with its figures and warnings."""
+    part, (figures, warnings) = load_source(source, config, tokenizer, need)
+    if not figures.documents:
+        raise _no_documents(source, figures)
+    return part, figures, (*source.warnings, *warnings)
 
 
 def _first_columns(spec: DatasetSpec, *, key: str) -> Collection[str] | None:

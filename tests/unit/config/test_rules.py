@@ -565,22 +565,22 @@ NEEDS = {
     "data": """
         __call__ _template_error, __call__ bad_record x2, _answer bad_record, _completions
         bad_record, _cut_documents bad_file, _encode bad_record, _fit bad_file, _gather_rows
-        bad-data, _input bad_record, _label bad_record, _local_file bad-value, _local_file
-        bad_file, _locate _not_found, _message bad_record, _messages bad_record x3,
-        _missing_type missing-key, _nectar bad_record x2, _no_documents empty-dataset,
-        _orpo_chat bad_record x2, _reasoning bad_record, _refuse_media bad_record,
-        _refuse_unpackable bad-data, _render bad_record, _require_answer bad_record,
-        _require_supported bad_record, _require_written bad_record, _role bad_record x2,
-        _split_validation bad-value, _system bad_record, _template_error bad-value,
-        _template_error bad_file, _tokenize bad_record, _turn bad_record x5, _whole_answer
-        bad_record, _with_system_column bad_record, bad_file bad-data, bad_record
-        AttnimgError, find_sources _missing_type, find_sources empty-dataset, load_all
-        _no_documents, load_documents _no_documents, make missing-key, make_on_disk
-        not-writable, parse_prompt bad_record, parse_segments bad_record x2, parse_tokens
-        bad_record x3, parse_turns bad_record, read_content bad_record, read_flag bad_record
-        x2, read_records bad_file x2, read_records bad_record, read_tool_calls bad_record,
-        read_tools bad_record, read_trained_parts bad_record x3, require_column bad_record,
-        require_text bad_record, split_thinking bad_record
+        bad-data, _input bad_record, _label bad_record, _load_part _no_documents,
+        _local_file bad-value, _local_file bad_file, _locate _not_found, _message
+        bad_record, _messages bad_record x3, _missing_type missing-key, _nectar bad_record
+        x2, _no_documents empty-dataset, _orpo_chat bad_record x2, _reasoning bad_record,
+        _refuse_media bad_record, _refuse_unpackable bad-data, _render bad_record,
+        _require_answer bad_record, _require_supported bad_record, _require_written
+        bad_record, _role bad_record x2, _split_validation bad-value, _system bad_record,
+        _template_error bad-value, _template_error bad_file, _tokenize bad_record, _turn
+        bad_record x5, _whole_answer bad_record, _with_system_column bad_record, bad_file
+        bad-data, bad_record AttnimgError, find_sources _missing_type, find_sources
+        empty-dataset, make missing-key, make_on_disk not-writable, parse_prompt bad_record,
+        parse_segments bad_record x2, parse_tokens bad_record x3, parse_turns bad_record,
+        read_content bad_record, read_flag bad_record x2, read_records bad_file x2,
+        read_records bad_record, read_tool_calls bad_record, read_tools bad_record,
+        read_trained_parts bad_record x3, require_column bad_record, require_text
+        bad_record, split_thinking bad_record
     """,
     "files": """
         _check_options bad-value, _check_reachable file-missing, _check_reachable

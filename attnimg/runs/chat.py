@@ -1,0 +1,298 @@
+"""Generate answers with a run's model: transformers' generation on a selected attention backend."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from attnimg import application
+from attnimg.errors import AttnimgError
+from attnimg.facts import Machine
+from attnimg.pipeline import Selected, select, select_verify_apply
+from attnimg.runs.folder import WITHOUT_TRAINING, RunFolder
+from attnimg.train.run import TrainReport, read_checked_task, with_model_config
+
+Message = Mapping[str, str]
+
+# The largest relative difference of the logits of one token, computed with a cache and without one.
+# Rounding in bfloat16 explains less than 0.02, measured on tiny models (2026-11-27).
+_CACHE_TOLERANCE = 0.1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """How answers are generated; None takes the value of the model's generation config.
+
+    Attributes:
+        max_new_tokens: the longest answer.
+        temperature: of the sampling; 0 always takes the most likely token.
+        top_p: the smallest set of tokens with this probability is sampled from.
+    """
+
+    max_new_tokens: int
+    temperature: float | None = None
+    top_p: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChatModel:
+    """A loaded model that answers.
+
+    Attributes:
+        model: a transformers model, or a PEFT model around it.
+        tokenizer: its tokenizer.
+        stops: the tokens that end an answer.
+        limit: the number of positions of the model; None where it is not known.
+    """
+
+    model: Any
+    tokenizer: Any
+    stops: tuple[int, ...]
+    limit: int | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """A generated answer.
+
+    Attributes:
+        text: without special tokens.
+        prompt_tokens: number of tokens before it.
+        tokens: number of generated tokens.
+        finish: why it ended: at an end token, at the longest length, at the end of the model's
+            context, or by the user.
+        seconds: the duration.
+    """
+
+    text: str
+    prompt_tokens: int
+    tokens: int
+    finish: Literal["stop", "length", "context", "interrupted"]
+    seconds: float
+
+
+@contextmanager
+def load_chat(
+    run: RunFolder, machine: Machine, *, report: TrainReport, raw: bool
+) -> Iterator[ChatModel]:
+    """Load a run's model for the time of the block, with an attention backend chosen for it.
+
+    Args:
+        run: as `find_run` returns it.
+        machine: this machine.
+        report: receives the plan and the proof.
+        raw: whether texts are completed, which needs no chat template.
+
+    Raises:
+        AttnimgError: the tokenizer has no chat template (no-chat-template), or the model can't be
+            loaded.
+    """
+    from attnimg.runs.weights import load_trained
+    from attnimg.train.environment import silence_libraries
+    from attnimg.train.tokenizer import load_tokenizer
+
+    silence_libraries()
+    changes = {
+        "sample_packing": False, "batch_flattening": None, "micro_batch_size": 1,
+        "eval_batch_size": None, "attn_implementation": None, "attn_backends": None,
+        "attn_forward_only_ok": True,
+    }  # fmt: skip
+    config = run.loading_config.model_copy(update=WITHOUT_TRAINING | changes)
+    tokenizer = load_tokenizer(config, log=lambda _: None)
+    if not raw and not tokenizer.chat_template:
+        raise AttnimgError(
+            "the tokenizer has no chat template",
+            why=f"found none with the model in {run.folder}, and so no format for messages",
+            do="pass --raw to complete texts, or set chat_template in the config and train again",
+            code="no-chat-template",
+            key="chat_template",
+        )
+
+    def load(selected: Selected) -> Any:
+        return load_trained(
+            run, tokens=len(tokenizer), implementation=selected.implementation,
+            context=replace(selected.context, autocast=None),
+            needs_dtype_cast=selected.backend.needs_dtype_cast, log=report.log,
+        )  # fmt: skip
+
+    with application.restore_registries():
+        task = read_checked_task(config, machine, report)
+        task, plan = with_model_config(config, task, select(task, report), report)
+        model = select_verify_apply(task, load, report=report, plan=plan).model
+        _require_cached_attention(model, report)
+        ends = {tokenizer.eos_token_id, *_as_list(model.generation_config.eos_token_id)}
+        ends |= {tokenizer.convert_tokens_to_ids(token) for token in config.eot_tokens or ()}
+        yield ChatModel(
+            model=model,
+            tokenizer=tokenizer,
+            stops=tuple(sorted(ends - {None})),
+            limit=_positions(model.config),
+        )
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _positions(config: Any) -> int | None:
+    """Return the number of positions in a model's configuration."""
+    from attnimg.train.base_model import rope_positions
+
+    text = config.get_text_config(decoder=True).to_dict()
+    positions = rope_positions(text) or text.get("n_positions") or text.get("max_seq_len")
+    return positions if isinstance(positions, int) else None
+
+
+def _require_cached_attention(model: Any, report: TrainReport) -> None:
+    """Use sdpa if the selected backend computes wrong logits with a cache of keys and values.
+
+    Training calls backends without a cache, and so do their proofs.
+
+    Raises:
+        AttnimgError: sdpa does so, too (code cache-differs, exit code 1).
+    """
+    from attnimg.train.loss import unwrap_peft
+
+    error = _cache_error(model)
+    if error is not None and application.current_implementation(model) != "sdpa":
+        report.warn_replaced(f"sdpa replaces the backend, which can't use a cache: {error}")
+        unwrap_peft(model).set_attn_implementation("sdpa")
+        error = _cache_error(model)
+    if error is not None:
+        raise AttnimgError(
+            "the model computes other logits with a cache of keys and values",
+            why=error,
+            do="generate without a cache: model.generate(..., use_cache=False) in transformers",
+            code="cache-differs",
+            exit_code=1,
+        )
+
+
+def _cache_error(model: Any) -> str | None:
+    """Return how the logits of a token differ with a cache; None if they do not."""
+    import torch
+
+    rows = len(model.get_input_embeddings().weight)
+    ids = torch.randint(0, rows, (1, 12), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(next(model.parameters()).device)
+    try:
+        with torch.no_grad():
+            whole = model(input_ids=ids, use_cache=False).logits[0, -1].float()
+            begun = model(input_ids=ids[:, :-1], use_cache=True)
+            cached = model(
+                input_ids=ids[:, -1:], past_key_values=begun.past_key_values, use_cache=True
+            ).logits[0, -1].float()  # fmt: skip
+    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        return " ".join(str(error).split())[:300]
+    difference = float((cached - whole).norm() / (whole - whole.mean()).norm())
+    if difference <= _CACHE_TOLERANCE:
+        return None
+    return f"found a relative difference of {difference:.2g}; allowed {_CACHE_TOLERANCE}"
+
+
+def answer(
+    chat: ChatModel,
+    prompt: Sequence[Message] | str,
+    settings: Settings,
+    *,
+    on_text: Callable[[str], None],
+    stopped: Callable[[], bool],
+) -> Answer:
+    """Generate the answer to a conversation, or the continuation of a text.
+
+    Args:
+        chat: as `load_chat` yields it.
+        prompt: messages with role and content, or a text to continue as it is.
+        settings: how to generate.
+        on_text: receives each piece of the answer when it is generated.
+        stopped: returns whether the user wants no more of it.
+
+    Raises:
+        AttnimgError: the prompt is longer than the model's positions (context-full), or the chat
+            template does not accept the messages (bad-chat).
+    """
+    import torch
+    from transformers import StoppingCriteria, TextStreamer
+
+    class Streamer(TextStreamer):  # type: ignore[misc]  # transformers' types are not followed
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: ARG002  transformers passes it
+            if text:
+                on_text(text)
+
+    class UserStop(StoppingCriteria):  # type: ignore[misc]  # transformers' types are not followed
+        def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+            return torch.full((len(input_ids),), stopped(), device=input_ids.device)
+
+    began = time.monotonic()
+    ids = _encode(chat, prompt).to(next(chat.model.parameters()).device)
+    length = ids.shape[1]
+    room = settings.max_new_tokens
+    if chat.limit is not None:
+        if length >= chat.limit:
+            raise AttnimgError(
+                "the conversation is longer than the model's context",
+                why=f"found {length:,} tokens; the model has {chat.limit:,} positions",
+                do="type /reset to begin a new conversation, or write less",
+                code="context-full",
+                exit_code=1,
+            )
+        room = min(room, chat.limit - length)
+    with torch.no_grad():
+        output = chat.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=room,
+            eos_token_id=list(chat.stops) or None,
+            pad_token_id=chat.tokenizer.pad_token_id,
+            streamer=Streamer(chat.tokenizer, skip_prompt=True, skip_special_tokens=True),
+            stopping_criteria=[UserStop()],
+            **_sampling(settings),
+        )
+    generated = output[0, length:].tolist()
+    finish: Literal["stop", "length", "context", "interrupted"] = "length"
+    if generated and generated[-1] in chat.stops:
+        finish = "stop"
+    elif stopped():
+        finish = "interrupted"
+    elif room < settings.max_new_tokens:
+        finish = "context"
+    return Answer(
+        text=chat.tokenizer.decode(generated, skip_special_tokens=True),
+        prompt_tokens=length,
+        tokens=len(generated),
+        finish=finish,
+        seconds=round(time.monotonic() - began, 3),
+    )
+
+
+def _sampling(settings: Settings) -> dict[str, Any]:
+    """Return the arguments of generate that choose the next token."""
+    if settings.temperature == 0:
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    given = {"temperature": settings.temperature, "top_p": settings.top_p}
+    given = {name: value for name, value in given.items() if value is not None}
+    return {"do_sample": True, **given} if given else {}
+
+
+def _encode(chat: ChatModel, prompt: Sequence[Message] | str) -> Any:
+    """Return the tokens of a prompt, int64 (1, S)."""
+    from jinja2 import TemplateError
+
+    if isinstance(prompt, str):
+        return chat.tokenizer(prompt, return_tensors="pt")["input_ids"]
+    try:
+        return chat.tokenizer.apply_chat_template(
+            list(prompt), add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )["input_ids"]
+    except TemplateError as error:
+        raise AttnimgError(
+            "the chat template does not accept this conversation",
+            why=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            do="leave out --system: some templates have no system message"
+            if prompt[0]["role"] == "system"
+            else "pass --raw to complete texts without the template",
+            code="bad-chat",
+        ) from error

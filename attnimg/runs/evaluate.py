@@ -1,0 +1,390 @@
+"""Compute the loss of a run's model on its evaluation data, as training computes eval_loss.
+
+select a backend -> verify -> tokenizer, documents -> model -> rows -> the engine's evaluation
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from attnimg import application
+from attnimg.config.schema import Config
+from attnimg.errors import AttnimgError
+from attnimg.facts import Machine
+from attnimg.pipeline import Applied, Selected, select, select_verify_apply
+from attnimg.runs.folder import WITHOUT_TRAINING, RunFolder, find_run, has_receipt, locate
+from attnimg.train.run import TrainReport, read_checked_task, with_model_config
+
+if TYPE_CHECKING:
+    import torch
+
+    from attnimg.train.data import Documents
+    from attnimg.train.fit import Session
+
+# Keys of a config file that an evaluation takes from it; the others are those of the trained run.
+DATA_KEYS = (
+    "datasets", "pretraining_dataset", "test_datasets", "val_set_size", "dataset_prepared_path",
+    "dataset_num_proc", "dataset_processes", "dataset_exact_deduplication", "streaming",
+    "shuffle_merged_datasets", "shuffle_before_merging_datasets", "sequence_len", "min_sample_len",
+    "excess_length_strategy", "sample_packing", "eval_sample_packing", "pad_to_sequence_len",
+    "batch_flattening", "train_on_inputs", "chat_template", "chat_template_jinja",
+    "chat_template_kwargs", "default_system_message", "micro_batch_size", "eval_batch_size",
+    "attn_implementation", "attn_backends", "attn_known_bad", "bf16", "fp16", "tf32", "seed",
+    "max_steps",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Target:
+    """What is evaluated.
+
+    Attributes:
+        config: the data, and the model.
+        run: the trained weights; None for the base model alone.
+        notes: what the user should know.
+    """
+
+    config: Config
+    run: RunFolder | None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """The loss on one dataset, or on all.
+
+    Attributes:
+        dataset: the config key, "test_datasets[0]"; "all" for all of them.
+        path: the path or name in the config; None for all.
+        documents: number of evaluated documents.
+        tokens: number of their tokens.
+        trained_tokens: number of those with loss.
+        loss: negative log-likelihood per trained token.
+        standard_error: of the loss, from the differences between documents; None for one document.
+        perplexity: exp(loss).
+    """
+
+    dataset: str
+    path: str | None
+    documents: int
+    tokens: int
+    trained_tokens: int
+    loss: float
+    standard_error: float | None
+    perplexity: float
+
+
+# Called with a task, how much of it is done, and how much there is.
+Advance = Callable[[str, int, int], None]
+
+
+def find_target(argument: str, *, base: bool, base_model: str | None = None) -> Target:
+    """Return the model and the data that an argument names.
+
+    Args:
+        argument: a run's folder, a checkpoint in it, or a config file.
+        base: whether the base model is evaluated, without what the run trained.
+        base_model: the base model, if it has been moved.
+
+    Raises:
+        AttnimgError: as `find_run` does.
+    """
+    written, folder = locate(argument)
+    if written is not None and (base or not has_receipt(folder)):
+        config = written
+        if base_model is not None:
+            config = config.model_copy(update={"base_model": base_model})
+        note = f"{folder} has no trained run: {config.base_model} itself is evaluated"
+        return Target(config=config, run=None, notes=() if base else (note,))
+    run = find_run(argument, command="evaluate", base_model=base_model)
+    config = run.config if base else run.loading_config
+    if written is not None:
+        changes = {key: getattr(written, key) for key in DATA_KEYS}
+        config = config.model_copy(update=changes)
+    return Target(config=config, run=None if base else run, notes=run.notes)
+
+
+def evaluate(
+    target: Target, machine: Machine, *, report: TrainReport, advance: Advance
+) -> tuple[Evaluation, ...]:
+    """Compute the loss on each evaluation dataset, and on all where there are several.
+
+    Args:
+        target: as `find_target` returns it.
+        machine: this machine.
+        report: receives the plan, proofs and warnings.
+        advance: receives the progress.
+
+    Raises:
+        AttnimgError: there is no evaluation data (missing-key), or what training raises.
+    """
+    from attnimg.train.environment import silence_libraries
+
+    config = target.config.model_copy(update=WITHOUT_TRAINING)
+    if not config.test_datasets and not config.val_set_size:
+        raise _nothing_to_evaluate(target)
+    silence_libraries()
+    inputs: dict[str, Any] = {}
+
+    def load(selected: Selected) -> Any:
+        inputs["tokenizer"], inputs["parts"] = _load_data(config, report)
+        return _load_weights(config, target.run, selected, inputs["tokenizer"], report.log)
+
+    with ExitStack() as undo:
+        undo.enter_context(application.restore_registries())
+        task = read_checked_task(config, machine, report)
+        task, plan = with_model_config(config, task, select(task, report), report)
+        applied = select_verify_apply(task, load, report=report, plan=plan)
+        folder = undo.enter_context(TemporaryDirectory())
+        config = config.model_copy(update={"output_dir": folder})
+        return _evaluate_parts(config, machine, applied, **inputs, report=report, advance=advance)
+
+
+def _nothing_to_evaluate(target: Target) -> AttnimgError:
+    """Return the error for a run without evaluation data."""
+    known = target.run is None or target.run.receipt is not None
+    return AttnimgError(
+        "there is nothing to evaluate on",
+        why="found neither test_datasets nor val_set_size in the config"
+        if known
+        else "the folder has no receipt.json, and so no test_datasets",
+        do="add test_datasets, with the keys of datasets, to the YAML file of the run, and pass "
+        "that file: it names the run by output_dir"
+        if known
+        else "pass a YAML file with test_datasets, and with the folder as base_model; merge an "
+        "adapter first, by attnimg merge",
+        code="missing-key",
+        key="test_datasets",
+    )
+
+
+def _load_data(config: Config, report: TrainReport) -> tuple[Any, dict[str, Documents]]:
+    """Load the tokenizer and the evaluation documents, and report their statistics."""
+    from attnimg.train.data import load_evaluation_documents, summary_line
+    from attnimg.train.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(config, log=report.log)
+    parts = load_evaluation_documents(config, tokenizer)
+    for documents in parts.values():
+        for figures in documents.figures:
+            report.log(summary_line(figures))
+        for warning in documents.warnings:
+            report.log(f"warning: {warning}")
+    return tokenizer, parts
+
+
+def _load_weights(
+    config: Config,
+    run: RunFolder | None,
+    selected: Selected,
+    tokenizer: Any,
+    log: Callable[[str], None],
+) -> Any:
+    """Load the trained weights, or the model before its first step; few of them have gradients.
+
+    The comparison of losses needs a gradient, but not the memory of one for each weight.
+    """
+    from attnimg.runs.weights import load_trained
+    from attnimg.train.model import load_model
+
+    if run is None:
+        model = load_model(
+            config, tokenizer=tokenizer, implementation=selected.implementation,
+            context=selected.context, needs_dtype_cast=selected.backend.needs_dtype_cast, log=log,
+        ).eval()  # fmt: skip
+    else:
+        model = load_trained(
+            run, tokens=len(tokenizer), implementation=selected.implementation,
+            context=selected.context, needs_dtype_cast=selected.backend.needs_dtype_cast,
+            trainable=True, log=log,
+        )  # fmt: skip
+    if not hasattr(model, "peft_config"):
+        vectors = [weight for weight in model.parameters() if weight.ndim == 1]
+        for weight in model.parameters() if vectors else ():
+            weight.requires_grad_(weight.ndim == 1 and weight.is_floating_point())
+    return model
+
+
+def _evaluate_parts(
+    config: Config,
+    machine: Machine,
+    applied: Applied,
+    *,
+    tokenizer: Any,
+    parts: dict[str, Documents],
+    report: TrainReport,
+    advance: Advance,
+) -> tuple[Evaluation, ...]:
+    """Evaluate each dataset with the engine of training."""
+    from attnimg.train.fit import build_engine
+    from attnimg.train.loss import loss_check_text
+    from attnimg.train.own_loss import check_loss
+    from attnimg.train.records import ProgressView
+
+    found: list[tuple[str, Documents, DocumentLosses]] = []
+    total = DocumentLosses()
+    engine: Any = None
+    for key, documents in parts.items():
+        session = _session(config, machine, applied, tokenizer, documents, report)
+        if engine is None:
+            view = ProgressView(report.console, total=1, visible=False)
+            engine = build_engine(session, view, lambda _: None)
+            check = check_loss(engine, session.train, context=session.run.context, sharded=False)
+            report.log(loss_check_text(check))
+        engine.session = session
+        batches = math.ceil(len(session.train.dataset) / engine.args.per_device_eval_batch_size)
+        losses = DocumentLosses(partial(_show, advance, key, batches))
+        engine.observe = losses.add
+        computed = engine.evaluate(eval_dataset=session.train.dataset)["eval_loss"]
+        assert math.isclose(computed, losses.mean, rel_tol=1e-3, abs_tol=1e-4)
+        found.append((key, documents, losses))
+        total.sums += losses.sums
+        total.counts += losses.counts
+    results = [_result(key, documents, losses) for key, documents, losses in found]
+    if len(results) > 1:
+        tokens = sum(result.tokens for result in results)
+        results.append(_evaluation("all", None, tokens, total))
+    return tuple(results)
+
+
+def _show(advance: Advance, key: str, batches: int, done: int) -> None:
+    advance(f"evaluating {key}", done, batches)
+
+
+def _session(
+    config: Config,
+    machine: Machine,
+    applied: Applied,
+    tokenizer: Any,
+    documents: Documents,
+    report: TrainReport,
+) -> Session:
+    """Return a session of training whose rows are those of one evaluation dataset."""
+    from attnimg.train.arguments import plan_steps
+    from attnimg.train.attention_check import build_attention_check
+    from attnimg.train.distributed import StopFlag
+    from attnimg.train.fit import Session
+    from attnimg.train.records import RunFacts
+    from attnimg.train.rows import make_rows
+
+    selected = applied.selected
+    rows = make_rows(
+        documents.validation,
+        config,
+        packed=bool(config.sample_packing) and config.eval_sample_packing is not False,
+        context=selected.context,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Session(
+        config=config,
+        folder=Path(config.output_dir),
+        model=applied.model,
+        tokenizer=tokenizer,
+        run=RunFacts(
+            machine=machine,
+            plan=selected.plan,
+            implementation=application.current_implementation(applied.model),
+            context=selected.context,
+        ),
+        resume=None,
+        stop=StopFlag(),
+        console=report.console,
+        train=rows,
+        evaluation=rows,
+        schedule=plan_steps(config, rows=len(rows.dataset), world=1, validation=True),
+        restored={},
+        identity={},
+        attention_check=build_attention_check(
+            0, selected.plan, selected.context, dropout=0.0, log=report.log
+        ),
+    )
+
+
+class DocumentLosses:
+    """Sum the negative log-likelihoods of each document.
+
+    Args:
+        on_batch: called with the number of batches so far.
+
+    Attributes:
+        sums: of each document.
+        counts: trained tokens of each document.
+    """
+
+    def __init__(self, on_batch: Callable[[int], None] | None = None) -> None:
+        self.on_batch, self.batches = on_batch, 0
+        self.sums, self.counts = list[float](), list[int]()
+
+    def add(self, inputs: Any, outputs: Any) -> None:
+        """Add a batch: its inputs, and the output of the head."""
+        import torch
+
+        length = outputs.log_probs.shape[1]
+        documents = _document_numbers(inputs)[:, :length].to(outputs.log_probs.device)
+        mask = outputs.label_mask
+        size = int(documents.max()) + 1
+        sums = torch.zeros(size, dtype=torch.float64, device=mask.device)
+        counts = torch.zeros(size, dtype=torch.int64, device=mask.device)
+        sums.index_add_(0, documents[mask], -outputs.log_probs[mask].detach().double())
+        counts.index_add_(0, documents[mask], torch.ones_like(documents[mask]))
+        trained = counts > 0  # not of padding
+        self.sums += sums[trained].tolist()
+        self.counts += counts[trained].tolist()
+        self.batches += 1
+        if self.on_batch is not None:
+            self.on_batch(self.batches)
+
+    @property
+    def mean(self) -> float:
+        """Return the negative log-likelihood per trained token."""
+        return math.fsum(self.sums) / max(sum(self.counts), 1)
+
+    @property
+    def standard_error(self) -> float | None:
+        """Return the standard error of the mean, as of a ratio estimated from documents.
+
+        Source: Cochran, Sampling Techniques, 1977, section 2.11, without the finite population
+        correction (2026-11-27).
+        """
+        number, tokens, mean = len(self.sums), sum(self.counts), self.mean
+        if number < 2:
+            return None
+        squares = ((s - mean * n) ** 2 for s, n in zip(self.sums, self.counts, strict=True))
+        return math.sqrt(math.fsum(squares) * number / (number - 1)) / tokens
+
+
+def _document_numbers(inputs: Any) -> torch.Tensor:
+    """Return the number of each token's document in a batch, int64 (B, S)."""
+    import torch
+
+    ids = inputs["input_ids"]
+    rows = torch.arange(len(ids), device=ids.device)[:, None].expand(ids.shape)
+    if "position_ids" not in inputs or "attention_mask" in inputs:
+        return rows  # one document per row
+    starts = (inputs["position_ids"] == 0).flatten().long()
+    return (starts.cumsum(0) - 1).clamp(min=0).view(ids.shape)
+
+
+def _result(key: str, documents: Documents, losses: DocumentLosses) -> Evaluation:
+    """Return the result of one dataset."""
+    from attnimg.train.rows import row_lengths
+
+    sources = [figures for figures in documents.figures if figures.key == key]
+    path = sources[0].path if sources else None
+    return _evaluation(key, path, int(row_lengths(documents.validation).sum()), losses)
+
+
+def _evaluation(key: str, path: str | None, tokens: int, losses: DocumentLosses) -> Evaluation:
+    mean = losses.mean
+    return Evaluation(
+        dataset=key, path=path, documents=len(losses.sums), tokens=tokens,
+        trained_tokens=sum(losses.counts), loss=mean, standard_error=losses.standard_error,
+        perplexity=math.exp(min(mean, 700.0)),
+    )  # fmt: skip

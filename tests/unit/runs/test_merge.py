@@ -1,0 +1,361 @@
+"""Merged models compute what the adapter computed; merges that can't are refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from attnimg.errors import AttnimgError
+
+sys.path.append(str(Path(__file__).parents[2] / "fixtures"))
+from random_adapters import make_base, write_adapter
+from tiny_run import make_model, run
+
+TINY_SHARDS = 10**5
+
+
+class Quiet:
+    """A report that keeps its lines."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def log(self, text: str) -> None:
+        self.lines.append(text)
+
+    def advance(self, task: str, done: int, total: int) -> None:
+        pass
+
+
+def merged(found: Any, output: Path, *, dtype: str | None = None, **options: Any) -> Any:
+    from attnimg.runs.merge import merge
+
+    options = {"shard_bytes": TINY_SHARDS, "report": Quiet(), **options}
+    return merge(found, output=output, dtype=dtype, **options)
+
+
+def by_peft(base: Path, adapter: Path, *, bits: int | None, rows: int) -> Any:
+    """PEFT's own merge: plain transformers, no code of attnimg."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    options: dict[str, Any] = {"dtype": "auto"}
+    if bits == 4:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+        )  # fmt: skip
+    elif bits == 8:
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    model = AutoModelForCausalLM.from_pretrained(base, **options)
+    if bits:
+        model = model.dequantize()
+    if len(model.get_input_embeddings().weight) < rows:
+        model.resize_token_embeddings(rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT sets fan_in_fan_out, once Conv1D is dequantized
+        return PeftModel.from_pretrained(model, adapter).merge_and_unload().float()
+
+
+def logits_of(model: Any, rows: int) -> Any:
+    import torch
+
+    ids = torch.randint(0, rows, (3, 40), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        return model.eval()(input_ids=ids, use_cache=False).logits
+
+
+SAVED = {"lora_modules_to_save": ["lm_head", "embed_tokens"], "tokens": ["<a>", "<b>"]}
+EXPERTS = {"lora_target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+CASES = [
+    pytest.param("llama", {}, None, id="lora"),
+    pytest.param("llama", {"peft_use_dora": True, "peft_use_rslora": True}, None,
+                 id="dora and rslora"),
+    pytest.param("llama", SAVED, None, id="new tokens and saved embeddings"),
+    pytest.param("tied", {"lora_modules_to_save": ["embed_tokens"], "tokens": ["<a>"]}, None,
+                 id="tied embeddings"),
+    pytest.param("llama", {"adapter": "qlora"}, 4, id="4 bits"),
+    pytest.param("llama", {"adapter": "qlora", "peft_use_dora": True}, 4, id="dora on 4 bits"),
+    pytest.param("gpt2", {"adapter": "qlora", "lora_fan_in_fan_out": True}, 4,
+                 id="Conv1D in 4 bits"),
+    pytest.param("llama", {"load_in_8bit": True}, 8, id="8 bits"),
+    pytest.param("gpt2", {"lora_fan_in_fan_out": True}, None, id="Conv1D"),
+    pytest.param("mixtral", EXPERTS, None, id="weights of experts"),
+    pytest.param("mixtral", {"adapter": "qlora", "lora_target_modules": ["q_proj"]}, 4,
+                 id="experts beside 4 bits"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "keys", "bits"), CASES)
+def test_the_merged_model_is_that_of_peft(
+    tmp_path: Path, kind: str, keys: dict[str, Any], bits: int | None
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    sizes = {"tie_word_embeddings": True} if kind == "tied" else {}
+    base = make_base(tmp_path / "model", "llama" if kind == "tied" else kind, **sizes)
+    found, _ = write_adapter(base, tmp_path / "out", **keys)
+    result = merged(found, tmp_path / "merged")
+    assert result.logits.agrees
+    assert result.logits.effect > 0.2, "the adapter changes the model"
+    assert (result.dequantized is not None) == (bits is not None)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+    rows = len(loaded.get_input_embeddings().weight)
+    expected = by_peft(base, tmp_path / "out", bits=bits, rows=rows)
+    error = (logits_of(loaded, rows) - logits_of(expected, rows)).norm()
+    assert error < 1e-4 * logits_of(expected, rows).norm()
+    config = json.loads((tmp_path / "merged/config.json").read_text())
+    assert "quantization_config" not in config
+    assert config["dtype"] == "float32"
+    before = json.loads((base / "config.json").read_text())
+    changed = {key for key in config if config.get(key) != before.get(key)}
+    assert changed <= {"vocab_size", "transformers_version"}
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "merged")) <= rows
+    total = sum(weight.numel() for weight in loaded.parameters())
+    index = json.loads((tmp_path / "merged/model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 4 * total, "no weight is stored twice"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_merge_keeps_the_base_models_dtype(tmp_path: Path, dtype: Any) -> None:
+    from attnimg.runs.logits import TOLERANCES
+    from attnimg.train.model_files import read_tensor_headers
+
+    base = make_base(tmp_path / "model", dtype=dtype)
+    found, _ = write_adapter(base, tmp_path / "out", dtype=dtype, **SAVED)
+    result = merged(found, tmp_path / "merged", shard_bytes=10**9)
+    assert (result.dtype, result.files[0]) == (dtype, "model.safetensors")
+    assert result.logits.tolerance == TOLERANCES[dtype]
+    assert 1e-5 < result.logits.difference < TOLERANCES[dtype]
+    stored = {tensor.dtype for tensor in read_tensor_headers(tmp_path / "merged").values()}
+    assert stored == {{"bfloat16": "BF16", "float16": "F16"}[dtype]}
+    finer = merged(found, tmp_path / "finer", dtype="float32")
+    assert finer.logits.difference < 1e-4
+
+
+@pytest.mark.parametrize("fault", ["a layer left out", "twice the scale", "another layer's change"])
+def test_a_wrong_merge_is_refused_and_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    import torch
+    from peft.tuners.lora.layer import Linear
+
+    base = make_base(tmp_path / "model", dtype="bfloat16")
+    found, _ = write_adapter(base, tmp_path / "out", dtype="bfloat16", scale=0.03)
+    right, calls = Linear.get_delta_weight, list[int]()
+
+    def wrong(self: Any, adapter: str) -> Any:
+        calls.append(1)
+        delta = right(self, adapter)
+        if fault == "twice the scale":
+            return 2 * delta
+        if len(calls) != 3:
+            return delta
+        return torch.zeros_like(delta) if "left out" in fault else delta.flip(0)
+
+    monkeypatch.setattr(Linear, "get_delta_weight", wrong)
+    with pytest.raises(AttnimgError) as caught:
+        merged(found, tmp_path / "merged")
+    assert (caught.value.code, caught.value.exit_code) == ("merge-differs", 1)
+    assert "allowed 8e-02" in caught.value.why
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+
+
+def test_a_small_adapter_that_is_lost_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from peft.tuners.lora.layer import Linear
+
+    base = make_base(tmp_path / "model", dtype="bfloat16")
+    found, _ = write_adapter(base, tmp_path / "out", dtype="bfloat16", scale=0.001)
+    right = merged(found, tmp_path / "right").logits
+    assert right.effect < right.tolerance / 4, "smaller than the tolerance"
+    delta = Linear.get_delta_weight
+    monkeypatch.setattr(Linear, "get_delta_weight", lambda *at: torch.zeros_like(delta(*at)))
+    with pytest.raises(AttnimgError) as caught:
+        merged(found, tmp_path / "merged")
+    assert "has 0% of the adapter's effect" in caught.value.why
+    assert "--dtype float32" in caught.value.do
+
+
+def test_what_is_refused_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = make_base(tmp_path / "model")
+    found, _ = write_adapter(base, tmp_path / "out")
+
+    def refused(output: Path, **options: Any) -> AttnimgError:
+        before = sorted(tmp_path.iterdir())
+        with pytest.raises(AttnimgError) as caught:
+            merged(found, output, **options)
+        assert sorted(tmp_path.iterdir()) == before
+        return caught.value
+
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/model.safetensors").touch()
+    assert refused(tmp_path / "full").code == "output-dir-not-empty"
+    (tmp_path / "file").touch()
+    assert refused(tmp_path / "file").code == "output-dir-not-empty"
+    assert refused(tmp_path / "file/below").code == "output-dir"
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    error = refused(tmp_path / "merged")
+    assert (error.code, error.exit_code) == ("disk-full", 2)
+    monkeypatch.undo()
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("attnimg.runs.merged_weights.save_file", fails)
+    error = refused(tmp_path / "merged")
+    assert (error.code, error.exit_code, error.do) == (
+        "disk-full",
+        1,
+        "free space, and run it again",
+    )
+    monkeypatch.undo()
+    (tmp_path / "merged").mkdir()
+    assert merged(found, tmp_path / "merged").files, "an empty folder is used"
+
+
+def test_a_killed_merge_leaves_nothing_that_looks_complete(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "model")
+    found, _ = write_adapter(base, tmp_path / "out")
+    code = (
+        "import sys, time; from pathlib import Path\n"
+        "from safetensors.torch import save_file\n"
+        "from attnimg.__main__ import run\n"
+        "import attnimg.runs.merged_weights as weights\n"
+        "def slow(*args, **options):\n"
+        "    save_file(*args, **options)\n"
+        "    Path(sys.argv[1], 'written').touch()\n"
+        "    time.sleep(60)\n"
+        "weights.save_file = slow\n"
+        "sys.exit(run(['merge', str(Path(sys.argv[1], 'out')), '--max-shard-size', '100KB']))\n"
+    )
+    for number, exit_code in ((signal.SIGKILL, -9), (signal.SIGTERM, 143)):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.DEVNULL
+        )
+        while not (tmp_path / "written").exists():
+            time.sleep(0.05)
+            assert process.poll() is None
+        left = {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()}
+        assert left == {"merged.partial"}
+        process.send_signal(number)
+        assert process.wait(30) == exit_code
+        assert not (tmp_path / "out/merged").exists()
+        assert (tmp_path / "out/merged.partial").exists() == (number == signal.SIGKILL)
+        (tmp_path / "written").unlink()
+    (tmp_path / "out/merged.partial").mkdir()
+    (tmp_path / "out/merged.partial/shard-0.safetensors").touch()
+    result = merged(found, tmp_path / "out/merged")
+    assert not (tmp_path / "out/merged.partial").exists()
+    assert "shard-0.safetensors" not in result.files
+
+
+MEMORY = """
+import sys, threading, time
+from pathlib import Path
+sys.path.append(sys.argv[2])
+from random_adapters import write_adapter
+from attnimg.runs.merge import merge
+import attnimg.runs.merged_weights, attnimg.runs.logits, attnimg.runs.weights
+def anonymous():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+class Quiet:
+    def log(self, text): pass
+    def advance(self, *_): pass
+from attnimg.runs.folder import find_run
+found = find_run(sys.argv[1] + "/out", command="merge")
+before, peak = anonymous(), [0]
+def watch():
+    while True:
+        peak[0] = max(peak[0], anonymous())
+        time.sleep(0.002)
+threading.Thread(target=watch, daemon=True).start()
+output = Path(sys.argv[1]) / "merged"
+merge(found, output=output, dtype=None, shard_bytes=30 * 10**6, report=Quiet())
+print(peak[0] - before)
+"""
+
+
+def test_the_memory_is_that_of_the_base_and_one_shard(tmp_path: Path) -> None:
+    base = make_base(
+        tmp_path / "model", hidden_size=768, intermediate_size=3072, num_hidden_layers=4
+    )
+    write_adapter(base, tmp_path / "out")
+    size = (base / "model.safetensors").stat().st_size
+    assert size > 110 * 10**6
+    fixtures = str(Path(__file__).parents[2] / "fixtures")
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(tmp_path), fixtures],
+        capture_output=True, text=True, env={**os.environ, "MALLOC_TRIM_THRESHOLD_": "0"},
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) < size + 30 * 10**6
+    assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 4
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    make_model(folder / "model")
+    run(folder, folder / "lora", adapter="lora", max_steps=3, save_steps=2)
+    run(folder, folder / "full", max_steps=1)
+    return folder
+
+
+def command(*arguments: str) -> int:
+    from attnimg.__main__ import run as run_command
+
+    return run_command(["merge", *arguments])
+
+
+def test_the_command_merges_a_run(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    assert command(str(trained / "lora")) == 0
+    said = capsys.readouterr()
+    assert said.out.strip() == str(trained / "lora/merged")
+    assert "equal the adapter's" in said.err
+    AutoModelForCausalLM.from_pretrained(trained / "lora/merged")
+    record = json.loads((trained / "lora/merged/merge.json").read_text())
+    assert record["logits"]["difference"] < record["logits"]["tolerance"] == 1e-4
+    assert command(str(trained / "lora")) == 2
+    assert "it is not overwritten" in capsys.readouterr().err
+    assert command(str(trained / "lora"), "--json", "--output", str(trained / "other")) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["folder"] == str(trained / "other")
+    assert printed["logits"] == record["logits"]
+
+
+def test_a_merged_checkpoint_stays_intact(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from attnimg.train.intact import find_damage
+
+    assert command(str(trained / "lora/checkpoint-2")) == 0
+    assert capsys.readouterr().out.strip() == str(trained / "lora/merged-checkpoint-2")
+    assert not find_damage(trained / "lora/checkpoint-2")
+
+
+def test_the_command_refuses_what_it_can_not_merge(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(str(trained / "full")) == 2
+    assert "it has a whole model" in capsys.readouterr().err
+    assert command(str(trained / "lora"), "--max-shard-size", "5 apples") == 2
+    assert "5GB" in capsys.readouterr().err
