@@ -23,6 +23,7 @@ from attnimg.config.attention import (
     variable_findings,
 )
 from attnimg.config.other_names import (
+    EMPTY_IN_ENTRY_IS_UNSET,
     replace_batch_size,
     replace_other_names,
     with_written_name,
@@ -49,9 +50,6 @@ _WITHOUT_DEFAULT = ("base_model", "learning_rate", "datasets", "pretraining_data
 _DATASET_LISTS = ("datasets", "pretraining_dataset", "test_datasets")
 # Keys of a dataset entry, and of special_tokens.
 _NULLABLE = DatasetSpec.model_fields.keys() | set(get_args(SpecialToken))
-# Source: axolotl 0.19.0, utils/data/shared.py, load_dataset_with_config; prompt_strategies/
-# pretrain.py, load (2026-11-27)
-_EMPTY_IS_ABSENT = frozenset({"name", "data_files", "ds_type", "text_column"})
 
 
 def check_file(
@@ -336,7 +334,7 @@ def _without_nulls(value: Any) -> Any:
             for key, item in value.items()
             if item is not None
             and not (item is False and key in keys.dataset_key_answers())
-            and not (item == "" and key in _EMPTY_IS_ABSENT)
+            and not (item == "" and key in EMPTY_IN_ENTRY_IS_UNSET)
         }
     return value
 

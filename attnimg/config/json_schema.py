@@ -25,7 +25,13 @@ from attnimg.config.keys import (
     key_answers,
     plugin_answers,
 )
-from attnimg.config.other_names import OTHER_NAMES
+from attnimg.config.other_names import (
+    EMPTY_IN_ENTRY_IS_UNSET,
+    EMPTY_IS_UNSET,
+    FALSE_IS_ZERO,
+    OTHER_NAMES,
+    ZERO_IS_UNSET,
+)
 from attnimg.config.rules import BNB_VALUES
 from attnimg.config.schema import (
     DATASET_TYPES,
@@ -73,6 +79,7 @@ def config_schema() -> Schema:
         if key not in COMPUTED
     }
     _add_names(known)
+    _add_unset(known)
     for key in ("base_model", "learning_rate"):
         known[key] = _without_null(known[key])
     entry["properties"] = {
@@ -80,6 +87,8 @@ def config_schema() -> Schema:
         for key, value in entry["properties"].items()
     }
     entry["properties"]["path"] = _without_null(entry["properties"]["path"])
+    for key in EMPTY_IN_ENTRY_IS_UNSET:
+        entry["properties"][key] = _or(entry["properties"][key], "")
     entry["properties"] |= {
         key: {**_answer(answer), "enum": [None, False]}
         for key, answer in dataset_key_answers().items()
@@ -117,11 +126,18 @@ class _Generator(GenerateJsonSchema):
         return {**inner, **_AFTER.get(schema["function"]["function"], {})}
 
 
+_PAIR = r"[^=,]*[^=,\s][^=,]*=[^,]*[^,\s][^,]*"  # name=value
 _BEFORE: dict[Callable[..., Any], Callable[[Schema], Schema]] = {
     schema._to_bool: lambda _: dict(_FLAG),  # pydantic adds the default to it
     schema._to_learning_rate: lambda inner: {"anyOf": [inner, _NUMBER_AS_TEXT]},
     schema._unset_if_empty: lambda inner: {"anyOf": [inner, {"enum": ["", False, 0]}]},
-    schema._to_arguments: lambda inner: {"anyOf": [inner, {"type": "string"}]},
+    schema._to_arguments: lambda inner: {
+        "anyOf": [
+            inner,
+            {"type": "string", "pattern": rf"^\s*({_PAIR})?(,({_PAIR}|\s*))*$"},
+            {"enum": [False, 0, []]},
+        ]
+    },
     schema._to_list: lambda inner: {"anyOf": [inner, inner["items"]]},
     schema._to_list_of_specs: lambda inner: {
         "anyOf": [inner, inner["items"], {"type": "string", "minLength": 1}]
@@ -153,6 +169,7 @@ def _add_names(known: dict[str, Schema]) -> None:
             {"type": "null"},
         ]
     }
+    known["added_tokens_overrides"]["propertyNames"] = {"pattern": "^[0-9]+$"}
     known["bnb_config_kwargs"].pop("propertyNames")
     known["bnb_config_kwargs"] |= {
         "properties": {name: {"enum": [*values]} for name, values in BNB_VALUES.items()},
@@ -272,6 +289,30 @@ def _joined(node: Schema) -> Schema:
         (other,) = (one for one in options if one != {"type": "null"})
         return _nullable({**other, **rest})
     return {**rest, "anyOf": options}
+
+
+def _add_unset(known: dict[str, Schema]) -> None:
+    """Add the values that turn a key off, as null does."""
+    for keys, values in (
+        (EMPTY_IS_UNSET, ("",)),
+        (ZERO_IS_UNSET, (0, False)),
+        (FALSE_IS_ZERO, (False,)),
+        (("tokens",), ({},)),
+    ):
+        for key in keys:
+            known[key] = _or(known[key], *values)
+
+
+# Parts of a schema that describe it.
+_TEXTS = ("description", "default", "examples", "deprecated", "title")
+
+
+def _or(node: Schema, *values: object) -> Schema:
+    """Return a schema that accepts these values as well."""
+    texts = {name: node[name] for name in _TEXTS if name in node}
+    rest = {name: part for name, part in node.items() if name not in _TEXTS}
+    options = rest["anyOf"] if rest.keys() == {"anyOf"} else [rest]
+    return {"anyOf": [*options, {"enum": list(values)}], **texts}
 
 
 def _nullable(node: Schema) -> Schema:

@@ -16,7 +16,7 @@ from attnimg.config import check_values
 from attnimg.config.attention import LEGACY
 from attnimg.config.json_schema import config_schema
 from attnimg.config.keys import COMPUTED, IN_SCHEMA, dataset_key_answers, key_answers
-from attnimg.config.other_names import OTHER_NAMES
+from attnimg.config.other_names import OTHER_NAMES, without_unset
 from attnimg.config.read import parse_yaml
 from attnimg.config.schema import Config, DatasetSpec
 
@@ -103,7 +103,7 @@ def is_single(key: str, values: dict[str, Any]) -> bool:
     """Return whether pydantic or the table of answers refuses the value, not a rule on keys."""
     from attnimg.config import _other_keys, _validate
 
-    known = {name: value for name, value in values.items() if value is not None}
+    known = without_unset(values)
     if key in LEGACY or key in COMPUTED:
         return True
     if key in OTHER_NAMES:
