@@ -1,0 +1,240 @@
+"""Forecast the peak of a run's memory: the largest sum of its parts over the phases of the run.
+
+A phase is the loss, the backward pass of one layer, the optimizer's step or an evaluation; on a CPU
+also the comparison of the loss before the first step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from attnimg.config.schema import Config
+from attnimg.facts import Machine, Plan, Problem
+from attnimg.memory.activations import (
+    evaluation_bytes,
+    layer_bytes,
+    loss_bytes,
+    loss_check_bytes,
+    untouched_bytes,
+)
+from attnimg.memory.amounts import Amount, amount
+from attnimg.memory.architecture import Architecture, read_architecture
+from attnimg.memory.parts import gradient_bytes, optimizer_bytes, weight_bytes
+from attnimg.memory.settings import ADAPTER_BYTES, RunSettings, read_settings, trained_weights
+from attnimg.selection.run_findings import device_memory, quadratic_memory
+
+Fits = Literal["yes", "maybe", "no"]
+
+# Bytes of a process on a CPU before it loads a model: Python, torch and the libraries.
+# Source: docs/measured/memory.json, base.
+CPU_BASE = 680 << 20
+# Share of the heap's bytes that are between its tensors, and in buffers inside of kernels. Source:
+# docs/measured/memory.json, the runs that calibrate it.
+CPU_OVERHEAD = 0.15
+# Bytes that CUDA's context and the libraries take on a GPU, from fewer to more kernels, and the
+# share that torch's allocator holds beyond the tensors. Assumptions: no run measured them yet.
+CUDA_LOW, CUDA_HIGH = 400 << 20, 1200 << 20
+GPU_OVERHEAD = 0.08
+# Buffers that older checkpoints contain beside the weights.
+_COUNT_ERROR = 0.001
+# The stated error of the tensors' bytes.
+ERROR = 0.15
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Forecast:
+    """The forecast of a run's memory.
+
+    Attributes:
+        parts: name of a part -> bytes at the peak.
+        phase: the phase with the peak.
+        tensors: bytes that torch allocates at the peak.
+        total: the sum of the parts.
+        low: the low end of the range, in bytes.
+        high: the high end.
+        available: bytes of the device; None when not known.
+        why: why there is no forecast, or which parts it lacks; empty for a whole one.
+    """
+
+    parts: Mapping[str, int]
+    phase: str
+    tensors: int
+    total: int
+    low: int
+    high: int
+    available: int | None
+    why: str = ""
+
+    @property
+    def fits(self) -> Fits | None:
+        """Return whether the run fits; None if not known."""
+        if self.available is None or not self.parts:
+            return None
+        if self.low > self.available:
+            return "no"
+        if self.why:
+            return None
+        return "yes" if self.high <= self.available else "maybe"
+
+
+def forecast_memory(
+    config: Config,
+    raw: Mapping[str, Any],
+    *,
+    problem: Problem,
+    plan: Plan,
+    machine: Machine,
+    stored_weights: int | None = None,
+    processes: int = 1,
+) -> Forecast:
+    """Return the forecast of a run's memory.
+
+    Args:
+        config: the validated run.
+        raw: the model's config.json.
+        problem: what attention computes in the run.
+        plan: the chosen backend.
+        machine: the machine of the run.
+        stored_weights: number of weights in the files of the model; None where they are not known.
+        processes: processes that train together.
+
+    Raises:
+        AttnimgError: a field of config.json has a wrong type (code "bad-model").
+    """
+    available = device_memory(machine)
+    if problem.model is None or plan.chosen is None:
+        return _unknown("the model's config.json or its backend is not known", available)
+    model = read_architecture(raw, problem.model)
+    if isinstance(model, str):
+        return _unknown(model, available)
+    if raw.get("quantization_config") or raw.get("compression_config"):
+        return _unknown("the checkpoint is quantized, in a format of its own", available)
+    if stored_weights and not _agree(model, stored_weights):
+        why = (
+            f"its files have {stored_weights:,} weights, config.json describes {model.parameters:,}"
+        )
+        return _unknown(why, available)
+    run = read_settings(config, problem, machine, plan.chosen.backend, processes=processes)
+    if isinstance(run, str):
+        return _unknown(run, available)
+    found = quadratic_memory(plan, problem)
+    phases = list_phases(model, run, quadratic=found.layer if found else 0)
+    phase, weights = largest_phase(phases), weight_bytes(model, run)
+    parts = {"weights": weights} | {name: part.total for name, part in phases[phase].items()}
+    tensors = sum(parts.values())
+    if run.cpu:
+        untouched = untouched_bytes(model, run)
+        if "loss" in parts:
+            parts["loss"] -= untouched
+        total = weights + process_bytes(phases, untouched=untouched) + CPU_BASE
+        parts |= {"base": CPU_BASE, "overhead": total - CPU_BASE - sum(parts.values())}
+        low, high = int(total * (1 - ERROR)), int(total * (1 + ERROR))
+    else:
+        low = int(tensors * (1 - ERROR)) + CUDA_LOW
+        high = int(tensors * (1 + ERROR + GPU_OVERHEAD)) + CUDA_HIGH
+        parts |= {"base": (CUDA_LOW + CUDA_HIGH) // 2, "overhead": int(GPU_OVERHEAD * tensors / 2)}
+        total = sum(parts.values())
+    return Forecast(
+        parts=parts,
+        phase=phase,
+        tensors=tensors,
+        total=total,
+        low=low,
+        high=high,
+        available=available,
+    )
+
+
+def process_bytes(phases: Mapping[str, Mapping[str, Amount]], *, untouched: int) -> int:
+    """Return the bytes of a process beside its weights: small tensors stay in its heap.
+
+    Args:
+        phases: as list_phases returns them.
+        untouched: bytes of the loss that are allocated and not written.
+    """
+    heap = large = 0
+    for name, parts in phases.items():
+        small = sum(part.small for part in parts.values())
+        rest = sum(part.total for part in parts.values()) - small
+        heap = max(heap, small)
+        large = max(large, rest - (untouched if name == "loss" else 0))
+    return int(heap * (1 + CPU_OVERHEAD)) + large
+
+
+def _agree(model: Architecture, stored: int) -> bool:
+    """Return whether files have as many weights as the layers, with or without a tied head."""
+    counts = (model.parameters, model.parameters + (model.embeddings if model.tied else 0))
+    return any(abs(stored - count) <= _COUNT_ERROR * count for count in counts)
+
+
+def _unknown(why: str, available: int | None) -> Forecast:
+    return Forecast(
+        parts={}, phase="", tensors=0, total=0, low=0, high=0, available=available, why=why
+    )
+
+
+def list_phases(
+    model: Architecture, run: RunSettings, *, quadratic: int
+) -> dict[str, dict[str, Amount]]:
+    """Return name of a phase -> name of a part -> bytes, without the weights.
+
+    Args:
+        model: the sizes of the model.
+        run: the run.
+        quadratic: bytes of a layer's attention that grow with the square of the row length.
+    """
+    gradients, states = gradient_bytes(model, run), optimizer_bytes(model, run)
+    layers = [layer_bytes(layer, model, run, quadratic=quadratic) for layer in model.layers]
+    counts = [layer.count for layer in model.layers]
+    last_kept, loss = loss_bytes(model, run)
+    head = Amount()
+    if not run.adapter:
+        head = amount([model.embeddings * run.embedding])
+    elif run.saves("lm_head"):
+        head = amount([model.embeddings * ADAPTER_BYTES])
+    buckets = gradients if run.processes > 1 else Amount()
+    kept = Amount()
+    for count, layer in zip(counts, layers, strict=True):
+        kept += (layer.input if run.checkpointing else layer.kept).times(count)
+    if run.offloads:
+        kept = layers[0].input.times(2)
+    by_size = sorted(layers, key=lambda layer: layer.kept.total)
+    # Checkpointing computes the activations of one layer again, at its backward pass.
+    last = by_size[-1].kept if run.checkpointing else Amount()
+    before = (gradients if run.accumulates or run.processes > 1 else head) + buckets
+    after = gradients + buckets
+    working = max((layer.working for layer in layers), key=lambda found: found.total)
+    phases = {
+        "loss": {"optimizer": states, "gradients": before, "activations": kept + last_kept,
+                 "loss": loss},
+        "backward pass of the last layer": {
+            "optimizer": states, "gradients": before, "activations": kept + last,
+            "working memory": working},
+        "backward pass of the first layer": {
+            "optimizer": states, "gradients": after, "activations": by_size[0].kept,
+            "working memory": working},
+        "optimizer step": {
+            "optimizer": states, "gradients": after, "working memory": _step_bytes(model, run)},
+        "evaluation": {"optimizer": states, "activations": evaluation_bytes(model, run)},
+    }  # fmt: skip
+    if run.cpu:
+        # On a GPU, it is left out where the memory does not suffice.
+        phases["loss check"] = {"gradients": gradients, "loss": loss_check_bytes(model, run)}
+    return phases
+
+
+def largest_phase(phases: Mapping[str, Mapping[str, Amount]]) -> str:
+    """Return the name of the phase with the most bytes."""
+    return max(phases, key=lambda name: sum(part.total for part in phases[name].values()))
+
+
+def _step_bytes(model: Architecture, run: RunSettings) -> Amount:
+    """Return what the optimizer's step needs beside weights, gradients and states."""
+    largest = max(size for _, size, _ in trained_weights(model, run))
+    if run.optimizer == "adafactor":
+        return amount(3 * [4 * largest])
+    if run.optimizer in ("adamw_torch", "adagrad", "rmsprop") and not run.cpu:
+        return gradient_bytes(model, run)  # torch's foreach makes a list of temporary tensors
+    return amount([0 if run.optimizer in ("adamw_torch_fused", "sgd") else 4 * largest])
