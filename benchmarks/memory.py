@@ -7,6 +7,7 @@ calibrate the constants in attnimg/memory, the other half validates them.
 Writes docs/measured/memory.json after each run.
 
     python benchmarks/memory.py [NAME ...]
+    python benchmarks/memory.py --tables
 """
 
 from __future__ import annotations
@@ -165,6 +166,7 @@ def main(names: list[str]) -> None:
 def forecast_run(model: dict[str, Any], keys: dict[str, Any]) -> dict[str, Any]:
     """Return the forecast of a run on a CPU: bytes of the process and of what torch allocates."""
     from attnimg.facts import Arch, Machine
+    from attnimg.memory.architecture import read_architecture
     from attnimg.memory.forecast import forecast_memory
 
     machine = Machine(arch=Arch(name="cpu", vendor="cpu"), gpu="cpu")
@@ -172,7 +174,8 @@ def forecast_run(model: dict[str, Any], keys: dict[str, Any]) -> dict[str, Any]:
     if "eval_steps" not in values:
         values["eval_strategy"] = "no"
     config, problem, plan = choose_backend(model, values, machine)
-    found = forecast_memory(config, model, problem=problem, plan=plan, machine=machine)
+    sizes = read_architecture(model, problem.model)
+    found = forecast_memory(config, sizes, problem=problem, plan=plan, machine=machine)
     return {"peak": found.total, "tensors": found.tensors, "phase": found.phase,
             "why": found.why}  # fmt: skip
 
@@ -241,6 +244,64 @@ def gpu_comparisons() -> list[dict[str, Any]]:
             found.append({"run": path.stem, "backend": backend, "measured": values["memory_bytes"],
                           "forecast": tensors})  # fmt: skip
     return found
+
+
+def compare(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return measured and forecast bytes of each run, and the relative errors of the forecasts."""
+    found = []
+    for name, run in record["runs"].items():
+        forecast = forecast_run(run["model"], run["keys"])
+        measured = {"peak": run["peak"], "tensors": run["device"]["peak"]}
+        errors = {key: forecast[key] / measured[key] - 1 for key in measured}
+        found.append({"name": name, "part": run["part"], "measured": measured,
+                      "forecast": forecast, "errors": errors})  # fmt: skip
+    return found
+
+
+def summarize(record: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+    """Return part of the runs -> what is compared -> number, mean and largest absolute error."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for part in ("calibrate", "validate"):
+        rows = [row for row in compare(record) if row["part"] == part]
+        found[part] = {}
+        for key in ("peak", "tensors"):
+            errors = [abs(row["errors"][key]) for row in rows]
+            found[part][key] = {"runs": len(errors), "mean": sum(errors) / len(errors),
+                                "largest": max(errors)}  # fmt: skip
+    return found
+
+
+def table(record: dict[str, Any]) -> list[str]:
+    """Return the rows of the table in docs/will-it-fit.md."""
+    rows = []
+    for row in compare(record):
+        cells = [row["name"], row["part"]]
+        for key in ("peak", "tensors"):
+            cells += [f"{row[side][key] / 2**20:,.0f}" for side in ("measured", "forecast")]
+            cells.append(f"{row['errors'][key]:+.1%}")
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
+def summary_rows(record: dict[str, Any]) -> list[str]:
+    """Return the rows of the table of errors in docs/will-it-fit.md."""
+    names = {"calibrate": "calibrate the constants", "validate": "validate them"}
+    rows = []
+    for part, found in summarize(record).items():
+        cells = [names[part], str(found["peak"]["runs"])]
+        for key in ("peak", "tensors"):
+            cells += [f"{found[key][what]:.1%}" for what in ("mean", "largest")]
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
+def gpu_rows() -> list[str]:
+    """Return the rows of the table of GPU runs in docs/will-it-fit.md."""
+    return [
+        f"| {row['backend']} | {row['run']} | {row['measured'] / 2**30:.2f} | "
+        f"{row['forecast'] / 2**30:.2f} | {row['forecast'] / row['measured'] - 1:+.1%} |"
+        for row in gpu_comparisons()
+    ]
 
 
 def _worker(task: str, folder: str, *names: str) -> Any:
@@ -409,5 +470,8 @@ if __name__ == "__main__":
         task = write_inputs if sys.argv[1] == "--write" else train
         for name in sys.argv[3:]:
             task(Path(sys.argv[2]) / name, name)
+    elif sys.argv[1:] == ["--tables"]:
+        kept = json.loads(RECORD.read_text("utf-8"))
+        print("\n".join([*summary_rows(kept), "", *table(kept), "", *gpu_rows()]))
     else:
         main(sys.argv[1:])

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from attnimg.config.schema import CheckResult
 
 
+# Smaller parts of a run's memory are not printed; JSON has them.
+_SHOWN_BYTES = 2**30 // 20
+
+
 class PrintableConsole(Console):
     """A rich console that escapes control characters in the text that it prints.
 
@@ -119,7 +123,8 @@ def print_memory(report: MemoryReport, *, out: Console) -> None:
     grid = Table.grid(padding=(0, 2))
     line = memory_line(report).removeprefix("memory").removeprefix(":").strip()
     grid.add_row("  [dim]memory[/] ", escape(line))
-    parts = [f"{name} {size(count)}" for name, count in report.forecast.parts.items()]
+    found = sorted(report.forecast.parts.items(), key=lambda part: -part[1])
+    parts = [f"{name} {size(count)}" for name, count in found if count >= _SHOWN_BYTES]
     if parts:
         grid.add_row("", escape(", ".join(parts)))
     for change in report.changes:

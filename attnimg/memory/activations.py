@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from attnimg.memory.amounts import Amount, amount
 from attnimg.memory.architecture import Architecture, Layer, Linear
-from attnimg.memory.settings import ADAPTER_BYTES, RunSettings
+from attnimg.memory.settings import ADAPTER_BYTES, RunSettings, trains_head
 
 # TRL's loss: tokens and columns of the vocabulary whose logits exist at once.
 LOSS_TOKENS, LOSS_COLUMNS = 4096, 32768
@@ -154,8 +154,7 @@ def loss_bytes(model: Architecture, run: RunSettings) -> tuple[Amount, Amount]:
         working += _LOSS_TENSORS * [rows * columns * 4] + [rows * columns]
     if run.embedding != c:
         working.append(columns * model.hidden * c)
-    size = ADAPTER_BYTES if run.adapter else run.embedding
-    if (not run.adapter or run.saves("lm_head")) and size != 4:
+    if trains_head(model, run) and run.embedding != 4:
         # The gradient of the output layer is summed in float32 and cast at the end.
         working.append(model.embeddings * 4)
     return amount(kept), amount(working)

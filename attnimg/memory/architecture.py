@@ -185,12 +185,38 @@ class Architecture:
         return embeddings + self.linear_weights + self.expert_weights + self.small_weights
 
 
-def read_architecture(raw: Mapping[str, Any], model: Model) -> Architecture | str:
+# Share of the weights by which a file may differ: older checkpoints also contain buffers.
+_COUNT_ERROR = 0.001
+
+
+def read_architecture(
+    raw: Mapping[str, Any], model: Model | None, *, stored_weights: int | None = None
+) -> Architecture | str:
     """Return the sizes of a decoder's layers, or why they are not known.
 
     Args:
         raw: the model's config.json.
-        model: its attention layers, as `read_model` returns them.
+        model: its attention layers, as `read_model` returns them; None where they are not known.
+        stored_weights: number of weights in the files of the model; None where they are not known.
+
+    Raises:
+        AttnimgError: a field has a wrong type (code "bad-model").
+    """
+    if model is None:
+        return "the model's config.json is not on this machine"
+    if raw.get("quantization_config") or raw.get("compression_config"):
+        return "the checkpoint is quantized, in a format of its own"
+    found = _read(raw, model)
+    if isinstance(found, str) or not stored_weights:
+        return found
+    counts = (found.parameters, found.parameters + (found.embeddings if found.tied else 0))
+    if any(abs(stored_weights - count) <= _COUNT_ERROR * count for count in counts):
+        return found
+    return f"its files have {stored_weights:,} weights, config.json describes {counts[0]:,}"
+
+
+def _read(raw: Mapping[str, Any], model: Model) -> Architecture | str:
+    """Return the sizes of the layers that config.json describes, or why they are not known.
 
     Raises:
         AttnimgError: a field has a wrong type (code "bad-model").

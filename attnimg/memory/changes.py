@@ -76,7 +76,7 @@ def _includes(values: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     known = dict(values)
     if known.get("gradient_checkpointing") == "offload":
         known["gradient_checkpointing"] = True
-    return other.items() <= known.items()
+    return other.items() <= known.items() or other.items() <= values.items()
 
 
 def _candidates(config: Config, *, cpu: bool) -> Iterator[Values]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from attnimg.config.schema import Config
 from attnimg.facts import Machine, Plan, Problem
@@ -20,9 +20,9 @@ from attnimg.memory.activations import (
     untouched_bytes,
 )
 from attnimg.memory.amounts import Amount, amount
-from attnimg.memory.architecture import Architecture, read_architecture
-from attnimg.memory.parts import gradient_bytes, optimizer_bytes, weight_bytes
-from attnimg.memory.settings import ADAPTER_BYTES, RunSettings, read_settings, trained_weights
+from attnimg.memory.architecture import Architecture
+from attnimg.memory.parts import gradient_bytes, mapped_bytes, optimizer_bytes, weight_bytes
+from attnimg.memory.settings import RunSettings, read_settings, trained_weights, trains_head
 from attnimg.selection.run_findings import device_memory, quadratic_memory
 
 Fits = Literal["yes", "maybe", "no"]
@@ -30,6 +30,9 @@ Fits = Literal["yes", "maybe", "no"]
 # Bytes of a process on a CPU before it loads a model: Python, torch and the libraries.
 # Source: docs/measured/memory.json, base.
 CPU_BASE = 680 << 20
+# Bytes that matrix products in 16 bits need beside their tensors on a CPU. Source: as above, the
+# runs in bfloat16 that calibrate it.
+CPU_16_BITS = 140 << 20
 # Share of the heap's bytes that are between its tensors, and in buffers inside of kernels. Source:
 # docs/measured/memory.json, the runs that calibrate it.
 CPU_OVERHEAD = 0.15
@@ -37,10 +40,8 @@ CPU_OVERHEAD = 0.15
 # share that torch's allocator holds beyond the tensors. Assumptions: no run measured them yet.
 CUDA_LOW, CUDA_HIGH = 400 << 20, 1200 << 20
 GPU_OVERHEAD = 0.08
-# Buffers that older checkpoints contain beside the weights.
-_COUNT_ERROR = 0.001
-# The stated error of the tensors' bytes.
-ERROR = 0.15
+# The stated errors: of the bytes that torch allocates, and of a process on a CPU.
+TENSOR_ERROR, PROCESS_ERROR = 0.10, 0.15
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,44 +82,33 @@ class Forecast:
 
 def forecast_memory(
     config: Config,
-    raw: Mapping[str, Any],
+    model: Architecture | str,
     *,
     problem: Problem,
     plan: Plan,
     machine: Machine,
-    stored_weights: int | None = None,
     processes: int = 1,
 ) -> Forecast:
     """Return the forecast of a run's memory.
 
     Args:
         config: the validated run.
-        raw: the model's config.json.
+        model: the sizes of the model, or why they are not known.
         problem: what attention computes in the run.
         plan: the chosen backend.
         machine: the machine of the run.
-        stored_weights: number of weights in the files of the model; None where they are not known.
         processes: processes that train together.
-
-    Raises:
-        AttnimgError: a field of config.json has a wrong type (code "bad-model").
     """
     available = device_memory(machine)
-    if problem.model is None or plan.chosen is None:
-        return _unknown("the model's config.json or its backend is not known", available)
-    model = read_architecture(raw, problem.model)
     if isinstance(model, str):
         return _unknown(model, available)
-    if raw.get("quantization_config") or raw.get("compression_config"):
-        return _unknown("the checkpoint is quantized, in a format of its own", available)
-    if stored_weights and not _agree(model, stored_weights):
-        why = (
-            f"its files have {stored_weights:,} weights, config.json describes {model.parameters:,}"
-        )
-        return _unknown(why, available)
+    if plan.chosen is None:
+        return _unknown("no attention backend was chosen", available)
     run = read_settings(config, problem, machine, plan.chosen.backend, processes=processes)
     if isinstance(run, str):
         return _unknown(run, available)
+    if run.adapter and model.expert_weights and run.adapts_experts:
+        return _unknown("an adapter on experts is not described in attnimg", available)
     found = quadratic_memory(plan, problem)
     phases = list_phases(model, run, quadratic=found.layer if found else 0)
     phase, weights = largest_phase(phases), weight_bytes(model, run)
@@ -129,11 +119,12 @@ def forecast_memory(
         if "loss" in parts:
             parts["loss"] -= untouched
         total = weights + process_bytes(phases, untouched=untouched) + CPU_BASE
+        total += mapped_bytes(model, run) + (CPU_16_BITS if run.compute == 2 else 0)
         parts |= {"base": CPU_BASE, "overhead": total - CPU_BASE - sum(parts.values())}
-        low, high = int(total * (1 - ERROR)), int(total * (1 + ERROR))
+        low, high = int(total * (1 - PROCESS_ERROR)), int(total * (1 + PROCESS_ERROR))
     else:
-        low = int(tensors * (1 - ERROR)) + CUDA_LOW
-        high = int(tensors * (1 + ERROR + GPU_OVERHEAD)) + CUDA_HIGH
+        low = int(tensors * (1 - TENSOR_ERROR)) + CUDA_LOW
+        high = int(tensors * (1 + TENSOR_ERROR + GPU_OVERHEAD)) + CUDA_HIGH
         parts |= {"base": (CUDA_LOW + CUDA_HIGH) // 2, "overhead": int(GPU_OVERHEAD * tensors / 2)}
         total = sum(parts.values())
     return Forecast(
@@ -163,12 +154,6 @@ def process_bytes(phases: Mapping[str, Mapping[str, Amount]], *, untouched: int)
     return int(heap * (1 + CPU_OVERHEAD)) + large
 
 
-def _agree(model: Architecture, stored: int) -> bool:
-    """Return whether files have as many weights as the layers, with or without a tied head."""
-    counts = (model.parameters, model.parameters + (model.embeddings if model.tied else 0))
-    return any(abs(stored - count) <= _COUNT_ERROR * count for count in counts)
-
-
 def _unknown(why: str, available: int | None) -> Forecast:
     return Forecast(
         parts={}, phase="", tensors=0, total=0, low=0, high=0, available=available, why=why
@@ -189,11 +174,7 @@ def list_phases(
     layers = [layer_bytes(layer, model, run, quadratic=quadratic) for layer in model.layers]
     counts = [layer.count for layer in model.layers]
     last_kept, loss = loss_bytes(model, run)
-    head = Amount()
-    if not run.adapter:
-        head = amount([model.embeddings * run.embedding])
-    elif run.saves("lm_head"):
-        head = amount([model.embeddings * ADAPTER_BYTES])
+    head = amount([model.embeddings * run.embedding if trains_head(model, run) else 0])
     buckets = gradients if run.processes > 1 else Amount()
     kept = Amount()
     for count, layer in zip(counts, layers, strict=True):

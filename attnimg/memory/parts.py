@@ -54,6 +54,17 @@ def weight_bytes(model: Architecture, run: RunSettings) -> int:
     return embeddings + small + experts + frozen_linear_bytes(model.linear_weights, run) + trained
 
 
+def mapped_bytes(model: Architecture, run: RunSettings) -> int:
+    """Return the bytes of weights that a CPU run maps from the model's file and does not train.
+
+    Weights that are loaded as they are stay in the mapped file, and with them all of its pages that
+    were read: also the originals of weights that were quantized or cast.
+    """
+    quantized = model.linear_weights * run.weight if run.bits else 0
+    cast = run.embedding != run.weight
+    return quantized + (model.embeddings * (1 if model.tied else 2) * run.weight if cast else 0)
+
+
 def gradient_bytes(model: Architecture, run: RunSettings) -> Amount:
     """Return the bytes of the gradients of all trained weights."""
     total = Amount()

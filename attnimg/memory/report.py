@@ -8,6 +8,7 @@ from typing import Any
 
 from attnimg.config.schema import Config
 from attnimg.facts import Finding, Machine, Plan, Problem
+from attnimg.memory.architecture import read_architecture
 from attnimg.memory.changes import Change, find_changes
 from attnimg.memory.forecast import Forecast, forecast_memory
 from attnimg.selection.gpus_and_images import gpu_catalogue
@@ -55,6 +56,7 @@ def report_memory(
     Raises:
         AttnimgError: a field of config.json has a wrong type (code "bad-model").
     """
+    model = read_architecture(raw, problem.model, stored_weights=stored_weights)
 
     def forecast(changed: Config) -> Forecast:
         # None of these fields changes which backend is chosen.
@@ -66,9 +68,8 @@ def report_memory(
             checkpointing=bool(changed.gradient_checkpointing),
         )
         return forecast_memory(
-            changed, raw, problem=of_run, plan=plan, machine=machine,
-            stored_weights=stored_weights, processes=processes,
-        )  # fmt: skip
+            changed, model, problem=of_run, plan=plan, machine=machine, processes=processes
+        )
 
     found = forecast(config)
     if found.fits in (None, "yes") or found.why or found.available is None:

@@ -95,6 +95,12 @@ class RunSettings:
             return re.fullmatch(self.targets, name) is not None
         return any(name == target or name.endswith(f".{target}") for target in self.targets)
 
+    @property
+    def adapts_experts(self) -> bool:
+        """Return whether the targets of an adapter may be parts of experts."""
+        text = self.targets if isinstance(self.targets, str) else " ".join(self.targets or ())
+        return self.targets is None or re.search(r"gate|up|down|expert|w[123]", text) is not None
+
     def saves(self, name: str) -> bool:
         """Return whether an embedding is trained as a whole beside an adapter."""
         return any(entry == name or entry.endswith(f".{name}") for entry in self.saved)
@@ -170,6 +176,12 @@ def read_settings(
     )
 
 
+def trains_head(model: Architecture, run: RunSettings) -> bool:
+    """Return whether the output layer is trained."""
+    tied = model.tied and run.saves("embed_tokens")
+    return not run.adapter or run.saves("lm_head") or tied
+
+
 def trained_weights(model: Architecture, run: RunSettings) -> list[tuple[int, int, int]]:
     """Return the trained weights as (tensors, weights of each, bytes of each weight).
 
@@ -189,7 +201,7 @@ def trained_weights(model: Architecture, run: RunSettings) -> list[tuple[int, in
                         found.append((layer.count, linear.outputs, ADAPTER_BYTES))
         saved = [name for name in EMBEDDINGS if run.saves(name)]
         if saved:
-            found.append((1 if model.tied else len(saved), model.embeddings, ADAPTER_BYTES))
+            found.append((1 if model.tied else len(saved), model.embeddings, run.embedding))
         return found
     found.append((len(names), model.embeddings, run.embedding))
     for layer in model.layers:

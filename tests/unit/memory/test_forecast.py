@@ -36,6 +36,9 @@ KEYS: dict[str, Any] = {
     "base_model": "model", "datasets": [{"path": "d.jsonl", "type": "completion"}],
     "learning_rate": 1e-4, "sequence_len": 4096, "micro_batch_size": 4, "sample_packing": True,
 }  # fmt: skip
+MIXTRAL: dict[str, Any] = LLAMA_8B | {
+    "model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2,
+}  # fmt: skip
 H100 = Machine(
     arch=Arch(name="sm_90", vendor="nvidia", capability=(9, 0)), gpu="H100", memory_bytes=80 * 10**9
 )
@@ -129,6 +132,15 @@ def test_a_run_that_fits_gets_no_warning_and_no_changes() -> None:
     assert "it fits" in memory_line(found)
 
 
+def test_no_change_contains_another_one() -> None:
+    small = Machine(arch=H100.arch, gpu="L4", memory_bytes=24 * 10**9)
+    found = report(machine=small, adapter="lora", lora_target_linear=True, lora_r=16,
+                   micro_batch_size=2)  # fmt: skip
+    sets = [change.values.items() for change in found.changes]
+    assert len(sets) == 3
+    assert not any(one < other for one in sets for other in sets)
+
+
 def test_between_the_ends_of_the_range_a_run_may_fit_and_is_not_warned_about() -> None:
     middle = report().forecast
     between = Machine(arch=H100.arch, gpu="H100", memory_bytes=(middle.low + middle.high) // 2)
@@ -157,9 +169,10 @@ def test_without_such_changes_the_gpus_that_hold_the_run_are_named() -> None:
         (LLAMA_8B, {"fsdp": ["full_shard"]}, "fsdp"),
         (LLAMA_8B, {"torch_compile": True}, "torch.compile"),
         (LLAMA_8B, {"unfrozen_parameters": ["lm_head"]}, "unfrozen_parameters"),
+        (MIXTRAL, {"adapter": "lora", "lora_target_linear": True}, "experts"),
         (LLAMA_8B | {"quantization_config": {"quant_method": "fp8"}}, {}, "quantized"),
     ],
-    ids=["type", "fsdp", "compile", "frozen", "quantized"],
+    ids=["type", "fsdp", "compile", "frozen", "experts", "quantized"],
 )
 def test_what_is_not_understood_has_a_reason_instead_of_a_number(
     raw: dict[str, Any], keys: dict[str, Any], why: str
@@ -169,6 +182,11 @@ def test_what_is_not_understood_has_a_reason_instead_of_a_number(
     said = memory_dict(found)
     assert said["parts"] is said["low"] is said["high"] is said["fits"] is None
     assert memory_warning(found) is None
+
+
+def test_an_adapter_on_the_attention_of_a_model_with_experts_is_known() -> None:
+    found = report(MIXTRAL, adapter="lora", lora_target_modules=["q_proj", "v_proj"])
+    assert found.forecast.parts["weights"] > 46e9 * 2
 
 
 def test_files_with_other_weights_than_config_json_describes_give_no_number() -> None:
