@@ -232,3 +232,36 @@ def test_explain_prints_the_forecast_for_a_config(
         assert after["memory"]["fits"] == "yes"
         assert not math.isnan(after["memory"]["high"])
         assert not after["errors"]
+
+
+class Lines:
+    """Collect what a run reports."""
+
+    def __init__(self) -> None:
+        self.logged: list[str] = []
+        self.warned: list[str] = []
+
+    def log(self, text: str) -> None:
+        self.logged.append(text)
+
+    def warn(self, warnings: Any) -> None:
+        self.warned += [warning.code for warning in warnings]
+
+
+@pytest.mark.parametrize(
+    ("memory_gb", "warned"), [(20, ["memory-too-small"]), (900, [])], ids=["small", "large"]
+)
+def test_train_prints_one_line_and_warns_where_the_run_does_not_fit(
+    tmp_path: Path, memory_gb: int, warned: list[str]
+) -> None:
+    from attnimg.train.run import _forecast_memory
+
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    config = Config.model_validate(KEYS | {"base_model": str(tmp_path)})
+    machine = Machine(arch=H100.arch, gpu="H100", memory_bytes=memory_gb * 10**9)
+    task = build_task(config, LLAMA_8B, machine)
+    found: Any = Lines()
+    _forecast_memory(config, task, task.choose(), found)
+    assert len(found.logged) == 1
+    assert found.logged[0].startswith("memory: ")
+    assert found.warned == warned
