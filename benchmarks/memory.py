@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -176,8 +177,11 @@ def forecast_run(model: dict[str, Any], keys: dict[str, Any]) -> dict[str, Any]:
     config, problem, plan = choose_backend(model, values, machine)
     sizes = read_architecture(model, problem.model)
     found = forecast_memory(config, sizes, problem=problem, plan=plan, machine=machine)
-    return {"peak": found.total, "tensors": found.tensors, "phase": found.phase,
-            "why": found.why}  # fmt: skip
+    # Evaluations and the comparison of the loss are not in the profiled step.
+    no_evaluation = config.model_copy(update={"eval_strategy": "no", "eval_batch_size": None})
+    problem = replace(problem, rows=config.micro_batch_size)
+    step = forecast_memory(no_evaluation, sizes, problem=problem, plan=plan, machine=machine)
+    return {"peak": found.total, "tensors": step.step_tensors, "why": found.why}
 
 
 def choose_backend(model: dict[str, Any], keys: dict[str, Any], machine: Any) -> Any:

@@ -17,9 +17,10 @@ from attnimg.memory.settings import ADAPTER_BYTES, RunSettings, trains_head
 
 # TRL's loss: tokens and columns of the vocabulary whose logits exist at once.
 LOSS_TOKENS, LOSS_COLUMNS = 4096, 32768
-# Float32 tensors of those logits in the backward pass of torch's version, which a CPU runs.
-# Source: trl 1.16, kernels/chunked_logprob.py, _backward_tile (2026-11-27).
-_LOSS_TENSORS = 7
+# Float32 tensors of those logits in the backward and in the forward pass of torch's version, which
+# a CPU runs. Source: trl 1.16, kernels/chunked_logprob.py, _backward_tile and _forward_tile
+# (2026-11-27).
+_LOSS_TENSORS, _FORWARD_TENSORS = 7, 3
 # Float32 tensors of the logits in the comparison of the loss: in the model's own loss, and in its
 # tolerance. Source: attnimg/train/loss.py, loss_tolerance.
 _CHECK_TENSORS = 7
@@ -160,13 +161,18 @@ def loss_bytes(model: Architecture, run: RunSettings) -> tuple[Amount, Amount]:
     return amount(kept), amount(working)
 
 
-def untouched_bytes(model: Architecture, run: RunSettings) -> int:
+def untouched_bytes(model: Architecture, run: RunSettings, *, rows: int) -> int:
     """Return the bytes that the loss allocates and does not write, which take no memory on a CPU.
 
     The buffer for logits has LOSS_COLUMNS columns, however small the vocabulary is.
+
+    Args:
+        model: the sizes of the model.
+        run: the run.
+        rows: rows of the batch.
     """
-    rows = min(run.rows * run.length, LOSS_TOKENS)
-    return rows * max(0, LOSS_COLUMNS - model.vocabulary) * run.compute
+    tokens = min(rows * run.length, LOSS_TOKENS)
+    return tokens * max(0, LOSS_COLUMNS - model.vocabulary) * run.compute
 
 
 def evaluation_bytes(model: Architecture, run: RunSettings) -> Amount:
@@ -176,7 +182,9 @@ def evaluation_bytes(model: Architecture, run: RunSettings) -> Amount:
         return amount([])
     wide = max((layer.experts.used if layer.experts else 1) * layer.size for layer in model.layers)
     rows, columns = min(tokens, LOSS_TOKENS), min(model.vocabulary, LOSS_COLUMNS)
-    loss = [rows * LOSS_COLUMNS * c, *(5 * [rows * columns * 4] if run.cpu else [])]
+    loss = [rows * LOSS_COLUMNS * c]
+    if run.cpu:
+        loss += [*_FORWARD_TENSORS * [rows * columns * 4], rows * columns]
     block = 3 * [tokens * wide * c]
     largest = max(linear.weights for layer in model.layers for linear in layer.linears)
     state = tokens * model.hidden * run.hidden

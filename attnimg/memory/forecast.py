@@ -25,17 +25,17 @@ from attnimg.memory.parts import gradient_bytes, mapped_bytes, optimizer_bytes, 
 from attnimg.memory.settings import RunSettings, read_settings, trained_weights, trains_head
 from attnimg.selection.run_findings import device_memory, quadratic_memory
 
+EVALUATION, LOSS_CHECK = "evaluation", "loss check"
+_OTHER_PHASES = (EVALUATION, LOSS_CHECK)
 Fits = Literal["yes", "maybe", "no"]
 
 # Bytes of a process on a CPU before it loads a model: Python, torch and the libraries.
-# Source: docs/measured/memory.json, base.
+# Source: docs/measured/memory.json, the runs of the part "base" (2026-11-27).
 CPU_BASE = 680 << 20
-# Bytes that matrix products in 16 bits need beside their tensors on a CPU. Source: as above, the
-# runs in bfloat16 that calibrate it.
-CPU_16_BITS = 140 << 20
-# Share of the heap's bytes that are between its tensors, and in buffers inside of kernels. Source:
-# docs/measured/memory.json, the runs that calibrate it.
-CPU_OVERHEAD = 0.15
+# Share of the heap's bytes that is free between its tensors, on a CPU: with all weights trained,
+# and with an adapter, whose small tensors split the freed memory of large ones.
+# Source: docs/measured/memory.json, the runs that calibrate it.
+HEAP_FREE, HEAP_FREE_ADAPTER = 0.22, 0.70
 # Bytes that CUDA's context and the libraries take on a GPU, from fewer to more kernels, and the
 # share that torch's allocator holds beyond the tensors. Assumptions: no run measured them yet.
 CUDA_LOW, CUDA_HIGH = 400 << 20, 1200 << 20
@@ -51,7 +51,7 @@ class Forecast:
     Attributes:
         parts: name of a part -> bytes at the peak.
         phase: the phase with the peak.
-        tensors: bytes that torch allocates at the peak.
+        step_tensors: bytes that torch allocates at the peak of a training step.
         total: the sum of the parts.
         low: the low end of the range, in bytes.
         high: the high end.
@@ -61,7 +61,7 @@ class Forecast:
 
     parts: Mapping[str, int]
     phase: str
-    tensors: int
+    step_tensors: int
     total: int
     low: int
     high: int
@@ -109,17 +109,24 @@ def forecast_memory(
         return _unknown(run, available)
     if run.adapter and model.expert_weights and run.adapts_experts:
         return _unknown("an adapter on experts is not described in attnimg", available)
+    if run.cpu and model.expert_weights and run.compute == 2:
+        return _unknown("a CPU takes more for experts in 16 bits than their tensors", available)
     found = quadratic_memory(plan, problem)
-    phases = list_phases(model, run, quadratic=found.layer if found else 0)
+    # The mask of the largest batch, which may be one of the evaluation.
+    quadratic = found.layer * run.rows // problem.rows if found else 0
+    phases = list_phases(model, run, quadratic=quadratic)
     phase, weights = largest_phase(phases), weight_bytes(model, run)
     parts = {"weights": weights} | {name: part.total for name, part in phases[phase].items()}
     tensors = sum(parts.values())
+    steps = {name: of_phase for name, of_phase in phases.items() if name not in _OTHER_PHASES}
+    step = weights + sum(part.total for part in steps[largest_phase(steps)].values())
     if run.cpu:
-        untouched = untouched_bytes(model, run)
+        untouched = {"loss": untouched_bytes(model, run, rows=run.rows),
+                     EVALUATION: untouched_bytes(model, run, rows=run.eval_rows)}  # fmt: skip
         if "loss" in parts:
-            parts["loss"] -= untouched
-        total = weights + process_bytes(phases, untouched=untouched) + CPU_BASE
-        total += mapped_bytes(model, run) + (CPU_16_BITS if run.compute == 2 else 0)
+            parts["loss"] -= untouched.get(phase, 0)
+        total = CPU_BASE + weights + mapped_bytes(model, run)
+        total += process_bytes(phases, untouched=untouched, adapter=run.adapter)
         parts |= {"base": CPU_BASE, "overhead": total - CPU_BASE - sum(parts.values())}
         low, high = int(total * (1 - PROCESS_ERROR)), int(total * (1 + PROCESS_ERROR))
     else:
@@ -130,7 +137,7 @@ def forecast_memory(
     return Forecast(
         parts=parts,
         phase=phase,
-        tensors=tensors,
+        step_tensors=step,
         total=total,
         low=low,
         high=high,
@@ -138,25 +145,32 @@ def forecast_memory(
     )
 
 
-def process_bytes(phases: Mapping[str, Mapping[str, Amount]], *, untouched: int) -> int:
+def process_bytes(
+    phases: Mapping[str, Mapping[str, Amount]], *, untouched: Mapping[str, int], adapter: bool
+) -> int:
     """Return the bytes of a process beside its weights: small tensors stay in its heap.
 
     Args:
         phases: as list_phases returns them.
-        untouched: bytes of the loss that are allocated and not written.
+        untouched: phase -> bytes that are allocated and not written.
+        adapter: whether an adapter is trained instead of all weights.
     """
-    heap = large = 0
+    heap = 0.0
+    large = 0
     for name, parts in phases.items():
         small = sum(part.small for part in parts.values())
         rest = sum(part.total for part in parts.values()) - small
-        heap = max(heap, small)
-        large = max(large, rest - (untouched if name == "loss" else 0))
-    return int(heap * (1 + CPU_OVERHEAD)) + large
+        free = HEAP_FREE_ADAPTER if adapter else HEAP_FREE
+        if name == LOSS_CHECK and not adapter:
+            free = 0.0  # it is the first phase, in a new heap
+        heap = max(heap, small * (1 + free))
+        large = max(large, rest - untouched.get(name, 0))
+    return int(heap) + large
 
 
 def _unknown(why: str, available: int | None) -> Forecast:
     return Forecast(
-        parts={}, phase="", tensors=0, total=0, low=0, high=0, available=available, why=why
+        parts={}, phase="", step_tensors=0, total=0, low=0, high=0, available=available, why=why
     )
 
 
@@ -198,11 +212,11 @@ def list_phases(
             "working memory": working},
         "optimizer step": {
             "optimizer": states, "gradients": after, "working memory": _step_bytes(model, run)},
-        "evaluation": {"optimizer": states, "activations": evaluation_bytes(model, run)},
+        EVALUATION: {"optimizer": states, "activations": evaluation_bytes(model, run)},
     }  # fmt: skip
     if run.cpu:
         # On a GPU, it is left out where the memory does not suffice.
-        phases["loss check"] = {"gradients": gradients, "loss": loss_check_bytes(model, run)}
+        phases[LOSS_CHECK] = {"gradients": gradients, "loss": loss_check_bytes(model, run)}
     return phases
 
 

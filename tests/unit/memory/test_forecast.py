@@ -26,7 +26,8 @@ from attnimg.memory.report import (
 from attnimg.memory.settings import RunSettings, read_settings
 from attnimg.task import build_task
 
-# Source: config.json of Llama 3.1 8B as in docs of transformers' LlamaConfig (2026-11-27).
+# The sizes of Llama 3.1 8B, as copies of its config.json have them; the original asks for a login
+# (2026-11-27).
 LLAMA_8B: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
     "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -187,6 +188,12 @@ def test_what_is_not_understood_has_a_reason_instead_of_a_number(
 def test_an_adapter_on_the_attention_of_a_model_with_experts_is_known() -> None:
     found = report(MIXTRAL, adapter="lora", lora_target_modules=["q_proj", "v_proj"])
     assert found.forecast.parts["weights"] > 46e9 * 2
+
+
+def test_experts_in_16_bits_are_not_forecast_on_a_cpu() -> None:
+    cpu = Machine(arch=Arch(name="cpu", vendor="cpu"), gpu="cpu", memory_bytes=64 * 10**9)
+    assert "16 bits" in report(MIXTRAL, machine=cpu, bf16=True).forecast.why
+    assert report(MIXTRAL, machine=cpu, bf16=False).forecast.parts
 
 
 def test_files_with_other_weights_than_config_json_describes_give_no_number() -> None:
