@@ -62,12 +62,8 @@ RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "full fp32, checkpointing": (
         "validate", LLAMA, FULL | {"micro_batch_size": 8, "gradient_checkpointing": True}),
     "full bf16": ("calibrate", LLAMA, FULL | {"bf16": True, "micro_batch_size": 4}),
-    "full bf16, checkpointing": (
-        "validate", LLAMA | {"hidden_size": 768, "intermediate_size": 2048},
-        FULL | {"bf16": True, "gradient_checkpointing": True}),
-    "full, bf16: full": ("validate", LLAMA, FULL | {"bf16": "full", "micro_batch_size": 4}),
     "tied, large vocabulary": (
-        "calibrate", LLAMA | {"vocab_size": 65536, "num_hidden_layers": 2, "hidden_size": 384,
+        "validate", LLAMA | {"vocab_size": 65536, "num_hidden_layers": 2, "hidden_size": 384,
                               "tie_word_embeddings": True}, FULL | {"micro_batch_size": 1}),
     "untied, large vocabulary, bf16": (
         "validate", LLAMA | {"vocab_size": 32768, "num_hidden_layers": 3},
@@ -76,63 +72,33 @@ RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         "calibrate", LLAMA | {"max_position_embeddings": 4096, "num_hidden_layers": 4},
         FULL | {"sequence_len": 4096, "micro_batch_size": 1, "gradient_checkpointing": True,
                 "sample_packing": False}),
-    "long packed rows": (
-        "validate", LLAMA | {"max_position_embeddings": 2048, "num_hidden_layers": 3},
-        FULL | {"sequence_len": 2048, "micro_batch_size": 1}),
     "eager attention": (
-        "calibrate", LLAMA | {"num_hidden_layers": 4},
+        "validate", LLAMA | {"num_hidden_layers": 4},
         FULL | {"attn_implementation": "eager", "sequence_len": 1024, "micro_batch_size": 1}),
     "mixture of experts": ("calibrate", MOE, FULL | {"micro_batch_size": 4}),
-    "mixture of experts, bf16": (
-        "validate", MOE | {"num_experts": 32, "num_experts_per_tok": 4},
-        FULL | {"micro_batch_size": 2, "bf16": True}),
     "lora fp32": ("calibrate", LLAMA, LORA | {"micro_batch_size": 3}),
     "lora bf16": ("validate", LLAMA, LORA | {"bf16": True, "micro_batch_size": 4}),
     "lora bf16, checkpointing": (
         "calibrate", LLAMA | {"hidden_size": 1024, "intermediate_size": 3072},
         LORA | {"bf16": True, "gradient_checkpointing": True, "micro_batch_size": 2}),
-    "lora of q and v, dropout": (
-        "validate", LLAMA, LORA | {"micro_batch_size": 4, "lora_target_linear": None,
-                                   "lora_target_modules": ["q_proj", "v_proj"],
-                                   "lora_dropout": 0.1}),
-    "lora, saved embeddings": (
-        "validate", LLAMA | {"vocab_size": 24576},
-        LORA | {"lora_modules_to_save": ["embed_tokens", "lm_head"], "micro_batch_size": 1}),
-    "dora": ("validate", LLAMA | {"num_hidden_layers": 4}, LORA | {"peft_use_dora": True}),
     "qlora": (
         "calibrate", LLAMA | {"hidden_size": 1024, "intermediate_size": 2816},
         LORA | {"adapter": "qlora", "bf16": True, "micro_batch_size": 1}),
     "qlora, checkpointing": (
         "validate", LLAMA | {"hidden_size": 1024, "intermediate_size": 2816},
         LORA | {"adapter": "qlora", "micro_batch_size": 1, "gradient_checkpointing": True}),
-    "lora on 8 bits": (
-        "validate", LLAMA | {"hidden_size": 768, "intermediate_size": 2048},
-        LORA | {"load_in_8bit": True, "bf16": True, "micro_batch_size": 1}),
     "adafactor": (
-        "validate", LLAMA | {"hidden_size": 768, "intermediate_size": 2304},
+        "calibrate", LLAMA | {"hidden_size": 768, "intermediate_size": 2304},
         FULL | {"optimizer": "adafactor", "micro_batch_size": 1}),
     "8-bit optimizer": (
         "validate", LLAMA | {"hidden_size": 768, "intermediate_size": 2304},
         FULL | {"optimizer": "adamw_8bit", "micro_batch_size": 1}),
     "sgd, accumulation": (
-        "calibrate", LLAMA | {"hidden_size": 768, "intermediate_size": 2304},
+        "validate", LLAMA | {"hidden_size": 768, "intermediate_size": 2304},
         FULL | {"optimizer": "sgd", "micro_batch_size": 1, "gradient_accumulation_steps": 2}),
-    "lion": (
-        "calibrate", LLAMA | {"hidden_size": 768, "intermediate_size": 2304},
-        FULL | {"optimizer": "lion_32bit", "micro_batch_size": 1}),
     "qwen2, evaluation": (
-        "validate", LLAMA | {"model_type": "qwen2"},
+        "calibrate", LLAMA | {"model_type": "qwen2"},
         FULL | {"val_set_size": 0.1, "eval_steps": 2, "eval_batch_size": 6}),
-    "qwen3, checkpoints": (
-        "calibrate", LLAMA | {"model_type": "qwen3", "head_dim": 64},
-        FULL | {"save_steps": 2, "micro_batch_size": 3}),
-    "gemma2": (
-        "validate", LLAMA | {"model_type": "gemma2", "head_dim": 64, "num_hidden_layers": 4,
-                             "query_pre_attn_scalar": 64, "tie_word_embeddings": True},
-        FULL | {"micro_batch_size": 2}),
-    "mistral, unpacked": (
-        "calibrate", LLAMA | {"model_type": "mistral", "sliding_window": None},
-        FULL | {"sample_packing": False, "micro_batch_size": 3, "sequence_len": 512}),
 }  # fmt: skip
 
 

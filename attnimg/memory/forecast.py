@@ -123,8 +123,8 @@ def forecast_memory(
     if run.cpu:
         untouched = {"loss": untouched_bytes(model, run, rows=run.rows),
                      EVALUATION: untouched_bytes(model, run, rows=run.eval_rows)}  # fmt: skip
-        if "loss" in parts:
-            parts["loss"] -= untouched.get(phase, 0)
+        if phase in untouched:
+            parts["loss" if phase == "loss" else "activations"] -= untouched[phase]
         total = CPU_BASE + weights + mapped_bytes(model, run)
         total += process_bytes(phases, untouched=untouched, adapter=run.adapter)
         parts |= {"base": CPU_BASE, "overhead": total - CPU_BASE - sum(parts.values())}
