@@ -107,6 +107,8 @@ def forecast_memory(
     run = read_settings(config, problem, machine, plan.chosen.backend, processes=processes)
     if isinstance(run, str):
         return _unknown(run, available)
+    if not trained_weights(model, run):
+        return _unknown("lora_target_modules matches no layer that is known here", available)
     if run.adapter and model.expert_weights and run.adapts_experts:
         return _unknown("an adapter on experts is not described in attnimg", available)
     if run.cpu and model.expert_weights and run.compute == 2:

@@ -146,6 +146,8 @@ def read_settings(
         found = config.lora_target_modules
         targets = found if isinstance(found, str) else tuple(found)
         targets = None if targets == "all-linear" else targets
+        if any(re.search(r"\d", text) for text in ([found] if isinstance(found, str) else found)):
+            return "the forecast does not know lora_target_modules of single layers"
     validates = bool(config.val_set_size or config.test_datasets) and config.eval_strategy != "no"
     packed = bool(config.sample_packing)
     return RunSettings(
