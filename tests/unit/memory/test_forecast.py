@@ -168,6 +168,7 @@ def test_without_such_changes_the_gpus_that_hold_the_run_are_named() -> None:
     [
         ({"model_type": "gpt2"}, {}, "gpt2"),
         (LLAMA_8B, {"fsdp": ["full_shard"]}, "fsdp"),
+        (LLAMA_8B, {"rl": "dpo"}, "know rl"),
         (LLAMA_8B, {"torch_compile": True}, "torch.compile"),
         (LLAMA_8B, {"unfrozen_parameters": ["lm_head"]}, "unfrozen_parameters"),
         (MIXTRAL, {"adapter": "lora", "lora_target_linear": True}, "experts"),
@@ -175,7 +176,17 @@ def test_without_such_changes_the_gpus_that_hold_the_run_are_named() -> None:
         (LLAMA_8B, {"adapter": "lora", "lora_target_modules": r".*layers\.1\..*q_proj"}, "single"),
         (LLAMA_8B | {"quantization_config": {"quant_method": "fp8"}}, {}, "quantized"),
     ],
-    ids=["type", "fsdp", "compile", "frozen", "experts", "typo", "one layer", "quantized"],
+    ids=[
+        "type",
+        "fsdp",
+        "preferences",
+        "compile",
+        "frozen",
+        "experts",
+        "typo",
+        "one layer",
+        "quantized",
+    ],
 )
 def test_what_is_not_understood_has_a_reason_instead_of_a_number(
     raw: dict[str, Any], keys: dict[str, Any], why: str
