@@ -12,6 +12,7 @@ from attnimg.memory.architecture import read_architecture
 from attnimg.memory.changes import Change, find_changes
 from attnimg.memory.forecast import Forecast, forecast_memory
 from attnimg.selection.gpus_and_images import gpu_catalogue
+from attnimg.selection.run_findings import device_memory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +57,8 @@ def report_memory(
     Raises:
         AttnimgError: a field of config.json has a wrong type (code "bad-model").
     """
+    # The catalogue of GPUs is read once for all forecasts.
+    machine = replace(machine, memory_bytes=device_memory(machine))
     model = read_architecture(raw, problem.model, stored_weights=stored_weights)
 
     def forecast(changed: Config) -> Forecast:
