@@ -132,6 +132,10 @@ bench/own-loss: .venv/ready ## Count false alarms and misses of the loss compari
 bench/running-check: .venv/ready ## Count false alarms and misses of the running check, and measure its cost; 10 minutes
 	$(BIN)/python benchmarks/running_check.py
 
+bench/memory: .venv/ready ## Compare the forecast of memory with the peaks of runs on the CPU; an hour
+	@mkdir -p build
+	$(BIN)/python benchmarks/memory.py
+
 lock: .venv/ready ## Resolve requirements/ again, from pyproject.toml and recipes/
 	$(BIN)/uv pip compile -q --python-version 3.11 --generate-hashes --no-emit-index-url \
 	  $(addprefix --find-links ,$(PIP_FIND_LINKS)) `# pip's CPU build of torch: the index's needs CUDA` \

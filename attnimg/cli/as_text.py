@@ -13,10 +13,15 @@ from rich.text import Text
 from attnimg.cli import Styled, findings_text
 from attnimg.errors import printable
 from attnimg.facts import Backend, Finding, LayerGroup, Machine, Model, Plan, Problem, Reason
+from attnimg.memory.report import MemoryReport, memory_line, size, values_text
 from attnimg.selection.run_findings import OtherLayers, describe_other_layers, other_layers
 
 if TYPE_CHECKING:
     from attnimg.config.schema import CheckResult
+
+
+# Smaller parts of a run's memory are not printed; JSON has them.
+_SHOWN_BYTES = 2**30 // 20
 
 
 class PrintableConsole(Console):
@@ -111,6 +116,24 @@ def print_explained(
     out.print(grid)
     out.print()
     out.print(_candidates(plan))
+
+
+def print_memory(report: MemoryReport, *, out: Console) -> None:
+    """Print the forecast of a run's memory, its parts, and changes with which it fits."""
+    grid = Table.grid(padding=(0, 2))
+    line = memory_line(report).removeprefix("memory").removeprefix(":").strip()
+    grid.add_row("  [dim]memory[/] ", escape(line))
+    found = sorted(report.forecast.parts.items(), key=lambda part: -part[1])
+    parts = [f"{name} {size(count)}" for name, count in found if count >= _SHOWN_BYTES]
+    if parts:
+        grid.add_row("", escape(", ".join(parts)))
+    for change in report.changes:
+        text = f"{values_text(change.values)}: at most {size(change.bytes)}"
+        grid.add_row("  [dim]fits with[/]", escape(text))
+    if report.gpus:
+        grid.add_row("  [dim]fits on[/]", escape(" or ".join(report.gpus)))
+    out.print()
+    out.print(grid)
 
 
 def _candidates(plan: Plan) -> Table:

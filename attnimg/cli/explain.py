@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from attnimg.cli.check import checked_json
 from attnimg.config.schema import CheckResult, Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, Finding, Machine, Model, Plan
+from attnimg.memory.report import MemoryReport, memory_dict, memory_warning, report_memory
 from attnimg.selection.model_config import read_config
 from attnimg.selection.plan import plan_dict
 from attnimg.selection.run_findings import other_layers, quadratic_memory, run_findings
@@ -27,7 +29,7 @@ from attnimg.task import (
     machine_warnings,
     read_task,
 )
-from attnimg.train.base_model import judge_base_model
+from attnimg.train.base_model import count_stored_weights, judge_base_model
 
 Findings = tuple[tuple[Finding, ...], tuple[Finding, ...]]
 
@@ -56,7 +58,7 @@ def explain(
     check = _check_model if is_model else config.check_file
     checked = check(target, on=arch, overrides=overrides)
     errors, warnings = [*checked.errors], [*checked.warnings]
-    plan = task = None
+    plan = task = memory = None
     if (values := checked.config) is not None:
         try:
             task, raw = read_task(values, machine)
@@ -72,6 +74,13 @@ def explain(
         if _NOT_A_BACKEND & {error.code for error in checked.errors}:
             plan = _without_choice(plan, checked.requested)
         found = [run_findings(plan, task.problem, machine)]
+        if raw is not None and task.problem.sequence_len is not None:
+            memory = _report_memory(
+                values, raw, task, plan, lambda more: check(target, on=arch, overrides=more).ok,
+                overrides=overrides,
+            )  # fmt: skip
+            if (too_large := memory_warning(memory)) is not None:
+                warnings.append(too_large)
         if raw is not None:
             judge = _judge_without_config if is_model else _judge_base_model
             found.append(judge(values, raw, machine))
@@ -81,11 +90,37 @@ def explain(
     warnings += [*machine_warnings(machine), *image_warnings(on, assumed)]
     checked = replace(checked, errors=tuple(errors), warnings=tuple(warnings))
     if as_json_lines:
-        print(json_line(_json(checked, plan, task, machine=machine, image=assumed)))
+        found_json = _json(checked, plan, task, machine=machine, image=assumed)
+        print(json_line(found_json | {"memory": memory and memory_dict(memory)}))
     else:
-        _print(checked, plan, task)
+        _print(checked, plan, task, memory)
     invalid = any(error.code not in _EXPLAINED for error in errors)
     raise SystemExit(2 if invalid else 0)
+
+
+def _report_memory(
+    values: Config,
+    raw: Mapping[str, Any],
+    task: Task,
+    plan: Plan,
+    is_valid: Callable[[tuple[str, ...]], bool],
+    *,
+    overrides: tuple[str, ...],
+) -> MemoryReport:
+    """Return the forecast of the run's memory, and changes with which it fits."""
+
+    def accepts(changes: Mapping[str, Any]) -> bool:
+        return is_valid((*overrides, *(f"{key}={json.dumps(v)}" for key, v in changes.items())))
+
+    return report_memory(
+        values,
+        raw,
+        problem=task.problem,
+        plan=plan,
+        machine=task.machine,
+        is_valid=accepts,
+        stored_weights=count_stored_weights(values),
+    )
 
 
 def _is_model(target: str) -> bool:
@@ -211,7 +246,9 @@ def _model_json(model: Model) -> dict[str, Any]:
     }
 
 
-def _print(checked: CheckResult, plan: Plan | None, task: Task | None) -> None:
+def _print(
+    checked: CheckResult, plan: Plan | None, task: Task | None, memory: MemoryReport | None
+) -> None:
     from attnimg.cli import as_text
 
     if plan is not None and task is not None:
@@ -225,6 +262,8 @@ def _print(checked: CheckResult, plan: Plan | None, task: Task | None) -> None:
                 others=other_layers(task.problem.model, task.machine),
                 out=out,
             )
+            if memory is not None:
+                as_text.print_memory(memory, out=out)
             out.print()
         # rich fills the lines of a table with blanks.
         sys.stdout.write(re.sub(r" +$", "", captured.get(), flags=re.MULTILINE))

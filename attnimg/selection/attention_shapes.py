@@ -30,7 +30,7 @@ def read_model(config: Mapping[str, Any], *, file: str = "config.json") -> Model
     Raises:
         AttnimgError: a field has a wrong type or contradicts another (code "bad-model").
     """
-    type_, family, fields = _language_model(config, file)
+    type_, family, fields = language_model(config, file)
     fields = with_layer_types(fields, listed_in=family.listed_in)
     auto_map = Fields(config=config, defaults={}, file=file).mapping("auto_map") or {}
     unknown = []
@@ -70,7 +70,7 @@ def read_attention_dropout(config: Mapping[str, Any], *, file: str = "config.jso
     Raises:
         AttnimgError: the field is not a number below 1 (code "bad-model").
     """
-    _, _, fields = _language_model(config, file)
+    _, _, fields = language_model(config, file)
     # MPT has it in attn_config.
     if inner := fields.mapping("attn_config"):
         fields = fields.with_changes({k: v for k, v in inner.items() if k == "attn_pdrop"})
@@ -80,7 +80,7 @@ def read_attention_dropout(config: Mapping[str, Any], *, file: str = "config.jso
     return probability
 
 
-def _language_model(config: Mapping[str, Any], file: str) -> tuple[str, Family, Fields]:
+def language_model(config: Mapping[str, Any], file: str) -> tuple[str, Family, Fields]:
     """Return the model's type, and the family and the fields of its language model."""
     families = read_families()
     outer = Fields(config=config, defaults={}, file=file)

@@ -71,7 +71,7 @@ def run_findings(
     errors, warnings = check_other_layers(problem, machine)
     if (mixing := mixing_error(plan, problem)) is not None:
         errors = (*errors, mixing)
-    if (memory := memory_warning(plan, problem, memory_bytes=_device_memory(machine))) is not None:
+    if (memory := memory_warning(plan, problem, memory_bytes=device_memory(machine))) is not None:
         warnings = (*warnings, memory)
     return errors, warnings
 
@@ -291,7 +291,7 @@ def _is_linear(backend: Backend) -> bool:
     return backend.in_config and backend.automatic and backend.name not in ("eager", "sdpa")
 
 
-def _device_memory(machine: Machine) -> int | None:
+def device_memory(machine: Machine) -> int | None:
     """Return a device's memory in bytes, as detected or from the catalogue of GPUs."""
     if machine.memory_bytes is not None:
         return machine.memory_bytes

@@ -5,6 +5,7 @@ In some cases transformers would load the quantized numbers of a checkpoint as i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,6 +105,19 @@ def judge_files(
         else:
             warnings += [found] if found else []
     return errors, warnings
+
+
+def count_stored_weights(config: Config) -> int | None:
+    """Return the number of weights in the model's files; None where they are not here or quantized.
+
+    Args:
+        config: the validated run.
+    """
+    path = model_file(config)
+    tensors = read_tensor_headers(path.parent).values() if path is not None else ()
+    if any(tensor.dtype not in TORCH_NAMES for tensor in tensors):
+        return None
+    return sum(math.prod(tensor.shape) for tensor in tensors) or None
 
 
 def require_causal_type(config: Config, raw: Mapping[str, Any]) -> None:

@@ -15,16 +15,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from attnimg import application
+from attnimg.config import check_values
 from attnimg.config.schema import Config, dataset_entries, trains_preferences
 from attnimg.context import describe_context
 from attnimg.facts import Finding, LayersTask, Machine, Plan
 from attnimg.files import read_regular
+from attnimg.memory.report import memory_line, memory_warning, report_memory
 from attnimg.pipeline import Report, Selected, kernel_hashes, select, select_verify_apply
 from attnimg.selection.model_config import missing_folder
 from attnimg.selection.plan import plan_dict
 from attnimg.task import Task, build_task, model_file, read_model_config
-from attnimg.train.base_model import judge_base_model
-from attnimg.train.distributed import StopFlag, rank, require_same_on_all_ranks
+from attnimg.train.base_model import count_stored_weights, judge_base_model
+from attnimg.train.distributed import StopFlag, rank, require_same_on_all_ranks, world_size
 from attnimg.train.environment import require_agreement
 from attnimg.train.records import FitResult, RunFacts, package_versions
 
@@ -87,6 +89,7 @@ def train(config: Config, machine: Machine, *, report: TrainReport, stop: StopFl
         require_hub(config)
     with application.restore_registries():
         task, plan = with_model_config(config, task, plan, report)
+        _forecast_memory(config, task, plan, report)
         return fit_selected(config, task, plan, report=report, stop=stop, resume=resume)
 
 
@@ -129,6 +132,30 @@ def with_model_config(
         task = replace(task, problem=replace(task.problem, model_class=facts))
         plan = select(task, report)
     return task, plan
+
+
+def _forecast_memory(config: Config, task: Task, plan: Plan, report: TrainReport) -> None:
+    """Report whether the run fits into the memory of its device; warn if it does not."""
+    if (path := model_file(config)) is None:
+        return
+
+    def accepts(changes: Mapping[str, Any]) -> bool:
+        values = {**config.model_dump(exclude_unset=True), **changes}
+        return check_values(values, file="config", on=task.machine.arch).ok
+
+    found = report_memory(
+        config,
+        read_model_config(config, path),
+        problem=task.problem,
+        plan=plan,
+        machine=task.machine,
+        is_valid=accepts,
+        stored_weights=count_stored_weights(config),
+        processes=world_size(),
+    )
+    report.log(memory_line(found))
+    if (warning := memory_warning(found)) is not None:
+        report.warn((warning,))
 
 
 def fit_selected(
