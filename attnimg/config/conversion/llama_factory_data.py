@@ -206,10 +206,13 @@ def _of_alpaca(
                      do=f"add them to {INFO}")  # fmt: skip
         return None
     user = template["user"]
+    notes = []
     if not query or not columns.get("system"):
-        draft.comments[_OURS[key]] = (
-            f"a column that is called `{_NONE}` does not exist: LLaMA-Factory reads none there"
-        )
+        notes.append(f"no record has a column {_NONE}: LLaMA-Factory reads none there")
+    if template["end"].endswith("\n"):
+        notes.append("LLaMA-Factory also trains newlines after the end of an answer")
+    if notes:
+        draft.comments[_OURS[key]] = "; ".join(notes)
     kind = {
         "field_instruction": prompt,
         "field_input": query or _NONE,
