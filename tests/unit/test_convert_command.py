@@ -15,6 +15,7 @@ model_name_or_path: org/model
 dataset_name: chat.jsonl
 learning_rate: 1e-4
 use_peft: true
+lora_target_modules: [q_proj, v_proj]
 ddp_backend: gloo
 """
 

@@ -70,6 +70,11 @@ def _adapter(draft: Draft) -> None:
                 draft.refuse(key, why="quantized weights can't be trained without an adapter",
                              do="set use_peft: true, or remove it")  # fmt: skip
     else:
+        if not (draft.get("lora_target_modules") or draft.get("lora_target_parameters")):
+            why = "PEFT then adapts some layers of the model's type, q_proj and v_proj of most; "
+            why += "attnimg adapts all linear layers where the config names none"
+            do = "set lora_target_modules: [q_proj, v_proj], or those of peft's mapping"
+            draft.refuse("lora_target_modules", why=why, do=do)
         draft.put("adapter", "qlora" if bits else "lora", "use_peft", "load_in_4bit")
         for key in names:
             ours = {"use_rslora": "peft_use_rslora", "use_dora": "peft_use_dora"}.get(key, key)

@@ -22,7 +22,7 @@ from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 
 TRL: dict[str, Any] = {"model_name_or_path": "org/model", "dataset_name": "chat.jsonl"}
-LORA = {**TRL, "use_peft": True}
+LORA = {**TRL, "use_peft": True, "lora_target_modules": ["q_proj", "v_proj"]}
 FACTORY: dict[str, Any] = {
     "model_name_or_path": "org/model", "stage": "sft", "dataset": "alpaca", "template": "qwen",
     "dataset_dir": "data",
@@ -248,6 +248,7 @@ def test_a_dataset_that_is_not_here_needs_its_format() -> None:
 
 # What can't be converted, and the key that is named. The advice is applied to the old config.
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "the layers that PEFT chooses": ({**TRL, "use_peft": True}, "lora_target_modules"),
     "label smoothing": ({**TRL, "label_smoothing_factor": 0.1}, "label_smoothing_factor"),
     "another optimizer": ({**TRL, "optim": "galore_adamw"}, "optim"),
     "another schedule": ({**TRL, "lr_scheduler_type": "greedy"}, "lr_scheduler_type"),
@@ -336,7 +337,7 @@ def test_what_would_train_something_else_is_refused(name: str) -> None:
 def edits(do: str, key: str) -> list[dict[str, Any]]:
     """Return the edits of the old config that advice names: keys to set, or null to remove."""
     found = []
-    do = do.partition(", if ")[0]
+    do = do.partition(", if ")[0].partition(", or those ")[0]
     if do.startswith("remove"):
         do = re.split(r": |, and ", do)[0]
     do = re.sub(r"remove it\b", f"remove {key}", do)
