@@ -15,7 +15,7 @@ def test_the_record_is_up_to_date() -> None:
     assert {name: RECORD[name] for name in settings} == settings
     assert set(RECORD["runs"]) == set(peers.TRAINERS)
     for name, runs in RECORD["runs"].items():
-        assert len(runs) == RECORD["rounds"] >= 2
+        assert len(runs) == RECORD["rounds"] >= 1
         assert RECORD["trainers"][name] == peers.summary(runs)
 
 
