@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -141,24 +141,24 @@ def _write(path: Path, text: str) -> None:
 
 def _columns(entry: dict[str, Any]) -> Collection[str] | None:
     """Return the columns of the first record of a dataset; None if it is not on this machine."""
-    from attnimg.config.schema import DatasetSpec
-    from attnimg.train.data.sources import find_source, read_source
-
-    with suppress(AttnimgError, ValueError):
-        source = find_source(DatasetSpec.model_validate(entry), key="datasets[0]")
-        if source.kind != "hub":
-            for _, record in read_source(source):
-                return list(record)
+    for record in _records(entry):
+        return list(record)
     return None
 
 
 def _count(entry: dict[str, Any]) -> int | None:
     """Return the number of records of a dataset; None if it is not on this machine."""
-    from attnimg.config.schema import DatasetSpec
-    from attnimg.train.data.sources import find_source, read_source
+    return sum(1 for _ in _records(entry)) or None
 
-    with suppress(AttnimgError, ValueError):
+
+def _records(entry: dict[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield the records of a dataset on this machine; none without the packages that read it."""
+    # ValueError: pydantic's, on a wrong entry; `check` names it in the new config.
+    with suppress(AttnimgError, ImportError, ValueError):
+        from attnimg.config.schema import DatasetSpec
+        from attnimg.train.data.sources import find_source, read_source
+
         source = find_source(DatasetSpec.model_validate(entry), key="datasets[0]")
         if source.kind != "hub":
-            return sum(1 for _ in read_source(source))
-    return None
+            for _, record in read_source(source):
+                yield record

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,18 @@ def test_json_has_one_object(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(out)
     assert (code, found["ok"], found["config"], found["yaml"]) == (2, False, None, None)
     assert found["errors"][0]["code"] == "unsupported-key"
+
+
+def test_without_the_packages_of_train_the_format_must_be_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "attnimg.train.data.sources", None)
+    code, _, err = run(capsys, "convert", "old.yaml")
+    assert code == 2
+    assert "--dataset-format" in err
+    code, out, _ = run(capsys, "convert", "old.yaml", "--dataset-format", "messages")
+    assert code == 0
+    assert "type: chat_template" in out
 
 
 def test_the_trainer_may_be_named(capsys: pytest.CaptureFixture[str]) -> None:
