@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any, get_args
 
 from attnimg.config.conversion.draft import Draft
-from attnimg.config.rules import SCHEDULER_NEEDS
+from attnimg.config.optimizer_rules import SCHEDULER_NEEDS
 from attnimg.config.schema import Optimizer, Scheduler
 
 _TRACKERS = {"wandb": "use_wandb", "mlflow": "use_mlflow", "tensorboard": "use_tensorboard"}
