@@ -129,6 +129,9 @@ bench/proof-cost: .venv/ready ## Compare the CPU time of a proof with that at co
 bench/own-loss: .venv/ready ## Count false alarms and misses of the loss comparison; 15 minutes
 	$(BIN)/python benchmarks/own_loss.py
 
+bench/peers: .venv/ready build/axolotl/ready ## Compare with a TRL script and axolotl: start, speed, memory, loss; 15 minutes
+	PYTHONPATH=. $(BIN)/python benchmarks/peers.py
+
 bench/running-check: .venv/ready ## Count false alarms and misses of the running check, and measure its cost; 10 minutes
 	$(BIN)/python benchmarks/running_check.py
 

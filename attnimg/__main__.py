@@ -79,6 +79,26 @@ COMMANDS = {
             _JSON,
         ),
     ),
+    "convert": Command(
+        "convert",
+        "Write a config of TRL, LLaMA-Factory or axolotl as one of attnimg; answer each key.",
+        (
+            _argument("file", "The YAML file of the other trainer.", metavar="FILE"),
+            _argument("--output", "Write the new config here, not to stdout.", metavar="FILE"),
+            _argument(
+                "--from",
+                "Whose config it is, where its keys do not decide.",
+                dest="trainer",
+                choices=("trl", "llama-factory", "axolotl"),
+            ),
+            _argument(
+                "--dataset-format",
+                "The format of TRL's datasets, where they are not on this machine.",
+                choices=("messages", "conversations", "text", "prompt-completion"),
+            ),
+            _JSON,
+        ),
+    ),
     "doctor": Command(
         "doctor",
         "Check this machine and image: GPU, driver, kernels, user, folders, shared memory.",

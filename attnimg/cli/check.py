@@ -50,10 +50,10 @@ def _check(file: str, on: str | None, torch: str | None, as_json_lines: bool) ->
     if as_json_lines:
         print(json_line(checked_json(checked)))
         return checked.ok
-    _print(_summary(checked), sys.stdout)
+    print_styled(_summary(checked), sys.stdout)
     for findings, kind in ((checked.errors, "error"), (checked.warnings, "warning")):
         for text in findings_text(findings, kind):
-            _print(text, sys.stderr)
+            print_styled(text, sys.stderr)
     return checked.ok
 
 
@@ -107,7 +107,7 @@ def _summary(checked: CheckResult) -> Styled:
     return [mark, (f"  {checked.file}  ", ""), (backend, "cyan"), (f"  {counts}", "")]
 
 
-def _print(text: Styled, file: IO[str]) -> None:
+def print_styled(text: Styled, file: IO[str]) -> None:
     """Print text; rich, which prints styles, is imported only for a terminal."""
     if not file.isatty():
         print(printable("".join(piece for piece, _ in text)), file=file)

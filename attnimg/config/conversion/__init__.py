@@ -1,0 +1,155 @@
+"""Convert the config of another trainer: each of its keys is answered, none is dropped silently."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from attnimg.config import check_values
+from attnimg.config.attention import LEGACY
+from attnimg.config.conversion.axolotl import convert_axolotl
+from attnimg.config.conversion.draft import Draft, KeyAnswer
+from attnimg.config.conversion.llama_factory import convert_llama_factory
+from attnimg.config.conversion.llama_factory_data import CountRecords
+from attnimg.config.conversion.tables import NAMES, KeyTable, Trainer, key_table
+from attnimg.config.conversion.trl import FORMATS, FindColumns, Format, convert_trl
+from attnimg.config.conversion.write import config_yaml
+from attnimg.config.keys import key_answers
+from attnimg.config.other_names import OTHER_NAMES
+from attnimg.config.schema import Config
+from attnimg.errors import AttnimgError
+from attnimg.facts import Finding
+
+__all__ = ["FORMATS", "NAMES", "Conversion", "Format", "Trainer", "convert_values", "find_trainer"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conversion:
+    """The result of converting one config.
+
+    Attributes:
+        trainer: whose config it was.
+        values: the new config.
+        text: the new config as YAML.
+        answers: what happened to each key of the old config, in its order.
+        added: keys of the new config that are the trainer's defaults.
+        errors: why it can't be converted; all of them.
+        warnings: what `attnimg check` warns of in the new config.
+    """
+
+    trainer: Trainer
+    values: Mapping[str, Any]
+    text: str
+    answers: tuple[KeyAnswer, ...]
+    added: Mapping[str, Any]
+    errors: tuple[Finding, ...]
+    warnings: tuple[Finding, ...]
+
+
+def find_trainer(values: Mapping[str, Any]) -> Trainer:
+    """Return whose config a mapping is: the one trainer that knows keys which others do not.
+
+    Raises:
+        AttnimgError: none, or more than one (code ambiguous-config).
+    """
+    known = {trainer: _known_keys(trainer) for trainer in NAMES}
+    own = {
+        trainer: [
+            key
+            for key in values
+            if key in keys and not any(key in k for t, k in known.items() if t != trainer)
+        ]
+        for trainer, keys in known.items()
+    }
+    found = [trainer for trainer, keys in own.items() if keys]
+    complete = [trainer for trainer in found if known[trainer] >= set(values)]
+    if len(complete) == 1 or len(found) == 1:
+        return (complete or found)[0]
+    why = "found no key that only one of them has"
+    if found:
+        listed = (f"{', '.join(own[trainer][:3])} of {NAMES[trainer]}" for trainer in found)
+        why = f"found {' and '.join(listed)}"
+    raise AttnimgError(
+        f"it is not clear whose config this is: {' or '.join(NAMES[t] for t in found or NAMES)}",
+        why=why,
+        do=f"pass --from {' or --from '.join(found or NAMES)}",
+        code="ambiguous-config",
+    )
+
+
+def convert_values(
+    values: Mapping[str, Any],
+    *,
+    trainer: Trainer,
+    file: str,
+    columns: FindColumns,
+    count: CountRecords,
+    format_of_data: Format | None = None,
+) -> Conversion:
+    """Convert one mapping of keys.
+
+    Args:
+        values: the old config.
+        trainer: whose config it is.
+        file: its path, for messages and for files beside it.
+        columns: finds the columns of a dataset.
+        count: counts the records of a dataset.
+        format_of_data: the format of TRL's datasets, where their columns can't be read.
+    """
+    table = key_table(trainer) if trainer != "axolotl" else KeyTable(
+        keys={}, renamed={}, templates={}
+    )  # fmt: skip
+    names = {key: table.name(key) for key in values}
+    doubled = [key for key, name in names.items() if name != key and name in values]
+    names |= {key: key for key in doubled}
+    draft = Draft(
+        trainer=trainer,
+        table=table,
+        old={names[key]: value for key, value in values.items()},
+        written={name: key for key, name in names.items()},
+    )
+    for key in doubled:
+        why = f"it is the older name of {table.name(key)}, and both are set"
+        draft.refuse(key, why=why, do=f"remove {key}", code="bad-value")
+    if trainer == "axolotl":
+        convert_axolotl(draft, file=file)
+        checked_warnings: tuple[Finding, ...] = ()
+    else:
+        if trainer == "trl":
+            convert_trl(draft, columns=columns, format_of_data=format_of_data)
+        else:
+            convert_llama_factory(draft, file=file, count=count)
+        draft.finish()
+        checked_warnings = _check(draft, file=file)
+    assert draft.answers.keys() == draft.old.keys()
+    head = f"Converted from a config of {draft.name} by attnimg convert."
+    added = {key: f"{draft.name}'s default" for key in draft.added}
+    text = config_yaml(draft.values, head=head, comments=draft.comments, added=added)
+    return Conversion(
+        trainer=trainer,
+        values=draft.values,
+        text=text,
+        answers=tuple(draft.answers[key] for key in draft.old),
+        added=draft.added,
+        errors=tuple(dict.fromkeys(draft.errors)),
+        warnings=checked_warnings,
+    )
+
+
+def _check(draft: Draft, *, file: str) -> tuple[Finding, ...]:
+    """Add what `attnimg check` refuses in the new config; return its warnings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        checked = check_values(dict(draft.values), file=file)
+    if not draft.errors:  # a refused key may be missing in the new config
+        draft.errors += checked.errors
+    return checked.warnings
+
+
+def _known_keys(trainer: Trainer) -> set[str]:
+    if trainer == "axolotl":
+        return {*Config.model_fields, *LEGACY, *OTHER_NAMES, *key_answers(), "plugins"}
+    table = key_table(trainer)
+    return {*table.keys, *table.renamed}

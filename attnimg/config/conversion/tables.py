@@ -1,0 +1,107 @@
+"""Read the tables of other trainers' keys: what happens to each, and its default there.
+
+They are data/convert/*.toml; transformers.toml describes their form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+from attnimg.files import read_data
+
+Trainer = Literal["trl", "llama-factory", "axolotl"]
+Answer = Literal["done", "done-otherwise", "hint-not-used", "refused"]
+# The trainers' names in messages.
+NAMES: dict[Trainer, str] = {
+    "trl": "TRL", "llama-factory": "LLaMA-Factory", "axolotl": "axolotl",
+}  # fmt: skip
+_NULL = "null"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceKey:
+    """A key of another trainer.
+
+    Attributes:
+        answer: what happens to it.
+        default: its default there; None for null.
+        to: our keys that it becomes; only of those that are done.
+        how: how its value changes on the way; "" for not at all.
+        reason: why it has another answer than done.
+        do: what the user can do then.
+        same: whether a run of attnimg has the same value where our key is not set.
+        removed: whether newer versions of the trainer do not have it.
+    """
+
+    answer: Answer
+    default: Any
+    to: tuple[str, ...] = ()
+    how: str = ""
+    reason: str = ""
+    do: str = ""
+    same: bool = False
+    removed: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Return whether the value is that of one of our keys, without any change."""
+        return len(self.to) == 1 and not self.how
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeyTable:
+    """All keys of a trainer.
+
+    Attributes:
+        keys: name -> what happens to it.
+        renamed: older name -> name.
+        templates: name of a chat template -> its texts.
+    """
+
+    keys: Mapping[str, SourceKey]
+    renamed: Mapping[str, str]
+    templates: Mapping[str, Mapping[str, str]]
+
+    def name(self, key: str) -> str:
+        """Return the present name of a key."""
+        return self.renamed.get(key, key)
+
+
+@cache
+def key_table(trainer: Trainer) -> KeyTable:
+    """Return the keys of TRL or LLaMA-Factory, with those of transformers that they share."""
+    keys: dict[str, SourceKey] = {}
+    renamed: dict[str, str] = {}
+    templates: dict[str, Mapping[str, str]] = {}
+    for name in ("transformers", trainer):
+        table = read_data(f"convert/{name}.toml")
+        for key, entry in table["keys"].items():
+            keys[key] = SourceKey(
+                answer="done",
+                default=_value(entry["default"]),
+                to=tuple(entry["to"]),
+                how=entry.get("how", ""),
+                same=entry.get("same", False),
+                removed=entry.get("removed", False),
+            )
+        for group in table["group"]:
+            for key, default in group["keys"].items():
+                keys[key] = SourceKey(
+                    answer=group["answer"],
+                    default=_value(default),
+                    reason=group["reason"],
+                    do=group["do"],
+                    removed=group.get("removed", False),
+                )
+        renamed |= table.get("renamed", {})
+        templates |= table.get("template", {})
+    # An older name may be the present name of another trainer's key.
+    older = {old: new for old, new in renamed.items() if old not in keys}
+    return KeyTable(keys=keys, renamed=older, templates=templates)
+
+
+def _value(default: object) -> object:
+    return None if default == _NULL else default
