@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from attnimg import config
@@ -27,9 +27,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PrintedReport:
-    """Print the plans, proofs and warnings of a run as text."""
+    """Print the plans, proofs and warnings of a run as text, the same ones once.
+
+    Attributes:
+        console: where they are printed.
+        warnings: what was printed.
+        plans: the choices of the plans that were printed.
+    """
 
     console: Console
+    warnings: list[Finding] = field(default_factory=list)
+    plans: list[tuple[object, ...]] = field(default_factory=list)
 
     def log(self, text: str) -> None:
         """Print a line."""
@@ -40,13 +48,20 @@ class PrintedReport:
         self.log(text)
 
     def show_plan(self, plan: Plan, task: Task, warnings: Sequence[Finding]) -> None:
-        """Print a plan and its warnings."""
-        as_text.print_plan(plan, gpu=gpu_text(task.machine), out=self.console)
+        """Print a plan, unless the last one has the same choice, and its warnings."""
+        chosen = plan.chosen and (plan.chosen.backend.name, plan.chosen.kernel)
+        groups = [(choice.layers, choice.verdict.backend.name) for choice in plan.groups]
+        printed = (plan.requested, chosen, groups)
+        if self.plans[-1:] != [printed]:
+            self.plans.append(printed)
+            as_text.print_plan(plan, gpu=gpu_text(task.machine), out=self.console)
         self.warn(warnings)
 
     def warn(self, warnings: Sequence[Finding]) -> None:
-        """Print warnings."""
-        as_text.print_warnings(warnings, err=self.console)
+        """Print warnings that were not printed yet."""
+        new = [warning for warning in warnings if warning not in self.warnings]
+        self.warnings.extend(new)
+        as_text.print_warnings(new, err=self.console)
 
 
 def train(file: str, settings: list[str]) -> None:

@@ -5,8 +5,10 @@ Only the config's values are read: no model, GPU, package, network or other file
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from dataclasses import replace
+from difflib import SequenceMatcher
 from typing import Any, get_args
 
 from pydantic import ValidationError
@@ -29,7 +31,7 @@ from attnimg.config.other_names import (
     with_written_name,
     without_unset,
 )
-from attnimg.config.read import read_yaml, with_overrides
+from attnimg.config.read import parse_value, read_yaml, with_overrides
 from attnimg.config.rules import value_errors
 from attnimg.config.schema import (
     CheckResult,
@@ -47,6 +49,10 @@ from attnimg.redact import is_secret_key, mask_secrets, redact
 __all__ = ["check_file", "check_values", "parse_torch", "with_overrides"]
 
 _WITHOUT_DEFAULT = ("base_model", "learning_rate", "datasets", "pretraining_dataset")
+# What data/keys.toml advises for memory.
+_MEMORY = "gradient_checkpointing: true, a smaller micro_batch_size or adapter: qlora"
+# The values in pydantic's message, quoted if they are text.
+_VALUES = re.compile(r"'([^']*)'|(\d+)")
 _DATASET_LISTS = ("datasets", "pretraining_dataset", "test_datasets")
 # Keys of a dataset entry, and of special_tokens.
 _NULLABLE = DatasetSpec.model_fields.keys() | set(get_args(SpecialToken))
@@ -102,7 +108,7 @@ def check_values(
     )
     name = values.pop("attn_implementation", None)
     bad_name = list(name_errors(name)) if name is not None else []
-    config, bad_values = _validate(values)
+    config, bad_values, failed = _validate(values)
     bad_values = [error for error in bad_values if error.key not in secrets]
     config, accumulation = replace_batch_size(config)
     renamed += accumulation
@@ -123,7 +129,6 @@ def check_values(
     errors += [finding for finding in (*legacy, *renamed) if finding.why]
     errors += [*bad_name, *_missing_keys(values), *bad_values]
     errors += [finding for finding in attention if finding.why]
-    failed = {(error.key or "").partition("[")[0] for error in bad_values}
     errors += value_errors(config, failed)
     others = _other_keys(values, failed={error.key for error in errors})
     errors += [finding for finding in others if finding.why]
@@ -160,23 +165,52 @@ def parse_torch(version: str) -> tuple[int, int]:
     return release[0], release[1]
 
 
-def _validate(values: dict[str, Any]) -> tuple[Config, list[Finding]]:
-    """Return the config with the valid keys, and the errors of the others."""
+def _validate(values: dict[str, Any]) -> tuple[Config, list[Finding], set[str]]:
+    """Return the config with the valid keys, the errors of the others, and keys without a value.
+
+    Of a dataset entry with an error, the valid keys are kept if the others are only unknown, else
+    its path and type, so that the rules on datasets also find its errors and those of the others.
+    """
     known = {key: _without_nulls(v) for key, v in values.items() if key in Config.model_fields}
     try:
-        return Config.model_validate(known), []
+        return Config.model_validate(known), [], set()
     except ValidationError as error:
-        found: dict[str, Finding] = {}
-        for item in error.errors(include_url=False):
-            wrong = _schema_error(item)
-            found.setdefault(wrong.key or "", wrong)
-        bad = {str(item["loc"][0]) for item in error.errors(include_url=False)}
-    rest = {key: value for key, value in known.items() if key not in bad}
-    return Config.model_validate(rest), list(found.values())
+        items = error.errors(include_url=False)
+    found: dict[str, Finding] = {}
+    for item in items:
+        flag = any(i["loc"][:1] == item["loc"][:1] and "bool" in i["type"] for i in items)
+        wrong = _schema_error(item, flag=flag)
+        found.setdefault(wrong.key or "", wrong)
+    rest, failed = dict(known), set[str]()
+    for key in {str(item["loc"][0]) for item in items}:
+        entries = _valid_entries(key, known[key], [i for i in items if i["loc"][0] == key])
+        if entries is None:
+            failed.add(key)
+            del rest[key]
+        else:
+            rest[key] = entries
+    return Config.model_validate(rest), list(found.values()), failed
 
 
-def _schema_error(item: Any) -> Finding:
-    """Return the finding for one of pydantic's errors."""
+def _valid_entries(key: str, value: Any, items: list[Any]) -> list[dict[str, Any]] | None:
+    """Return dataset entries without what is invalid; None where it is not a list of mappings."""
+    if key not in _DATASET_LISTS or not isinstance(value, list) or not value:
+        return None
+    entries = []
+    for index, entry in enumerate(value):
+        wrong = [item for item in items if item["loc"][1:2] == (index,)]
+        if not isinstance(entry, dict):
+            return None
+        bad = {item["loc"][2] for item in wrong if len(item["loc"]) > 2}
+        if not all(item["type"] == "extra_forbidden" and len(item["loc"]) == 3 for item in wrong):
+            bad |= entry.keys() - {"path", "type"}
+        entry = {name: item for name, item in entry.items() if name not in bad}
+        entries.append({"path": "unknown", **entry})
+    return entries
+
+
+def _schema_error(item: Any, *, flag: bool) -> Finding:
+    """Return the finding for one of pydantic's errors; flag: whether the key also takes a flag."""
     top, *rest = item["loc"]
     key = str(top)
     if top in _DATASET_LISTS and rest and isinstance(rest[0], int):
@@ -191,11 +225,46 @@ def _schema_error(item: Any) -> Finding:
         return _answered(key, item["input"], answer)
     if item["type"] == "missing":
         return _missing_key(key, "it has no default")
+    if item["type"] == "literal_error":
+        return _literal_error(key, item, flag=flag)
     message = item["msg"].removeprefix("Value error, ")
     why = f"found {_short(item['input'])}; {message[0].lower()}{message[1:]}"
     do = f"set {key} to a valid value"
-    if key not in _WITHOUT_DEFAULT and not key.endswith(("]", ".path")):
+    if isinstance(item["input"], str) and _is_quoted(item["input"]):
+        do = f"set {key}: {item['input']}, without quotes"
+    elif key not in _WITHOUT_DEFAULT and not key.endswith(("]", ".path")):
         do += ", or remove it for its default"
+    return make_error("bad-value", key, f"{key} has an invalid value", why, do)
+
+
+def _is_quoted(text: str) -> bool:
+    """Return whether a text is what YAML reads as a number or a flag without quotes."""
+    try:
+        return not isinstance(parse_value(text), str | list | dict | None)
+    except AttnimgError:
+        return False
+
+
+def _literal_error(key: str, item: Any, *, flag: bool) -> Finding:
+    """Return the error for a value that is not one of those of its key, the nearest first."""
+    value, names = str(item["input"]), [a or b for a, b in _VALUES.findall(item["ctx"]["expected"])]
+    similarity = {name: SequenceMatcher(None, value, name).ratio() for name in names}
+    names.sort(key=similarity.__getitem__, reverse=True)
+    needed = f"needed one of {', '.join([*names, *(('true', 'false') if flag else ())])}"
+    if item["loc"][-1] == "[key]":
+        do = f"write {names[0]} in place of {value} in {key}"
+        return make_error(
+            "bad-value", key, f"{key} has an unknown name", f"found {value}; {needed}", do
+        )
+    field = Config.model_fields.get(key)
+    nearest = names[0]
+    if similarity[nearest] < 0.5 and field is not None and field.default in names:
+        nearest = field.default
+    do = f"set {key}: {nearest}"
+    if value in keys.other_values(key):
+        why = f"axolotl has {value}, attnimg does not; {needed}"
+        return make_error("unsupported-key", key, f"{key}: {value} is not implemented", why, do)
+    why = f"found {_short(item['input'])}; {needed}"
     return make_error("bad-value", key, f"{key} has an invalid value", why, do)
 
 
@@ -218,15 +287,33 @@ def _other_keys(values: dict[str, Any], *, failed: set[str | None]) -> list[Find
         if key in failed or (key in Config.model_fields and key not in keys.IN_SCHEMA):
             continue
         if key == "plugins":
-            found += _plugins(value)
+            found += [_fitting(finding, values) for finding in _plugins(value)]
         elif (answer := keys.key_answers().get(key)) is not None:
-            if answer.applies(value):
-                found.append(_answered(key, value, answer))
+            allowed = keys.allowed_values(key)
+            if allowed and str(value).lower() not in allowed:
+                why = f"found {_short(value)}; needed one of {', '.join(allowed)}, as in axolotl"
+                what = f"{key} has an invalid value"
+                found.append(make_error("bad-value", key, what, why, f"remove {key}"))
+            elif answer.applies(value):
+                found.append(_fitting(_answered(key, value, answer), values))
         elif not key.startswith("lora_"):
             found.append(_unknown_key(key, key))
         elif value is not False:  # adapter keys of axolotl's plugins have no effect if false
             found.append(replace(_unknown_key(key, key), code="unsupported-key"))
     return found
+
+
+def _fitting(finding: Finding, values: dict[str, Any]) -> Finding:
+    """Return a hint whose advice on memory names only what the config does not have already."""
+    options = []
+    if not values.get("gradient_checkpointing"):
+        options.append("gradient_checkpointing: true")
+    batch = values.get("micro_batch_size", 1)
+    options.append(f"a smaller {'sequence_len' if batch == 1 else 'micro_batch_size'}")
+    if values.get("adapter") != "qlora":
+        options.append("adapter: qlora")
+    text = " or ".join(filter(None, (", ".join(options[:-1]), options[-1])))
+    return replace(finding, do=finding.do.replace(_MEMORY, text))
 
 
 def _plugins(value: Any) -> list[Finding]:

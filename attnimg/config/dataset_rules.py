@@ -57,8 +57,16 @@ _TEMPLATE_VARIABLES = frozenset(
      "add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask",
      *get_args(SpecialToken)}
 )  # fmt: skip
-# Axolotl's chat templates that are not implemented; the others are in
-# train/data/named_templates.py. Source: axolotl 0.19.0, utils/chat_templates (2026-11-27)
+# The chat templates that a config can name: those of train/data/named_templates.py, the
+# tokenizer's, and names that tokenizers with several templates have.
+CHAT_TEMPLATES = (
+    "chatml", "llama3", "llama4", "falcon_h1", "nemotron_h", "phi_3", "phi_35", "deepseek_v2",
+    "aya", "cohere", "gemma", "gemma3", "gemma3n", "gemma4", "gemma4_unified", "qwen_25", "qwen3",
+    "qwen3_5", "tokenizer_default", "jinja", "default", "tool_use", "rag",
+)  # fmt: skip
+FALLBACK = "tokenizer_default_fallback_"
+# Axolotl's chat templates that are not implemented.
+# Source: axolotl 0.19.0, utils/chat_templates (2026-11-27)
 TEMPLATES_OF_AXOLOTL = frozenset(
     {"alpaca", "command_a", "command_a_rag", "command_a_tool_use", "deepseek_v3", "exaone",
      "exaone4", "jamba", "llama3_2_vision", "llava", "metharme", "mistral_v1", "mistral_v2v3",
@@ -258,6 +266,8 @@ def _templates(config: Config) -> Iterator[Finding]:
             what = f"the chat template {holder.chat_template} is not implemented"
             why = "found a name of axolotl's own templates; the model's tokenizer has its template"
             yield make_error("unsupported-key", key, what, why, f"set {key}: tokenizer_default")
+        elif holder.chat_template:
+            yield from _unknown_template(holder.chat_template, f"{place}chat_template")
     key = "default_system_message"
     if not config.default_system_message or not all(spec.type for spec in specs.values()):
         return
@@ -270,6 +280,22 @@ def _templates(config: Config) -> Iterator[Finding]:
         yield make_error("unsupported-key", key, what, why, f"remove {key}")
 
 
+def _unknown_template(name: str, key: str) -> Iterator[Finding]:
+    if name in CHAT_TEMPLATES or name.startswith(FALLBACK):
+        return
+    what = f"unknown chat template {name[:40]!r}"
+    if any(sign in name for sign in ("{{", "{%", "/", ".jinja")):
+        why, do = (
+            "found a template; needed a name",
+            f"set {key}: jinja, and write it in {key}_jinja",
+        )
+    else:
+        similar = get_close_matches(name, CHAT_TEMPLATES, n=1)
+        why = f"needed one of {', '.join(CHAT_TEMPLATES)}"
+        do = f"set {key}: {similar[0] if similar else 'tokenizer_default'}"
+    yield bad_value(key, what, why, do)
+
+
 # Each rule, and the keys that it depends on.
 DATASET_RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (_dataset_types, ()),
@@ -279,5 +305,5 @@ DATASET_RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (_streaming, ("streaming_multipack_buffer_size", "max_steps", "val_set_size")),
     (_template_variables, ()),
     (_splits, ()),
-    (_templates, ("chat_template_jinja", *DATASETS)),
+    (_templates, ("chat_template", "chat_template_jinja")),
 )

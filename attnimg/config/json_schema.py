@@ -8,7 +8,7 @@ does not.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -21,6 +21,7 @@ from attnimg.config.keys import (
     COMPUTED,
     IN_SCHEMA,
     KeyAnswer,
+    allowed_values,
     dataset_key_answers,
     key_answers,
     plugin_answers,
@@ -200,6 +201,8 @@ def _other_keys(known: Mapping[str, Schema]) -> dict[str, Schema]:
             found[key] = _refused(answer)
         else:
             found[key] = _answer(answer)
+            if allowed := allowed_values(key):
+                found[key] |= {"type": ["string", "null"], "pattern": _in_any_case(allowed)}
             if is_secret(key, "x"):
                 found[key]["not"] = {"type": "string", "minLength": 1}
     plugins = {name for name, one in plugin_answers().items() if one.answer != "refused"}
@@ -230,6 +233,12 @@ def _values_without_effect(answer: KeyAnswer) -> list[Any]:
     # To Python, 1 equals true and 0 false.
     more = [item for item in (*answer.accepts, 1, True) if item in answer.accepts]
     return values + [item for item in more if repr(item) not in map(repr, values)]
+
+
+def _in_any_case(names: Iterable[str]) -> str:
+    """Return a pattern for names in small letters or capitals."""
+    letters = ("".join(f"[{letter}{letter.upper()}]" for letter in name) for name in names)
+    return f"^({'|'.join(letters)})$"
 
 
 def _other_lora_keys(known: Mapping[str, Schema]) -> str:

@@ -60,6 +60,16 @@ def plugin_answers() -> dict[str, KeyAnswer]:
     return {name: _answer(group) for group in _table()["plugin"] for name in group["names"]}
 
 
+def allowed_values(key: str) -> tuple[str, ...]:
+    """Return the values that a key of axolotl may have; none where any may be."""
+    return tuple(_table()["allowed"].get(key, ()))
+
+
+def other_values(key: str) -> tuple[str, ...]:
+    """Return the values of a key that axolotl has and the schema does not."""
+    return tuple(_table()["values"].get(key, ()))
+
+
 @cache
 def dataset_key_answers() -> dict[str, KeyAnswer]:
     """Return the answer to each key of a dataset entry that the schema does not have."""

@@ -65,6 +65,18 @@ _ACCELERATOR: dict[str, tuple[bool, ...]] = {
     "use_configured_state": (False,),
     "non_blocking": (True, False),
 }
+# Fields of a model's configuration -> what decides them in a run.
+_DECIDED_ELSEWHERE = {
+    "dtype": "bf16 and fp16 decide the precision",
+    "torch_dtype": "bf16 and fp16 decide the precision",
+    "architectures": "the key model_type names the class of the model",
+    "attn_implementation": "the key attn_implementation names the backend",
+    "experts_implementation": "the key experts_implementation decides it",
+    "quantization_config": "load_in_4bit, load_in_8bit and model_quantization_config decide it",
+    "bos_token_id": "the tokenizer decides it, with the key special_tokens",
+    "eos_token_id": "the tokenizer decides it, with the key special_tokens",
+    "pad_token_id": "the tokenizer decides it, with the key special_tokens",
+}
 # Keys that change a tokenizer or its template.
 _NOT_WITH_MISTRAL = (
     "special_tokens", "tokens", "added_tokens_overrides", "eot_tokens", "chat_template",
@@ -257,6 +269,16 @@ def _mistral_common(config: Config) -> Iterator[Finding]:
                          f"remove {key}, or remove tokenizer_use_mistral_common")  # fmt: skip
 
 
+def _model_fields(config: Config) -> Iterator[Finding]:
+    """Yield errors: fields of the model's configuration that would have no effect in a run."""
+    key = "overrides_of_model_config"
+    for name in config.overrides_of_model_config or {}:
+        why = _DECIDED_ELSEWHERE.get(name.lstrip("_"), "it is private" if name[0] == "_" else "")
+        if why:
+            do = f"remove {key}.{name}"
+            yield bad_value(key, f"{key} can't set {name}", f"it has no effect: {why}", do)
+
+
 def _trained_weights(config: Config) -> Iterator[Finding]:
     """Yield errors: weights that can't be trained, or would be lost, with the config's keys."""
     if config.unfrozen_parameters:
@@ -337,6 +359,7 @@ _RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
         ("bnb_config_kwargs", "model_quantization_config", "model_quantization_config_kwargs"),
     ),
     (_mistral_common, DATASETS),
+    (_model_fields, ()),
     (_trained_weights, ("adapter", "unfrozen_parameters", "gradient_checkpointing_kwargs")),
     (_offloading, ("gradient_checkpointing", "activation_offloading")),
     *DATASET_RULES,

@@ -543,10 +543,10 @@ class Config(BaseModel):
     output_dir: PathText = "./model-out"
     logging_steps: Count = 1
     eval_strategy: Strategy | None = None
-    eval_steps: Count | None = None
+    eval_steps: Count | Below1 | None = None
     evals_per_epoch: Whole | None = None
     save_strategy: SaveStrategy | None = None
-    save_steps: Count | None = None
+    save_steps: Count | Below1 | None = None
     saves_per_epoch: Whole | None = None
     save_total_limit: Count | None = None
     save_only_model: Flag | None = None

@@ -18,6 +18,7 @@ from attnimg.config.schema import Config, SaveStrategy, Strategy
 from attnimg.errors import bad_value
 from attnimg.facts import Machine, Plan, RunContext
 from attnimg.train.experts import experts_in_use
+from attnimg.train.frozen import frozen_elements
 
 # Ours -> transformers', where they differ.
 TRANSFORMERS_OPTIMIZERS = {"paged_adamw": "paged_adamw_32bit"}
@@ -57,13 +58,19 @@ def plan_steps(config: Config, *, rows: int, world: int, validation: bool) -> Sc
     per_epoch = max(1, math.ceil(batches / config.gradient_accumulation_steps))
     total = config.max_steps or math.ceil(config.num_epochs * per_epoch)
     evaluate, eval_steps = _interval(
-        config.eval_strategy, config.eval_steps, config.evals_per_epoch, per_epoch=per_epoch
+        config.eval_strategy,
+        _steps(config.eval_steps, total),
+        config.evals_per_epoch,
+        per_epoch=per_epoch,
     )
     save: SaveStrategy = "best"
     save_steps = None
     if config.save_strategy != "best":
         save, save_steps = _interval(
-            config.save_strategy, config.save_steps, config.saves_per_epoch, per_epoch=per_epoch
+            config.save_strategy,
+            _steps(config.save_steps, total),
+            config.saves_per_epoch,
+            per_epoch=per_epoch,
         )
     return Schedule(
         steps_per_epoch=per_epoch,
@@ -73,6 +80,16 @@ def plan_steps(config: Config, *, rows: int, world: int, validation: bool) -> Sc
         save_strategy=save,
         save_steps=save_steps,
     )
+
+
+def _steps(every: float | None, total: int) -> int | None:
+    """Return a number of steps; a value below 1 is a share of the run, as in transformers.
+
+    Source: transformers 5.22.2, trainer_callback.py, TrainerState.compute_steps (2026-11-27)
+    """
+    if every is None:
+        return None
+    return math.ceil(every * total) if every < 1 else int(every)
 
 
 def _interval(
@@ -297,13 +314,15 @@ def _attention_modules(model: Any) -> list[dict[str, object]]:
 def count_weights(model: Any) -> dict[str, int]:
     """Return the number of trained weights and of all, without the frozen copies of PEFT's modules.
 
-    Tied weights count once, packed 4-bit ones by their unpacked number.
+    Tied weights count once, packed 4-bit ones by their unpacked number, and rows that
+    unfrozen_parameters does not name not as trained.
     """
-    counts = {"trained": 0, "all": 0}
+    counts, frozen = {"trained": 0, "all": 0}, frozen_elements(model)
     for name, weight in model.named_parameters():
         if ".original_module." not in name:  # of modules_to_save
             counts["all"] += _numel(weight, name=name)
-            counts["trained"] += _numel(weight, name=name) * weight.requires_grad
+            if weight.requires_grad:
+                counts["trained"] += _numel(weight, name=name) - frozen.get(id(weight), 0)
     return counts
 
 

@@ -159,7 +159,7 @@ def _check_optimizer(config: Config, machine: Machine) -> None:
         raise AttnimgError(
             f"optimizer: {name} needs {needs}",
             why=f"{needs} is not installed",
-            do=f"install {needs}, or set optimizer: adamw_8bit",
+            do=f"pip install {needs}, or set optimizer: adamw_8bit",
             code="not-installed",
             key="optimizer",
         )

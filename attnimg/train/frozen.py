@@ -51,13 +51,13 @@ def freeze_except(
         model: a transformers model without an adapter.
         patterns: as `parse_weight_pattern` takes them. Where several name a weight, those with rows
             decide, as in axolotl.
-        log: prints a line, for a pattern that names no weight.
+        log: prints a line on the rows that are trained, and on a pattern that names no weight.
 
     Raises:
         AttnimgError: no weight is named, or a weight has fewer rows than named (bad-value).
     """
     parsed = {text: parse_weight_pattern(text) for text in patterns}
-    unused, kept = set(parsed), []
+    unused, kept, named = set(parsed), [], dict[str, list[str]]()
     for name, weight in model.named_parameters():
         found = [text for text, (pattern, _) in parsed.items() if pattern.match(name)]
         unused -= set(found)
@@ -65,13 +65,39 @@ def freeze_except(
         ranges = [rows for text in found if (rows := parsed[text][1]) is not None]
         if ranges:
             kept.append(_freeze_rows(name, weight, ranges))
+            named.setdefault(_rows_text(ranges), []).append(name)
     names = [name for name, _ in model.named_parameters()]
     if len(unused) == len(parsed):
         raise _no_weight(list(parsed), names)
     for text in patterns:
         if text in unused and log is not None:
             log(f"warning: {KEY}: {text} names no weight of the model, such as {names[-1]}")
+    if log is not None:
+        for text, weights in named.items():
+            more = f" and {len(weights) - 1} more weights" if len(weights) > 1 else ""
+            log(f"{KEY}: trains {text} of {weights[0]}{more}")
     model.attnimg_frozen_rows = [rows for rows in kept if rows is not None]
+
+
+def _rows_text(ranges: Sequence[tuple[int, int | None]]) -> str:
+    """Return the rows of some ranges as text, such as "rows 0-99, 120-129"."""
+    texts = []
+    for first, last in sorted(set(ranges), key=lambda found: found[0]):
+        if last is None:
+            texts.append(f"{first:,} to the last")
+        else:
+            texts.append(f"{first:,}" if last == first + 1 else f"{first:,} to {last - 1:,}")
+    single = len(texts) == 1 and " " not in texts[0]
+    return f"{'row' if single else 'rows'} {', '.join(texts)}"
+
+
+def frozen_elements(model: Any) -> dict[int, int]:
+    """Return id of a weight -> its elements in frozen rows."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return {
+        id(frozen.weight): int(frozen.rows.sum()) * frozen.weight[0].numel()
+        for frozen in getattr(base, "attnimg_frozen_rows", [])
+    }
 
 
 def _freeze_rows(

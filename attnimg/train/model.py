@@ -26,7 +26,7 @@ from attnimg.train.base_model import (
     require_causal_class,
     require_known_weights,
 )
-from attnimg.train.changed_config import change_fields
+from attnimg.train.changed_config import change_fields, require_tied, unfit_fields
 from attnimg.train.distributed import rank
 from attnimg.train.experts import (
     experts_implementation,
@@ -132,6 +132,7 @@ def load_base(
     model, loading = _from_pretrained(config, implementation=implementation, dtype=dtype)
     if loading is not None:
         _check_loaded(model, loading, config, log=log)
+    require_tied(model, config.overrides_of_model_config)
     _keep_packing(model)
     _resize_embeddings(model, tokens, config)
     return model
@@ -175,6 +176,9 @@ def _check_loaded(
         config, folder, json.loads((folder / "config.json").read_text(encoding="utf-8"))
     )
     missing = sorted(loading.get("missing_keys", ()))
+    if missing and config.overrides_of_model_config:
+        why = f"the model's files lack {len(missing)} weights, such as {', '.join(missing[:3])}"
+        raise unfit_fields(config.overrides_of_model_config, why)
     if missing:
         raise bad_model(
             f"{config.base_model} lacks {len(missing)} weights of its architecture",
@@ -258,7 +262,10 @@ def load_model_config(config: Config) -> Any:
             revision=config.revision_of_model,
             trust_remote_code=bool(config.trust_remote_code),
         )
-    change_fields(found, config.overrides_of_model_config)
+        stored, _ = type(found).get_config_dict(
+            config.base_model, revision=config.revision_of_model
+        )
+    change_fields(found, config.overrides_of_model_config, stored=stored)
     return found
 
 
@@ -405,11 +412,27 @@ def _load_errors(config: Config) -> Iterator[None]:
         if (refusal := out_of_memory_error(error)) is not None:
             raise refusal from error
         text = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        if "ignore_mismatched_sizes" in str(error):  # the shapes are only in a log
+            text = _other_shapes(config) or text
+        if config.overrides_of_model_config and Path(config.base_model or "").is_dir():
+            raise unfit_fields(config.overrides_of_model_config, "\n".join(text[:3])) from error
         raise bad_model(
             f"{config.base_model} could not be loaded",
             why="\n".join(text[:3]),
             do=_loading_advice(config, error),
         ) from error
+
+
+def _other_shapes(config: Config) -> list[str]:
+    """Return a line on each weight that has another shape in the files than in the model."""
+    shape = load_without_weights(config)
+    needed = {} if shape is None else {name: tuple(w.shape) for name, w in shape.named_parameters()}
+    stored = read_tensor_headers(_loaded_folder(config))
+    return [
+        f"{name} has the shape {stored[name].shape} in the model's files, needed {wanted}"
+        for name, wanted in needed.items()
+        if name in stored and stored[name].shape != wanted
+    ]
 
 
 def _loading_advice(config: Config, error: Exception) -> str:

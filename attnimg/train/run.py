@@ -121,17 +121,21 @@ def with_model_config(
 
     try_options(config)
     model_config = load_model_config(config)
+    found = task
     if task.problem.model is None or config.overrides_of_model_config:
         raw = model_config.to_dict()
         _require_base_model(config, raw, task.machine, report)
-        task = build_task(config, raw, task.machine)
-        plan = select(task, report)
+        found = build_task(config, raw, task.machine)
     model_class = application.find_model_class(model_config)
     facts = application.read_class_limits(model_class) if model_class is not None else None
-    if facts != task.problem.model_class:
-        task = replace(task, problem=replace(task.problem, model_class=facts))
-        plan = select(task, report)
-    return task, plan
+    if facts != found.problem.model_class:
+        found = replace(found, problem=replace(found.problem, model_class=facts))
+    if found == task:
+        return task, plan
+    before, after = _comparable_plan(plan), _comparable_plan(found.choose())
+    if any(before[part] != after[part] for part in ("chosen", "groups")):
+        report.log("selects again: the model's configuration and class have more information")
+    return found, select(found, report)
 
 
 def _forecast_memory(config: Config, task: Task, plan: Plan, report: TrainReport) -> None:

@@ -201,6 +201,8 @@ def require_answer(url: str) -> None:
         answer.close()
 
 
+# MLflow refuses a folder as its store unless this variable is set.
+_FILE_STORE = "MLFLOW_ALLOW_FILE_STORE"
 _TO_DO: dict[str, str] = {
     "wandb": "check WANDB_API_KEY and the network, or set wandb_mode: offline",
     "mlflow": "check mlflow_tracking_uri (a database needs the whole package mlflow), and "
@@ -218,10 +220,13 @@ def unavailable(name: str, error: Exception, **options: Any) -> AttnimgError:
         error: what its library raised.
         **options: of AttnimgError, such as exit_code.
     """
+    do = _TO_DO[name]
+    if _FILE_STORE in str(error):
+        do = f"set the environment variable {_FILE_STORE}=true, or mlflow_tracking_uri to a server"
     return AttnimgError(
         f"{name} cannot be reported to",
         why=redact(exception_text(error)),
-        do=_TO_DO[name],
+        do=do,
         code="tracker-unavailable",
         key=f"use_{name}",
         **options,

@@ -313,6 +313,7 @@ def test_a_tracker_that_can_not_be_used_is_refused(
     assert time.monotonic() - began < 30
     assert caught.value.code == "tracker-unavailable"
     assert why in caught.value.why
+    assert ("MLFLOW_ALLOW_FILE_STORE=true" in caught.value.do) is ("file:" in str(keys))
     assert "PLANTED" not in str(caught.value)
 
 

@@ -55,6 +55,13 @@ def test_the_best_model_is_saved_at_the_end(tiny: Path, tmp_path: Path) -> None:
     assert model(tmp_path) == model(tmp_path / f"checkpoint-{best}")
 
 
+def test_a_share_of_the_run_is_a_number_of_steps(tiny: Path, tmp_path: Path) -> None:
+    keys = {**RISING, "learning_rate": 1e-3, "eval_steps": 0.25, "save_steps": 0.5}
+    run(tiny, tmp_path, **keys)
+    assert sorted(evaluations(tmp_path)) == [2, 4, 5]  # a quarter of 5 steps, rounded up
+    assert checkpoints(tmp_path) == ["checkpoint-3", "checkpoint-5"]
+
+
 def test_the_last_model_is_saved_if_it_is_the_best(tiny: Path, tmp_path: Path) -> None:
     keys = {**RISING, "learning_rate": 1e-3, "max_steps": 2, "load_best_model_at_end": True}
     result = run(tiny, tmp_path, save_steps=9, **keys)

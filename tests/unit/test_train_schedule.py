@@ -55,6 +55,8 @@ def test_steps_are_counted(keys: dict[str, Any], expected: tuple[int, int]) -> N
                      id="times an epoch become steps, rounded up"),
         pytest.param({"evals_per_epoch": 300}, ("steps", 1), ("epoch", None),
                      id="more often than steps is every step"),
+        pytest.param({"eval_steps": 0.25, "save_steps": 0.5, "max_steps": 10}, ("steps", 3),
+                     ("steps", 5), id="a share of the run, rounded up"),
         pytest.param({"eval_steps": 10, "save_steps": 20}, ("steps", 10), ("steps", 20),
                      id="steps stay steps"),
         pytest.param({"eval_strategy": "no", "save_strategy": "no"}, ("no", None), ("no", None),

@@ -21,6 +21,7 @@ from transformers import LlamaTokenizer
 
 from attnimg.errors import AttnimgError
 from attnimg.task import read_task
+from attnimg.train.arguments import count_weights
 from attnimg.train.model import load_model, load_model_config
 from attnimg.train.tokenizer import load_tokenizer
 
@@ -125,6 +126,34 @@ def test_gradients_of_frozen_rows_do_not_count_in_the_norm(tiny: Path) -> None:
                if "embed_tokens" not in name)  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("patterns", "said", "trained"),
+    [
+        pytest.param(ROWS[:2], "rows 0 to 99, 120 to 129 of model.embed_tokens", 110 * 64,
+                     id="rows"),
+        pytest.param(["^lm_head.weight$[300:]"], "rows 300 to the last of lm_head", None,
+                     id="the last rows"),
+        pytest.param(["^model.embed_tokens.weight$[7]"], "row 7 of model.embed_tokens", 64,
+                     id="a row"),
+        # One row of each matrix of a layer (4 x 64 wide, down_proj 128), and of each norm.
+        pytest.param(["model.layers.0[01]"], "row 1 of model.layers.0.self_attn.q_proj.weight and 8"
+                     " more weights", 6 * 64 + 128 + 2, id="digits that are a row"),
+        pytest.param(["^lm_head"], "", None, id="a whole weight"),
+    ],
+)  # fmt: skip
+def test_rows_are_named_and_counted(
+    tiny: Path, patterns: list[str], said: str, trained: int | None
+) -> None:
+    lines: list[str] = []
+    model = load(tiny, log=lines.append, unfrozen_parameters=patterns)
+    ids = torch.arange(12)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert any(said in line for line in lines if "trains" in line) or not said
+    assert all("trains row" not in line for line in lines) or said
+    head = len(model.lm_head.weight) - (300 if said else 0)
+    assert count_weights(model)["trained"] == (trained or head * 64)
+
+
 def test_a_pattern_that_names_no_weight_is_a_warning_beside_others(tiny: Path) -> None:
     said: list[str] = []
     load(tiny, log=said.append, unfrozen_parameters=["^lm_head", "model.layers.4[4-9]+.moe"])
@@ -195,6 +224,11 @@ def test_model_config_scales_rope_and_keeps_its_base(tiny: Path, name: str, kind
         pytest.param({"num_hidden_layers": "two"}, "int", id="a wrong type"),
         pytest.param({"model_type": "qwen2"}, "class", id="another type of model"),
         pytest.param({"zzz": 1}, "no such field", id="a field of nobody"),
+        pytest.param({"_name_or_path": "a"}, "no such field", id="a private field"),
+        pytest.param({"output_hidden_states": True}, "no such field", id="a field of all models"),
+        pytest.param({"to_dict": 1}, "no such field", id="a method"),
+        pytest.param({"num_attention_heads": 3}, "multiple", id="contradicting values"),
+        pytest.param({"num_attention_heads": 8}, "derives head_dim", id="a shape"),
     ],
 )
 def test_a_field_that_the_model_does_not_have_is_refused(
@@ -208,6 +242,116 @@ def test_a_field_that_the_model_does_not_have_is_refused(
     fixed = {"rms_norm_eps": 0.25, "num_hidden_layers": 1}
     found = load_model_config(tiny_run.config_for(tiny, overrides_of_model_config=fixed))
     assert (found.rms_norm_eps, found.num_hidden_layers) == (0.25, 1)
+
+
+def added_fields(error: AttnimgError, changes: dict[str, Any]) -> dict[str, Any]:
+    """Follow advice on the fields of model_config."""
+    text = error.do.removeprefix("add ").removeprefix("write ").partition(" in place of ")
+    new = yaml.safe_load("{" + text[0].removesuffix(" to model_config") + "}")
+    old = text[2].removesuffix(" in model_config")
+    return {name: value for name, value in changes.items() if name != old} | new
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        pytest.param("qwen3", {"use_sliding_window": True, "sliding_window": 8,
+                               "max_window_layers": 0}, id="windows of layers"),
+        pytest.param("qwen3", {"num_hidden_layers": 1}, id="kinds of fewer layers"),
+        pytest.param("llama", {"num_attention_heads": 8, "num_key_value_heads": 2}, id="heads"),
+        pytest.param("llama", {"rope_theta": 1e6, "rms_norm_eps": 0.5}, id="RoPE's base"),
+    ],
+)  # fmt: skip
+def test_fields_that_follow_from_changed_ones_must_be_changed_too(
+    tmp_path: Path, kind: str, changes: dict[str, Any]
+) -> None:
+    tokens = len(tiny_run.make_tokenizer(tmp_path / "model"))
+    tiny_model(kind, None, vocab_size=tokens).save_pretrained(tmp_path / "model")
+    keys = {"reinit_weights": True}
+    error = refused(tmp_path, overrides_of_model_config=changes, **keys)
+    assert error.key == "model_config"
+    model = load(tmp_path, overrides_of_model_config=added_fields(error, changes), **keys)
+    if "sliding_window" in changes:
+        assert [layer.self_attn.sliding_window for layer in model.model.layers] == [8, 8]
+    if "num_hidden_layers" in changes:
+        assert len(model.model.layers) == 1
+    if "num_attention_heads" in changes:
+        assert model.model.layers[0].self_attn.head_dim == model.config.hidden_size // 8
+    if "rope_theta" in changes:
+        base = 1e6 ** -(2 / model.config.head_dim)
+        assert model.model.rotary_emb.inv_freq[1].item() == pytest.approx(base)
+        assert model.config.rms_norm_eps == 0.5
+
+
+def test_a_field_without_effect_is_refused(tmp_path: Path) -> None:
+    tokens = len(tiny_run.make_tokenizer(tmp_path / "model"))
+    tiny_model("qwen3", None, vocab_size=tokens).save_pretrained(tmp_path / "model")
+    for changes in ({"sliding_window": 8}, {"max_window_layers": 0}, {"use_sliding_window": True}):
+        error = refused(tmp_path, overrides_of_model_config=changes)
+        assert "no effect" in error.why
+    kept = {"max_window_layers": 28, "rms_norm_eps": 0.5, "attention_dropout": 0.1}
+    load(tmp_path, overrides_of_model_config=kept)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("qwen3_moe", {"output_router_logits": True, "router_aux_loss_coef": 0.5}),
+        ("gemma3_text", {"sliding_window": 8, "layer_types": ["sliding_attention"] * 2}),
+        ("mistral", {"sliding_window": 8, "max_position_embeddings": 512, "hidden_act": "gelu"}),
+        ("llama", {"initializer_range": 0.1, "attention_bias": True, "use_cache": False}),
+        ("gpt2", {"attn_pdrop": 0.1, "scale_attn_by_inverse_layer_idx": True}),
+        # Layers are of a kind that the configuration computes from these.
+        (
+            "jamba",
+            {
+                "attn_layer_period": 2,
+                "attn_layer_offset": 1,
+                "expert_layer_period": 1,
+                "expert_layer_offset": 0,
+            },
+        ),
+    ],
+)
+def test_fields_that_a_model_reads_are_changed(
+    tmp_path: Path, kind: str, changes: dict[str, Any]
+) -> None:
+    tokens = len(tiny_run.make_tokenizer(tmp_path / "model"))
+    tiny_model(kind, None, vocab_size=tokens).save_pretrained(tmp_path / "model")
+    found = load(tmp_path, overrides_of_model_config=changes, reinit_weights=True).config
+    assert {name: getattr(found, name) for name in changes} == changes
+
+
+@pytest.mark.parametrize("asked", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_are_tied_as_model_config_says_or_it_is_refused(
+    tmp_path: Path, tied: bool, asked: bool
+) -> None:
+    tokens = len(tiny_run.make_tokenizer(tmp_path / "model"))
+    made = tiny_model("llama", None, vocab_size=tokens, tie_word_embeddings=tied)
+    made.save_pretrained(tmp_path / "model")
+    changes = {"overrides_of_model_config": {"tie_word_embeddings": asked}}
+    if tied != asked:
+        error = refused(tmp_path, **changes)
+        assert "tie_word_embeddings" in error.do
+    model = load(tmp_path, **changes, reinit_weights=True)
+    same = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert same is asked
+    if tied == asked:
+        load(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"vocab_size": 500}, {"head_dim": 8}, {"num_hidden_layers": 3}]
+)
+def test_weights_that_do_not_fit_model_config_are_named(
+    tiny: Path, changes: dict[str, int]
+) -> None:
+    error = refused(tiny, overrides_of_model_config=changes)
+    assert error.key == "model_config"
+    assert ".weight" in error.why
+    assert next(iter(changes)) in error.do
+    load(tiny, overrides_of_model_config=changes, reinit_weights=True)
 
 
 def test_random_weights_need_no_weight_file(tiny: Path, tmp_path: Path) -> None:

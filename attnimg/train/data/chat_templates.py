@@ -20,12 +20,11 @@ from typing import Any
 
 import psutil
 
+from attnimg.config.dataset_rules import FALLBACK
 from attnimg.config.schema import Config, DatasetSpec
 from attnimg.errors import AttnimgError
 from attnimg.files import read_regular
 from attnimg.train.data.named_templates import NAMED, OF_TRL, named_template
-
-FALLBACK = "tokenizer_default_fallback_"
 
 # Published templates have up to 20 KiB.
 _TEMPLATE_BYTES = 1 << 20

@@ -108,7 +108,7 @@ def is_single(key: str, values: dict[str, Any]) -> bool:
         return True
     if key in OTHER_NAMES:
         known[OTHER_NAMES[key]] = known.pop(key)
-    _, found = _validate({k: v for k, v in known.items() if k != "attn_implementation"})
+    _, found, _ = _validate({k: v for k, v in known.items() if k != "attn_implementation"})
     return bool(found) or bool([e for e in _other_keys(known, failed=set()) if e.why])
 
 

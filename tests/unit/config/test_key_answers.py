@@ -15,6 +15,7 @@ from attnimg.config import check_values
 from attnimg.config.attention import LEGACY
 from attnimg.config.keys import (
     COMPUTED,
+    allowed_values,
     dataset_key_answers,
     key_answers,
     plugin_answers,
@@ -63,7 +64,8 @@ def test_no_key_has_two_answers() -> None:
 
 @pytest.mark.parametrize("key", ACCEPTED)
 def test_an_accepted_key_is_a_warning_that_says_why_and_what_to_do(key: str) -> None:
-    found = check_values({**RUN, key: True}, file="c.yaml")
+    value = (allowed_values(key) or (True,))[0]
+    found = check_values({**RUN, "micro_batch_size": 2, key: value}, file="c.yaml")
     assert found.ok
     if True in key_answers()[key].accepts:
         assert not found.warnings
@@ -73,6 +75,43 @@ def test_an_accepted_key_is_a_warning_that_says_why_and_what_to_do(key: str) -> 
     assert key in warning.what
     assert key_answers()[key].reason in warning.what
     assert warning.do == key_answers()[key].do
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "codes"),
+    [
+        ("expert_backend", "nonsense", (["bad-value"], [])),
+        ("expert_backend", "ScatterMoE", ([], ["hint-not-used"])),
+        ("expert_backend", "builtin", ([], [])),
+        ("moe_grouped_backend", "dequant", (["bad-value"], [])),
+        ("moe_grouped_backend", "auto", ([], ["hint-not-used"])),
+        ("eval_max_new_tokens", 128, ([], ["hint-not-used"])),
+        ("generation_temperature", 0.7, ([], ["hint-not-used"])),
+        ("generate_samples", True, (["unsupported-key"], [])),
+    ],
+)
+def test_a_value_that_axolotl_refuses_is_refused(
+    key: str, value: object, codes: tuple[list[str], list[str]]
+) -> None:
+    assert answers(**{key: value}) == codes
+
+
+@pytest.mark.parametrize(
+    ("keys", "named", "absent"),
+    [
+        ({}, ("gradient_checkpointing: true", "sequence_len", "qlora"), ("micro_batch_size",)),
+        ({"micro_batch_size": 4, "gradient_checkpointing": True},
+         ("micro_batch_size", "adapter: qlora"), ("gradient_checkpointing", "sequence_len")),
+        ({"adapter": "qlora", "gradient_checkpointing": True}, ("a smaller sequence_len",),
+         ("gradient_checkpointing", "qlora", "micro_batch_size")),
+    ],
+)  # fmt: skip
+def test_a_hint_advises_nothing_that_the_config_has(
+    keys: dict[str, Any], named: tuple[str, ...], absent: tuple[str, ...]
+) -> None:
+    (warning,) = check_values({**RUN, **keys, "tiled_mlp": True}, file="c.yaml").warnings
+    assert all(text in warning.do for text in named)
+    assert not any(text in warning.do for text in absent)
 
 
 def test_what_a_hint_advises_is_a_valid_setting() -> None:

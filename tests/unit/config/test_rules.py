@@ -111,6 +111,11 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
         {"embedding_lr": 1e-5, "embedding_lr_scale": 0.5}, "bad-value", "embedding_lr_scale"),
     "a rate of embeddings with LoRA+": (
         LORA | {"embedding_lr": 1e-5, "loraplus_lr_ratio": 16}, "bad-value", "embedding_lr"),
+    "an optimizer of axolotl": ({"optimizer": "muon"}, "unsupported-key", "optimizer"),
+    "a schedule of axolotl": ({"lr_scheduler": "rex"}, "unsupported-key", "lr_scheduler"),
+    "an optimizer of nobody": ({"optimizer": "adamm"}, "bad-value", "optimizer"),
+    "a share of the run above 1": ({"save_steps": 1.5}, "bad-value", "save_steps"),
+    "a number in quotes": ({"adam_epsilon": "1e-8"}, "bad-value", "adam_epsilon"),
     "two warmups": ({"warmup_steps": 5, "warmup_ratio": 0.1}, "bad-value", "warmup_ratio"),
     "no steps and a share of warmup": (
         {"warmup_steps": 0, "warmup_ratio": 0.1}, "bad-value", "warmup_ratio"),
@@ -146,7 +151,7 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "a list of layers without numbers": (
         LORA | {"peft_layers_pattern": ["layers"]}, "bad-value", "peft_layers_pattern"),
     "an adapter that starts with changes of the model": (
-        LORA | {"peft_init_lora_weights": "pissa"}, "bad-value", "peft_init_lora_weights"),
+        LORA | {"peft_init_lora_weights": "pissa"}, "unsupported-key", "peft_init_lora_weights"),
     "new tokens for mistral-common": (
         {"tokenizer_use_mistral_common": True, "tokens": ["<a>"]}, "bad-value", "tokens"),
     "other roles in mistral-common": (
@@ -265,6 +270,23 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "an entry's jinja without a template": (
         {**chat(chat_template="jinja"), "chat_template_jinja": "{{ x }}"},
         "bad-value", "datasets[0].chat_template"),
+    "an unknown template": (
+        {"chat_template": "nonsense", "datasets": [CHAT]}, "bad-value", "chat_template"),
+    "an entry's unknown template": (
+        {"datasets": [CHAT, CHAT | {"chat_template": "nonsense"}]},
+        "bad-value", "datasets[1].chat_template"),
+    "a template in place of a name": (
+        {"chat_template": "{{ messages }}", "datasets": [CHAT]}, "bad-value", "chat_template"),
+    "a file in place of a name": (
+        {"chat_template": "a.jinja", "datasets": [CHAT]}, "bad-value", "chat_template"),
+    "a private field of the model": (
+        {"model_config": {"_name_or_path": "a"}}, "bad-value", "model_config"),
+    "the backend by a private field": (
+        {"model_config": {"_attn_implementation": "eager"}}, "bad-value", "model_config"),
+    "the precision as a field of the model": (
+        {"model_config": {"dtype": "float16"}}, "bad-value", "model_config"),
+    "a token as a field of the model": (
+        {"model_config": {"eos_token_id": 3}}, "bad-value", "model_config"),
     "a system message without conversations": (
         {"default_system_message": "Be brief."}, "bad-value", "default_system_message"),
     "a system message for alpaca": (
@@ -274,6 +296,7 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
 
 # What is right, and close to it.
 RIGHT: dict[str, dict[str, Any]] = {
+    "a share of the run": {"save_steps": 0.5, "eval_steps": 0.25, "val_set_size": 0.1},
     "steps and no times an epoch": {"eval_steps": 1, "evals_per_epoch": 0, "val_set_size": 0.1},
     "strategy no of saving": {"save_strategy": "no"},
     "strategy no of evaluating": {"eval_strategy": "no", "val_set_size": 0.1},
@@ -399,7 +422,15 @@ RIGHT: dict[str, dict[str, Any]] = {
     ),
     "no role": chat(roles_to_train=[]),
     "roles that alpaca does not read": {"datasets": [ALPACA | {"roles_to_train": ["usr"]}]},
-    "a template by name": chat(chat_template="mine"),
+    "a template by name": chat(chat_template="llama3"),
+    "one of a tokenizer's templates": chat(chat_template="tool_use"),
+    "the tokenizer's template": chat(chat_template="tokenizer_default_fallback_chatml"),
+    "a template that no dataset uses": {"chat_template": "nonsense"},
+    "a template in an entry": chat(chat_template="jinja", chat_template_jinja="{{ messages }}"),
+    "a template in a file": {"chat_template_jinja": "a.jinja", "datasets": [CHAT]},
+    "fields of the model's layers": {
+        "model_config": {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
+    },
     "jinja that is not used": {"chat_template": "jinja"},
     "jinja with a template": {"chat_template": "jinja", "chat_template_jinja": "x", **chat()},
     "a system message": {"default_system_message": "Be brief.", "datasets": [CHAT, TEXT]},
@@ -489,6 +520,59 @@ def test_all_errors_are_found_at_once() -> None:
 
 
 @pytest.mark.parametrize(
+    ("values", "first", "do"),
+    [
+        ({"optimizer": "lion_pytorch"}, "lion_8bit", "set optimizer: lion_8bit"),
+        ({"optimizer": "adamw_apex_fused"}, "adamw_torch_fused",
+         "set optimizer: adamw_torch_fused"),
+        ({"optimizer": "muon"}, "", "set optimizer: adamw_torch_fused"),
+        ({"lr_scheduler": "one_cycle"}, "cosine", "set lr_scheduler: cosine"),
+        ({"bf16": "half"}, "", "set bf16: auto"),
+        ({"special_tokens": {"pad": "x"}}, "pad_token",
+         "write pad_token in place of pad in special_tokens"),
+        ({"weight_decay": "0.1"}, "", "set weight_decay: 0.1, without quotes"),
+        ({"sample_packing": "true"}, "", "set sample_packing: true, without quotes"),
+        ({"weight_decay": "much"}, "", "set weight_decay to a valid value"),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_answered_with_the_nearest_one(
+    values: dict[str, Any], first: str, do: str
+) -> None:
+    (found,) = errors(**values)
+    assert f"needed one of {first}" in found.why or not first
+    assert found.do.startswith(do)
+
+
+def test_a_value_of_a_key_that_takes_flags_lists_them() -> None:
+    (found,) = errors(bf16="half")
+    assert "true, false" in found.why
+
+
+@pytest.mark.parametrize("dataset_list", ["datasets", "test_datasets"])
+def test_an_error_in_an_entry_hides_no_other(dataset_list: str) -> None:
+    entries = [{"path": "a", "type": "sharegpt", "conversation": "chatml", "split": "train["},
+               {"path": "b", "type": "bradley_terry.llama3"}, {"path": "c", "type": "nonsense"},
+               {"type": "completion"}, CHAT | {"roles": 3, "roles_to_train": ["usr"]},
+               {"path": "d", "type": {"unknown": 1}, "shards": "two"},
+               CHAT | {"roles_to_train": ["usr"], "zzz": 1}]  # fmt: skip
+    found = {error.key for error in errors(**{dataset_list: entries}, val_set_size=1)}
+    assert found >= {f"{dataset_list}{key}" for key in (
+        "[0].conversation", "[0].type", "[0].split", "[1].type", "[2].type", "[3].path",
+        "[4].roles", "[5].type.unknown", "[5].shards", "[6].roles_to_train",
+        "[6].zzz")}  # fmt: skip
+    # Roles that the entry may define are not known where they have no valid value.
+    assert f"{dataset_list}[4].roles_to_train" not in found
+
+
+def test_a_system_message_without_conversations_is_found_beside_unknown_keys() -> None:
+    entries = [{"path": "a", "type": "sharegpt", "conversation": "chatml"},
+               {"path": "b", "type": "nonsense"}]  # fmt: skip
+    found = {error.key for error in errors(datasets=entries, default_system_message="x")}
+    assert found >= {"datasets[0].conversation", "datasets[0].type", "datasets[1].type",
+                     "default_system_message"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
     ("values", "key"),
     [
         ({"val_set_size": "much", "eval_steps": 5}, "val_set_size"),
@@ -535,8 +619,11 @@ NEEDS = {
         _require_adapter _quantization_error x4, _require_layers bad_value,
         _require_patterns bad_value, _require_scale _quantization_error x3,
         _resize_embeddings bad_value, _unknown_field _refused_field, _unknown_names
-        bad_value, _untrained_error bad-value, add_adapter bad_value, change_fields
-        _refused_field x2, change_fields _unknown_field, create_optimizer_with_rates
+        bad_value, _untrained_error bad-value, add_adapter
+        bad_value, _require_field _refused_field x2, _require_field _unknown_field,
+        _require_effect _refused_field x3, _refused_values _refused_field, require_tied
+        _refused_field, unfit_fields bad_value, _check_loaded unfit_fields, _load_errors
+        unfit_fields, create_optimizer_with_rates
         _empty_group, freeze_except _no_weight, judge_hub_layers local-kernel, judge_layers
         liger-unknown-model, judge_positions positions-short, judge_quantization
         _quantization_error x4, list_hub_tasks bad_value, list_tasks liger-unknown-model,

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from attnimg.config import check_values
+from attnimg.config.dataset_rules import CHAT_TEMPLATES
 from attnimg.train.data.chat_templates import render_bounded
 from attnimg.train.data.named_templates import NAMED, OF_TRL, named_template
 
@@ -61,7 +62,7 @@ def test_every_name_has_a_template() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "refused"), [("jamba", True), ("mistral_v1", True), ("gemma3", False), ("x", False)]
+    ("name", "refused"), [("jamba", True), ("mistral_v1", True), ("gemma3", False), ("rag", False)]
 )
 @pytest.mark.parametrize("entry", [False, True])
 def test_templates_of_axolotl_that_are_missing_are_refused_by_name(
@@ -73,3 +74,8 @@ def test_templates_of_axolotl_that_are_missing_are_refused_by_name(
     found = [(error.key, error.code) for error in check_values(values, file="c.yaml").errors]
     key = "datasets[0].chat_template" if entry else "chat_template"
     assert found == ([(key, "unsupported-key")] if refused else [])
+
+
+def test_check_knows_the_names_of_all_templates() -> None:
+    known = [name for name in CHAT_TEMPLATES if named_template(name) is not None]
+    assert known == [*NAMED, *OF_TRL]
