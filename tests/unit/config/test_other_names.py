@@ -103,7 +103,11 @@ def test_a_batch_size_that_does_not_fit_is_refused(keys: dict[str, Any]) -> None
     ]
 
 
-UNSET = {**dict.fromkeys(EMPTY_IS_UNSET, ""), **dict.fromkeys(ZERO_IS_UNSET, 0), "tokens": {}}
+UNSET = {
+    **dict.fromkeys(sorted(EMPTY_IS_UNSET), ""),
+    **dict.fromkeys(sorted(ZERO_IS_UNSET), 0),
+    "tokens": {},
+}
 
 
 @pytest.mark.parametrize("key", UNSET)
