@@ -4,22 +4,24 @@ The model is built twice on the meta device, and the layers of one of them are r
 of replaced layer is called with weights and inputs of the model's sizes, forward and backward.
 The reference is the same layer of the other model, in float64. So a wrong kernel is refused, and a
 right kernel with a wrong setting too: epsilon, offset, activation.
+
+The calls have the forms that training has: several forward passes before a backward pass, as many
+tokens as a batch of the run, one row or more, transposed and strided tensors, frozen inputs.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from attnimg import hub_layers, liger
 from attnimg.facts import Figure, LayersTask, Reason
-from attnimg.verification.layer_subjects import Call, Draw, Subject, build_model, list_subjects
+from attnimg.verification.layer_calls import Inputs, LayerCall, Layout, Tiling, run_calls, tile
+from attnimg.verification.layer_subjects import Form, Subject, build_model, list_subjects
 
 # The lowest precision of the inputs -> how far the largest error of a row, the root mean square
 # error and the factor that fits the result best may be off, beyond FACTOR times the errors of the
@@ -34,26 +36,42 @@ FACTOR = 2.0
 # The same for float32 where a kernel multiplies matrices, in TF32: 10 bits of mantissa.
 TF32 = 2.0**-10
 
-# Rows of a call: up to those of the run's batch. Liger has another kernel for norms of up to 256
-# columns with 32,768 rows and more, which the heads of q and k have.
+# Products of matrices round in proportion to their largest terms, and an activation's slope changes
+# most near 0, so that more of a result is lost where they are large.
+EXTREME_PRODUCTS = 8.0
+
+# Tokens of a reference, whose inputs a larger call repeats, and numbers of their rows.
+TOKENS, FEW_TOKENS, NUMBERS = 128, 16, {"cpu": 1 << 20, "cuda": 1 << 22}
+
+# Numbers of the largest call on a CPU, which takes time. On a GPU, bytes per number of two calls:
+# inputs, outputs, gradients and copies of them.
+CPU_NUMBERS, BYTES = 1 << 21, 48
+
+# Liger has another kernel for norms of up to 256 columns with 32,768 rows and more, which the heads
+# of q and k have.
 # Source: liger-kernel 0.8.5, ops/rms_norm.py, rms_norm_forward (2026-11-27)
-CPU_ROWS, NUMBERS = 512, 1 << 24
 NARROW, MANY_ROWS = 256, 32768 + 37
+
+# Numbers of a large call that are compared at once.
+COMPARED = 1 << 24
 
 
 class TaskResult(NamedTuple):
-    """The figures nearest to their bounds, the broken rules, and the number of cases."""
+    """The figures nearest to their bounds, the broken rules, the number of cases, and limits."""
 
     figures: list[Figure]
     reasons: list[Reason]
     cases: int
+    note: str = ""
 
 
-class LayerCall(NamedTuple):
-    """Outputs and gradients of a call, by name; and inputs that the model uses and it changed."""
+class _Case(NamedTuple):
+    """Calls that run together: the form, layout and tokens of each."""
 
-    values: dict[str, Tensor | None]
-    changed: tuple[str, ...]
+    name: str
+    calls: tuple[tuple[Form, Layout], ...]
+    tokens: int = 0
+    in_both_orders: bool = False
 
 
 def prove_layers(task: LayersTask, *, device: str, on_case: Callable[[str], None]) -> TaskResult:
@@ -89,8 +107,15 @@ def _prove(
     figures: dict[str, Figure] = {}
     reasons: list[Reason] = []
     cases = 0
+    notes = []
     for subject in subjects:
-        for name, check in _list_cases(subject, task, device=device):
+        tokens = _count_tokens(subject, task, device=device)
+        if tokens < task.tokens:
+            limit = "CPU time" if device == "cpu" else "memory"
+            notes.append(
+                f"{subject.name} proven with {tokens} of {task.tokens} tokens: limited by {limit}"
+            )
+        for name, check in _list_checks(subject, task, tokens, device=device):
             on_case(name)
             found, reasons = check()
             cases += 1
@@ -102,161 +127,148 @@ def _prove(
                 break
         if reasons:
             break
-    return TaskResult(list(figures.values()), reasons, cases)
+    return TaskResult(list(figures.values()), reasons, cases, "; ".join(notes))
 
 
 def _share(figure: Figure) -> float:
     return figure.error / figure.allowed if math.isfinite(figure.error) else math.inf
 
 
-def _list_cases(
-    subject: Subject, task: LayersTask, *, device: str
+def _count_tokens(subject: Subject, task: LayersTask, *, device: str) -> int:
+    """Return the tokens of the largest call: those of the run's batch, or what memory allows."""
+    numbers = subject.width * subject.rows
+    if device == "cpu":
+        return max(8, min(task.tokens, CPU_NUMBERS // numbers))
+    free: int = torch.cuda.mem_get_info()[0]
+    return max(8, min(task.tokens, free // 2 // (BYTES * numbers)))
+
+
+def _list_checks(
+    subject: Subject, task: LayersTask, tokens: int, *, device: str
 ) -> Iterator[tuple[str, Callable[[], tuple[list[Figure], list[Reason]]]]]:
     """Yield the name of each case of a layer, and the function that runs it."""
-    rows = max(8, min(task.tokens, CPU_ROWS if device == "cpu" else NUMBERS // subject.width))
-    sizes: dict[int, tuple[str, ...]] = {rows: ("contiguous", "strided", "frozen", "no_grad")}
-    if device != "cpu" and subject.width <= NARROW and rows < MANY_ROWS:
-        sizes[MANY_ROWS] = ("contiguous",)
     for dtype, weight_dtype in subject.dtypes:
-        for count, layouts in sizes.items():
-            for layout in layouts:
-                precision = dtype if dtype == weight_dtype else f"{dtype} and {weight_dtype}"
-                name = f"{task.op}: {subject.name}, {count} rows, {precision}, {layout}"
+        precision = dtype if dtype == weight_dtype else f"{dtype} and {weight_dtype}"
+        for case in _list_cases(subject, tokens, device=device):
+            count = case.tokens or sum(form.tokens for form, _ in case.calls[:1])
+            name = f"{task.op}: {subject.name}, {count} tokens, {precision}, {case.name}"
 
-                def check(
-                    count: int = count,
-                    layout: str = layout,
-                    dtype: str = dtype,
-                    weight_dtype: str = weight_dtype,
-                    name: str = name,
-                ) -> tuple[list[Figure], list[Reason]]:
-                    generator = torch.Generator().manual_seed(count)
-                    drawn = subject.draw(
-                        count, getattr(torch, dtype), getattr(torch, weight_dtype), generator
-                    )
-                    autocast = getattr(torch, task.dtype) if task.autocast else None
-                    return _check_case(
-                        subject, drawn, name=name, layout=layout, device=device,
-                        autocast=autocast,
-                    )  # fmt: skip
+            def check(
+                case: _Case = case,
+                dtypes: tuple[str, str] = (dtype, weight_dtype),
+                name: str = name,
+            ) -> tuple[list[Figure], list[Reason]]:
+                autocast = getattr(torch, task.dtype) if task.autocast else None
+                return _check_case(
+                    subject, case, dtypes, name=name, device=device, autocast=autocast
+                )
 
-                yield name, check
+            yield name, check
+
+
+def _list_cases(subject: Subject, tokens: int, *, device: str) -> Iterator[_Case]:
+    """Yield the cases of a layer in one precision."""
+    most = max(FEW_TOKENS, NUMBERS[device] // (subject.width * subject.rows))
+    some, few = min(tokens, TOKENS, most), min(tokens, FEW_TOKENS)
+    pair = ((Form(some), Layout()), (Form(some, shares_angles=True), Layout()))
+    yield _Case("contiguous", pair, tokens, in_both_orders=True)
+    many = -(-MANY_ROWS // subject.rows)
+    if device != "cpu" and subject.width <= NARROW and tokens < many:
+        yield _Case("contiguous", pair[:1], many)
+    transposed = (
+        (Form(some, shares_angles=True), Layout(inputs="transposed")),
+        (Form(some), Layout(gradients="transposed")),
+    )
+    yield _Case("transposed", transposed)
+    strided = Layout(inputs="strided", gradients="expanded")
+    yield _Case("strided", ((Form(some, batch=1), strided),))
+    drawn = subject.draw(Form(2), torch.float32, torch.float32, torch.Generator())
+    inputs = [key for key in drawn.leaves if key not in drawn.weights]
+    frozen = [frozenset(drawn.weights), *(frozenset({key}) for key in inputs), {*drawn.leaves}]
+    yield _Case(
+        "frozen",
+        tuple((Form(few, batch=1), Layout(frozen=frozenset(keys))) for keys in frozen if keys),
+    )
+    yield _Case("no_grad", ((Form(some, shares_angles=True), Layout(evaluates=True)),))
+    yield _Case("very large and small values", ((Form(few, batch=1, extreme=True), Layout()),))
 
 
 def _check_case(
     subject: Subject,
-    drawn: Draw,
+    case: _Case,
+    dtypes: tuple[str, str],
     *,
     name: str,
-    layout: str,
     device: str,
     autocast: torch.dtype | None,
 ) -> tuple[list[Figure], list[Reason]]:
-    """Run a case: the reference, the model's own layer, and the replaced one twice."""
-    frozen = layout == "frozen"
-    if frozen and not drawn.weights:
-        return [], []
-    if layout == "strided":
-        drawn = drawn._replace(d_out=tuple(x.flatten(0, -2)[:1] for x in drawn.d_out))
-    drawn = _moved(drawn, device)
-
-    def run(call: Call, *, in_float64: bool) -> LayerCall:
-        casting = torch.autocast(device, autocast) if autocast and not in_float64 else nullcontext()
-        with _InFloat64() if in_float64 else casting:
-            return _run(call, drawn, in_float64=in_float64, layout=layout)
-
-    exact = run(subject.exact, in_float64=True)
-    plain = run(subject.exact, in_float64=False)
-    lowest = _lowest(drawn.dtypes.values())
+    """Run a case: the reference and the model's own layer with few tokens, and the replaced one."""
+    generator = torch.Generator().manual_seed(case.tokens)
+    inputs, large = [], []
+    for form, layout in case.calls:
+        activations, weights = (getattr(torch, dtype) for dtype in dtypes)
+        drawn = subject.draw(form, activations, weights, generator)
+        length = case.tokens // form.batch if drawn.dim else case.tokens
+        inputs.append(Inputs(drawn, layout))
+        large.append(Inputs(drawn, layout, tile(drawn, length, generator)))
+    # One by one, so that the reference of one call at most needs memory.
+    exact = [run_calls(subject.exact, [one], device=device, in_float64=True)[0] for one in inputs]
+    plain = [run_calls(subject.exact, [one], device=device, autocast=autocast)[0] for one in inputs]
+    extreme = any(form.extreme for form, _ in case.calls)
+    slack = EXTREME_PRODUCTS if extreme and subject.multiplies else 1.0
     figures: list[Figure] = []
     reasons: list[Reason] = []
-    for number in range(2):
-        found = run(subject.found, in_float64=False)
-        case = name if number == 0 else f"{name}, repeated"
-        reasons += [
-            Reason(
-                code="numerics-fwd", text=f"{case}: the call changed {key}, which the model uses"
+    for in_reverse in (False, True) if case.in_both_orders else (False,):
+        found = run_calls(
+            subject.found, large, device=device, autocast=autocast, in_reverse=in_reverse
+        )
+        for number, one in enumerate(large):
+            where = f"{name}, call {number + 1} of {len(large)}" if number else name
+            where += ", backward passes in reverse" if in_reverse else ""
+            more, broken = _compare(
+                subject, one, found[number], plain[number], exact[number], name=where, slack=slack
             )
-            for key in found.changed
-        ]
-        for key, wanted in exact.values.items():
-            quantity = f"{subject.name} {key}"
-            if wanted is None:
-                continue
-            judged = _judge(found.values[key], plain.values[key], wanted, lowest=lowest,
-                            multiplies=subject.multiplies)  # fmt: skip
-            if isinstance(judged, str):
-                code = "numerics-fwd" if key.startswith("out") else "grad-detached"
-                code = "nan" if "NaN" in judged else code
-                reasons.append(Reason(code=code, text=f"{case}: {key} {judged}"))
-                continue
-            error, allowed, text = judged
-            figures.append(Figure(quantity=quantity, error=error, allowed=allowed, case=case))
-            if text:
-                code = "numerics-fwd" if key.startswith("out") else "numerics-bwd"
-                reasons.append(Reason(code=code, text=f"{case}: {key} {text}"))
+            figures += more
+            reasons += broken
     return figures, reasons
 
 
-def _moved(drawn: Draw, device: str) -> Draw:
-    return drawn._replace(
-        leaves={key: value.to(device) for key, value in drawn.leaves.items()},
-        others={key: value.to(device) for key, value in drawn.others.items()},
-        d_out=tuple(value.to(device) for value in drawn.d_out),
-    )
-
-
-def _run(call: Call, drawn: Draw, *, in_float64: bool, layout: str) -> LayerCall:
-    """Call a layer forward and backward; only forward in the layout "no_grad", as in evaluations.
-
-    The activations are copies of the leaves: in a model they are results of other layers, whose
-    memory a kernel may reuse.
-    """
-
-    def cast(key: str, value: Tensor) -> Tensor:
-        if not value.is_floating_point():
-            return value
-        return value.clone() if in_float64 else value.to(drawn.dtypes[key])
-
-    given = {key: cast(key, value) for key, value in drawn.others.items()}
-    leaves: dict[str, Tensor] = {}
-    for key, value in drawn.leaves.items():
-        frozen = key in drawn.weights and layout == "frozen"
-        leaf = leaves[key] = cast(key, value).requires_grad_(not frozen)
-        given[key] = leaf if key in drawn.weights else _copy(leaf, strided=layout == "strided")
-    watched = [key for key in given if key in drawn.kept or key in drawn.weights]
-    before = {key: given[key].detach().clone() for key in watched}
-    with torch.set_grad_enabled(layout != "no_grad"):
-        outputs = call(given)
-    values: dict[str, Tensor | None] = {}
-    for number, out in enumerate(outputs):
-        values["out" if len(outputs) == 1 else f"out {number}"] = out.detach().clone()
-    values |= {f"d{key}": None for key in leaves}
-    # Without gradients, a kernel that overwrites its input returns a tensor that requires them.
-    if layout != "no_grad" and any(out.requires_grad for out in outputs):
-        _run_backward(outputs, drawn, layout=layout)
-        values |= {f"d{key}": leaf.grad for key, leaf in leaves.items() if leaf.requires_grad}
-    changed = tuple(key for key in watched if not torch.equal(given[key].detach(), before[key]))
-    return LayerCall(values, changed)
-
-
-def _run_backward(outputs: tuple[Tensor, ...], drawn: Draw, *, layout: str) -> None:
-    """Run the backward pass with copies of the drawn gradients, which a kernel may overwrite."""
-    # The gradient of a sum over rows is one row, with strides of 0.
-    gradients = [
-        d_out.to(out.dtype)[0].expand(out.shape)
-        if layout == "strided"
-        else d_out.to(out.dtype).clone()
-        for d_out, out in zip(drawn.d_out, outputs, strict=True)
+def _compare(
+    subject: Subject,
+    inputs: Inputs,
+    found: LayerCall,
+    plain: LayerCall,
+    exact: LayerCall,
+    *,
+    name: str,
+    slack: float,
+) -> tuple[list[Figure], list[Reason]]:
+    """Compare the results of a call."""
+    figures: list[Figure] = []
+    reasons = [
+        Reason(code="numerics-fwd", text=f"{name}: the call changed {key}, which the model uses")
+        for key in found.changed
     ]
-    torch.autograd.backward(outputs, gradients)
-
-
-def _copy(leaf: Tensor, *, strided: bool) -> Tensor:
-    """Return a copy, as a view of every other number of a larger tensor if `strided`."""
-    if not strided:
-        return leaf.clone()
-    return torch.stack((leaf, leaf), -1)[..., 0]
+    for key, wanted in exact.values.items():
+        if wanted is None:
+            continue
+        judged = _judge(
+            found.values[key], plain.values[key], wanted, key, inputs,
+            multiplies=subject.multiplies, slack=slack,
+        )  # fmt: skip
+        forward = key.startswith("out")
+        if isinstance(judged, str):
+            code = "numerics-fwd" if forward else "grad-detached"
+            code = "nan" if "NaN" in judged else code
+            reasons.append(Reason(code=code, text=f"{name}: {key} {judged}"))
+            continue
+        error, allowed, text = judged
+        quantity = f"{subject.name} {key}"
+        figures.append(Figure(quantity=quantity, error=error, allowed=allowed, case=name))
+        if text:
+            code = "numerics-fwd" if forward else "numerics-bwd"
+            reasons.append(Reason(code=code, text=f"{name}: {key} {text}"))
+    return figures, reasons
 
 
 def _lowest(dtypes: Any) -> str:
@@ -268,32 +280,53 @@ def _judge(
     found: Tensor | None,
     plain: Tensor | None,
     exact: Tensor,
+    key: str,
+    inputs: Inputs,
     *,
-    lowest: str,
     multiplies: bool,
+    slack: float,
 ) -> tuple[float, float, str] | str:
     """Compare a value with the exact one.
+
+    Args:
+        found: of the replaced layer.
+        plain: of the model's own layer.
+        exact: of the reference.
+        key: "out", or "d" and the name of an input.
+        inputs: of the call.
+        multiplies: whether the layer multiplies matrices.
+        slack: a factor of the bounds.
 
     Returns:
         The largest error of a row, the allowed one, and the broken rule in words or ""; or why the
         value can't be compared.
     """
+    drawn, _, tiling = inputs
+    lowest = _lowest(drawn.dtypes.values())
+    forward = key.startswith("out")
+    if not forward and key[1:] in drawn.weights:
+        exact = exact * (tiling.total if tiling else 1)
+        plain = plain * (tiling.total if tiling else 1) if plain is not None else None
+        tiling = None
+    shape = list(exact.shape)
+    if tiling:
+        shape[tiling.dim] = len(tiling.index)
     if found is None:
         return "has no gradient, so that it would not be trained"
-    if found.shape != exact.shape:
-        return f"is {tuple(found.shape)}, needed {tuple(exact.shape)}"
+    if list(found.shape) != shape:
+        return f"is {tuple(found.shape)}, needed {tuple(shape)}"
     if not torch.isfinite(found).all():
         return "is NaN or inf"
     assert plain is not None
     base = TF32 if multiplies and lowest == "float32" else 0.0
-    errors = _errors(found, exact)
-    own = _errors(plain, exact)
+    errors = _errors(found, exact, tiling, forward=forward)
+    own = _errors(plain, exact, None, forward=forward)
     # The mean of n roundings is sqrt(n) smaller than one; 4 of its deviations.
     chance = 4 * MEAN[lowest] / math.sqrt(exact.numel())
     limits = _Errors(
-        FACTOR * own.largest + max(LARGEST[lowest], base),
-        FACTOR * own.mean + max(MEAN[lowest], base),
-        FACTOR * own.gain + max(GAIN[lowest], base) + chance,
+        FACTOR * own.largest + slack * max(LARGEST[lowest], base),
+        FACTOR * own.mean + slack * max(MEAN[lowest], base),
+        FACTOR * own.gain + slack * max(GAIN[lowest], base) + chance,
     )
     words = (
         "is {:.1e} of a row's largest value off the reference, allowed {:.1e}",
@@ -314,29 +347,33 @@ class _Errors(NamedTuple):
     gain: float
 
 
-def _errors(found: Tensor, exact: Tensor) -> _Errors:
+def _errors(found: Tensor, exact: Tensor, tiling: Tiling | None, *, forward: bool) -> _Errors:
     """Return the errors of a value; rows that are 0 everywhere are compared with the largest."""
-    wanted = exact.reshape(-1, exact.shape[-1])
-    off = found.double().reshape(wanted.shape) - wanted
-    size = wanted.abs().amax(-1)
+    size = exact.abs().amax(-1, keepdim=True)
     size = torch.where(size == 0, size.max().clamp_min(1e-30), size)
-    largest = (off.abs().amax(-1) / size).max().item()
-    scaled, wanted = off / size[:, None], wanted / size[:, None]
-    total = wanted.square().sum().clamp_min(1e-30)
-    mean = (scaled.square().sum() / total).sqrt().item()
-    return _Errors(largest, mean, abs(((scaled * wanted).sum() / total).item()))
+    largest = torch.zeros((), dtype=torch.float64, device=exact.device)
+    squares, total, product = largest.clone(), largest.clone(), largest.clone()
+    for value, wanted, row in _parts(found, exact, size, tiling, forward=forward):
+        scaled, wanted = (value.double() - wanted) / row, wanted / row
+        largest = torch.maximum(largest, scaled.abs().max())
+        squares += scaled.square().sum()
+        total += wanted.square().sum()
+        product += (scaled * wanted).sum()
+    total = total.clamp_min(1e-30)
+    return _Errors(largest.item(), (squares / total).sqrt().item(), (product / total).abs().item())
 
 
-class _InFloat64(TorchFunctionMode):  # type: ignore[misc]  # torch is Any here
-    """Compute in float64 where a model's code casts to float32, as norms and RoPE do."""
-
-    def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Replace float32 in the arguments, and Tensor.float by Tensor.double."""
-        if func is torch.Tensor.float:
-            func = torch.Tensor.double
-        args = tuple(torch.float64 if value is torch.float32 else value for value in args)
-        kwargs = {
-            key: torch.float64 if value is torch.float32 else value
-            for key, value in (kwargs or {}).items()
-        }
-        return func(*args, **kwargs)
+def _parts(
+    found: Tensor, exact: Tensor, size: Tensor, tiling: Tiling | None, *, forward: bool
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield parts of a large call's value, the exact ones, and the sizes of their rows."""
+    if tiling is None:
+        yield found, exact, size
+        return
+    step = max(1, COMPARED * exact.shape[tiling.dim] // exact.numel())
+    for start in range(0, len(tiling.index), step):
+        part = tiling.part(start, start + step)
+        wanted, row = part.repeat(exact), part.repeat(size)
+        if not forward:
+            wanted, row = part.scale(wanted), row * tiling.factors.max().item()
+        yield found.narrow(tiling.dim, start, len(part.index)), wanted, row

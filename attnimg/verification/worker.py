@@ -210,6 +210,7 @@ def prove_task(candidate: dict[str, Any], *, device: str, report: TextIO) -> Pro
         figures=tuple(found.figures),
         cases=found.cases,
         seconds=time.perf_counter() - started,
+        note=found.note,
     )
 
 

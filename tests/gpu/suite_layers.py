@@ -44,7 +44,8 @@ def layers(unit: dict[str, Any], stage: Callable[[str], None]) -> dict[str, Any]
         "text": "; ".join(reason.text for proof in refused for reason in proof.reasons)[:900],
         "values": {"proven": [task_name(task) for task in tasks],
                    "proof_seconds": [round(proof.seconds, 2) for proof in made],
-                   "figures": [_figure(proof) for proof in made]},
+                   "figures": [_figure(proof) for proof in made],
+                   "notes": [proof.note for proof in made if proof.note]},
     }  # fmt: skip
 
 

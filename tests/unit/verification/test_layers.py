@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from liger_in_torch import WRONG, in_torch
 from tiny_models import tiny_config
 
+from attnimg import liger
 from attnimg.facts import Arch, DType, LayersTask, Machine
 from attnimg.verification.layers import TaskResult, prove_layers
 from attnimg.verification.proofs import Setting
 from attnimg.verification.task_proofs import prove_tasks
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
-CLASSES = {"llama": "Llama", "gemma2": "Gemma2", "qwen3": "Qwen3", "phi3": "Phi3"}
+CLASSES = {"llama": "Llama", "gemma2": "Gemma2", "qwen3": "Qwen3", "phi3": "Phi3",
+           "mixtral": "Mixtral"}  # fmt: skip
 PRECISIONS = [("float32", False), ("float16", True), ("bfloat16", True), ("bfloat16", False)]
 # In the largest ones dweight sums as many rows as a small batch has tokens.
 TOKENS = 512
@@ -67,7 +70,8 @@ def test_a_wrong_layer_is_refused_in_every_precision(
 ) -> None:
     op, _ = WRONG[wrong]
     of = "gemma2" if "offset" in wrong else "llama"
-    found = prove(task(op, of, dtype=dtype, autocast=autocast), wrong)
+    tokens = 1600 if "1,000" in wrong else TOKENS
+    found = prove(task(op, of, dtype=dtype, autocast=autocast, tokens=tokens), wrong)
     assert found.reasons, wrong
     assert found.reasons[0].text.startswith(f"{op}: ")
 
@@ -87,6 +91,40 @@ def test_a_model_with_another_activation_is_refused() -> None:
                           "config": json.dumps(config)})  # fmt: skip
     assert prove(one).reasons == []
     assert prove(other).reasons[0].code == "numerics-fwd"
+
+
+def experts(model: Any) -> list[str]:
+    return [name for name, _ in model.named_modules() if name.endswith(".experts")]
+
+
+@pytest.mark.parametrize(("dtype", "autocast"), PRECISIONS)
+def test_the_experts_of_the_model_pass_and_others_do_not(
+    monkeypatch: pytest.MonkeyPatch, dtype: DType, autocast: bool
+) -> None:
+    # Liger's experts need a GPU; these are the model's own, and the same with the gate left out.
+    def replace(model: Any, _op: Any) -> liger.Replaced:
+        return liger.Replaced(modules=tuple(experts(model)))
+
+    def replace_wrong(model: Any, op: Any) -> liger.Replaced:
+        for name in experts(model):
+            model.get_submodule(name).act_fn = torch.nn.Identity()
+        return replace(model, op)
+
+    one = task("glu_activation", "mixtral", dtype=dtype, autocast=autocast)
+    monkeypatch.setattr(liger, "replace_layers", replace)
+    right = prove(one)
+    assert (right.reasons, right.cases) == ([], 12 if autocast else 6)
+    assert {figure.quantity.split()[-1] for figure in right.figures} == {
+        "out", "dx", "drouting", "dgate_up_proj", "ddown_proj"}  # fmt: skip
+    monkeypatch.setattr(liger, "replace_layers", replace_wrong)
+    assert prove(one).reasons[0].code == "numerics-fwd"
+
+
+def test_what_memory_leaves_out_is_noted() -> None:
+    one = task("rms_norm", tokens=1 << 16)
+    assert prove(one).note == (
+        "LlamaRMSNorm proven with 32768 of 65536 tokens: limited by CPU time"
+    )
 
 
 @pytest.fixture
@@ -116,4 +154,4 @@ def test_liger_s_own_kernels_pass_and_a_wrong_one_is_refused(
     monkeypatch.setenv("WRONG_LIGER", "negated")
     (wrong,) = prove_tasks(tasks[:1], setting=interpreted, log=log.append)
     assert wrong.reasons[0].code == "numerics-bwd"
-    assert "rms_norm: LlamaRMSNorm, 8 rows, float32, contiguous: dx" in wrong.reasons[0].text
+    assert "rms_norm: LlamaRMSNorm, 8 tokens, float32, contiguous: dx" in wrong.reasons[0].text

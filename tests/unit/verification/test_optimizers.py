@@ -49,63 +49,102 @@ def test_bitsandbytes_passes_on_a_cpu(
 class Adam(torch.optim.Optimizer):
     """AdamW with one mistake."""
 
-    def __init__(self, parameters: Any, wrong: str, one: OptimizerTask) -> None:
-        super().__init__(parameters, {})
-        self.wrong, self.one, self.steps = wrong, one, 0
+    def __init__(self, groups: list[optimizers.Group], wrong: str, one: OptimizerTask) -> None:
+        super().__init__(
+            [{"params": g.parameters, "weight_decay": g.weight_decay} for g in groups],
+            {"lr": optimizers.LEARNING_RATE},
+        )
+        self.wrong, self.one = wrong, one
+        self.shared: dict[Any, Any] = {}
+        self.first_rate: float | None = None
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
+        if self.first_rate is None:
+            self.first_rate = self.param_groups[0]["lr"]
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    self.update(weight, group)
+                elif self.wrong == "decay without a gradient":
+                    weight.mul_(1 - group["lr"] * group["weight_decay"])
+
+    def update(self, weight: Any, group: dict[str, Any]) -> None:
         wrong, one = self.wrong, self.one
-        self.steps += 1
         first, second = one.beta1, one.beta2
         if wrong == "betas exchanged":
             first, second = second, first
-        lr = 1e-3 * (1.05 if wrong == "5 percent more" else 1.0)
-        for weight in self.param_groups[0]["params"]:
-            state = self.state[weight]
-            gradient = weight.grad
-            if wrong == "decay in the gradient":
-                gradient = gradient + one.weight_decay * weight
-            mean = state.setdefault("mean", torch.zeros_like(weight))
-            square = state.setdefault("square", torch.zeros_like(weight))
-            mean.mul_(first).add_(gradient, alpha=1 - first)
-            square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
-            if wrong == "one scale for all":
-                for value in (mean, square):
-                    scale = value.abs().max() / 127
-                    value.copy_((value / scale).round() * scale)
-            if wrong == "states of the first block":
-                flat = square.view(-1)
-                flat[256:].copy_(flat[:256].repeat(len(flat) // 256 + 1)[: len(flat) - 256])
-            here, there = 1 - first**self.steps, 1 - second**self.steps
-            if wrong == "no bias correction":
-                here = there = 1.0
-            if wrong != "decay in the gradient" and wrong != "no decay":
-                weight.mul_(1 - lr * one.weight_decay)
-            weight.sub_(lr * (mean / here) / ((square / there).sqrt() + one.epsilon))
-            if wrong == "NaN":
-                weight.view(-1)[0] = float("nan")
+        lr = group["lr"] * (1.05 if wrong == "5 percent more" else 1.0)
+        if wrong == "the first learning rate":
+            lr = self.first_rate
+        decay = group["weight_decay"]
+        if wrong == "decay of the first group":
+            decay = self.param_groups[0]["weight_decay"]
+        gradient = weight.grad
+        if wrong == "nothing beyond 65,536 numbers":
+            gradient = gradient.clone()
+            gradient.view(-1)[65536:] = 0
+        if wrong == "decay in the gradient":
+            gradient = gradient + decay * weight
+        state = self.state[weight]
+        if wrong == "states shared by shape":
+            state = self.shared.setdefault((weight.shape, weight.dtype), state)
+        counted = self.shared if wrong == "steps counted by all weights" else state
+        steps = counted["steps"] = counted.get("steps", 0) + 1
+        mean = state.setdefault("mean", torch.zeros_like(weight))
+        square = state.setdefault("square", torch.zeros_like(weight))
+        mean.mul_(first).add_(gradient, alpha=1 - first)
+        square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
+        if wrong == "one scale for all":
+            for value in (mean, square):
+                scale = value.abs().max() / 127
+                value.copy_((value / scale).round() * scale)
+        if wrong == "states of the first block":
+            flat = square.view(-1)
+            flat[256:].copy_(flat[:256].repeat(len(flat) // 256 + 1)[: len(flat) - 256])
+        here, there = 1 - first**steps, 1 - second**steps
+        if wrong == "no bias correction":
+            here = there = 1.0
+        if wrong != "decay in the gradient" and wrong != "no decay":
+            weight.mul_(1 - lr * decay)
+        weight.sub_(lr * (mean / here) / ((square / there).sqrt() + one.epsilon))
+        if wrong == "NaN":
+            weight.view(-1)[0] = float("nan")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "wrong",
     ["betas exchanged", "decay in the gradient", "no decay", "one scale for all", "5 percent more",
-     "states of the first block", "no bias correction", "NaN"],
+     "states of the first block", "no bias correction", "NaN", "the first learning rate",
+     "steps counted by all weights", "states shared by shape", "nothing beyond 65,536 numbers",
+     "decay of the first group", "decay without a gradient"],
 )  # fmt: skip
 def test_a_wrong_optimizer_is_refused(
     monkeypatch: pytest.MonkeyPatch, wrong: str, dtype: DType
 ) -> None:
-    monkeypatch.setattr(optimizers, "build_optimizer", lambda p, one: Adam(p, wrong, one))
+    monkeypatch.setattr(optimizers, "build_optimizer", lambda g, one: Adam(g, wrong, one))
     found = prove(task(dtype=dtype))
     assert found.reasons, wrong
     assert {reason.code for reason in found.reasons} == {"optimizer-wrong"}
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    ["the first learning rate", "states shared by shape", "nothing beyond 65,536 numbers",
+     "steps counted by all weights"],
+)  # fmt: skip
+def test_a_wrong_optimizer_is_refused_with_the_bounds_of_4_bits(
+    monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    monkeypatch.setattr(optimizers, "build_optimizer", lambda g, one: Adam(g, wrong, one))
+    assert prove(task("adamw_torch_4bit")).reasons
+
+
 def test_an_exact_optimizer_written_in_another_way_passes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(optimizers, "build_optimizer", lambda p, one: Adam(p, "", one))
+    monkeypatch.setattr(optimizers, "build_optimizer", lambda g, one: Adam(g, "", one))
     assert prove(task()).reasons == []
     # What is right for 8 bits is right for 4, whose bounds are wider.
     assert prove(task("adamw_torch_4bit")).reasons == []
