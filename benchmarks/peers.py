@@ -1,11 +1,11 @@
-"""Compare attnimg with a bare TRL script and with axolotl: the same model, data, packing and steps.
+"""Compare attnimg with a TRL script and with axolotl: the same model, data, packing and steps.
 
     python benchmarks/peers.py [--rounds 3]
 
-Each trainer runs in a process of its own, in turn, so many times; figures are medians. A first run
-of attnimg also proves its backend, which later runs take from its cache. TRL's version is that of
-attnimg's environment, axolotl has its own in build/axolotl, with the versions that it needs. Writes
-docs/measured/peers.json, and the table of docs/peers.md. Exits with 1 if a goal is missed.
+In each round, each trainer runs in a process of its own; figures are medians. The first run of
+attnimg also proves its backend, and later runs read the proof from the cache. TRL runs in attnimg's
+environment, axolotl in build/axolotl, with the versions that it needs. Writes
+docs/measured/peers.json, and the table of docs/peers.md. Exits with 1 if a target is missed.
 """
 
 from __future__ import annotations
@@ -156,26 +156,30 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def misses(record: dict[str, Any]) -> list[str]:
-    """Return the goals that a record misses."""
+    """Return the targets that a record misses."""
     of = record["trainers"]
     found = []
     share = of["attnimg"]["first_step_cpu_s"] / of["axolotl"]["first_step_cpu_s"]
     if share > FIRST_STEP_MAX:
-        found.append(f"first step: {share:.2f} of axolotl's CPU time, at most {FIRST_STEP_MAX}")
+        found.append(
+            f"first step: {share:.2f} of axolotl's CPU time, needed at most {FIRST_STEP_MAX}"
+        )
     best = max(of[name]["tokens_per_cpu_s"] for name in TRAINERS)
     share = of["attnimg"]["tokens_per_cpu_s"] / best
     if share < THROUGHPUT_MIN:
-        found.append(f"throughput: {share:.2f} of the best, at least {THROUGHPUT_MIN}")
+        found.append(f"throughput: {share:.2f} of the best, needed at least {THROUGHPUT_MIN}")
     losses = [of[name]["final_loss"] for name in TRAINERS]
     if max(losses) - min(losses) > LOSS_NOISE:
-        found.append(f"final loss: {min(losses)} to {max(losses)}, apart by at most {LOSS_NOISE}")
+        found.append(
+            f"final loss: {min(losses)} to {max(losses)}, needed at most {LOSS_NOISE} apart"
+        )
     return found
 
 
 def table(record: dict[str, Any]) -> str:
     """Return the generated part of docs/peers.md."""
-    rows = ["| | CPU to the first step | tokens per CPU second | tokens a step | peak memory "
-            "| loss after |", "|---|---|---|---|---|---|"]  # fmt: skip
+    rows = ["| | CPU to the first step | tokens per CPU second | tokens per step | peak memory "
+            "| final loss |", "|---|---|---|---|---|---|"]  # fmt: skip
     for name in TRAINERS:
         found = record["trainers"][name]
         rows.append(
@@ -185,12 +189,13 @@ def table(record: dict[str, Any]) -> str:
         )
     versions = "; ".join(f"{name}: {text}" for name, text in record["versions"].items())
     missed = misses(record)
-    goals = "All goals are met." if not missed else f"Missed: {'; '.join(missed)}."
+    targets = "All targets are met." if not missed else f"Targets missed: {'; '.join(missed)}."
     return "\n".join(
         (
             *rows,
             "",
-            f"{record['date']}, {record['machine']}, load {record['load_average']}. {goals}",
+            f"{record['date']}, {record['machine']}, load average {record['load_average']}. "
+            f"{targets}",
             "",
             f"Versions: {versions}.",
         )

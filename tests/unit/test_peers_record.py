@@ -31,7 +31,7 @@ def test_the_record_names_no_folder_of_its_machine() -> None:
     assert str(peers.ROOT) not in text
 
 
-def test_a_missed_goal_is_named() -> None:
+def test_a_missed_target_is_named() -> None:
     good = copy.deepcopy(RECORD)
     for found in good["trainers"].values():
         found |= {"first_step_cpu_s": 10.0, "tokens_per_cpu_s": 100.0, "final_loss": 1.0}
