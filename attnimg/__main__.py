@@ -44,7 +44,7 @@ def _number(text: str) -> int:
     return int(text)
 
 
-_ON = _argument("--on", "Judge for this GPU: h100, t4, sm_90, gfx942, cpu.", metavar="GPU")
+_ON = _argument("--on", "Check for this GPU: h100, t4, sm_90, gfx942, cpu.", metavar="GPU")
 _SETTINGS = _argument(
     "settings", "Keys to set: learning_rate=1e-4.", metavar="KEY=VALUE", nargs="*"
 )
@@ -64,15 +64,21 @@ COMMANDS = {
         (
             _argument("files", "YAML files.", metavar="CONFIG", nargs="+"),
             _ON,
-            _argument("--torch", "Judge for this torch, such as 2.13.", metavar="VERSION"),
+            _argument(
+                "--torch", "Check for this version of torch, such as 2.13.", metavar="VERSION"
+            ),
             _JSON,
         ),
     ),
     "explain": Command(
         "explain",
-        "Explain which backend would run, why, and the reasons against each other one.",
+        "Explain which backend would run, and why each other backend would not.",
         (
-            _argument("target", "A YAML, a model folder, config.json.", metavar="CONFIG_OR_MODEL"),
+            _argument(
+                "target",
+                "A YAML file, a model's folder, or its config.json.",
+                metavar="CONFIG_OR_MODEL",
+            ),
             _SETTINGS,
             _ON,
             _argument("--image", "Assume this image's packages: hopper, ada.", metavar="NAME"),
@@ -81,19 +87,19 @@ COMMANDS = {
     ),
     "convert": Command(
         "convert",
-        "Write a config of TRL, LLaMA-Factory or axolotl as one of attnimg; answer each key.",
+        "Convert a config of TRL, LLaMA-Factory or axolotl; report what happened to each key.",
         (
             _argument("file", "The YAML file of the other trainer.", metavar="FILE"),
             _argument("--output", "Write the new config here, not to stdout.", metavar="FILE"),
             _argument(
                 "--from",
-                "Whose config it is, where its keys do not decide.",
+                "The trainer of the config, if its keys fit several trainers.",
                 dest="trainer",
                 choices=("trl", "llama-factory", "axolotl"),
             ),
             _argument(
                 "--dataset-format",
-                "The format of TRL's datasets, where they are not on this machine.",
+                "The format of TRL's datasets, if they are not on this machine.",
                 choices=("messages", "conversations", "text", "prompt-completion"),
             ),
             _JSON,
@@ -122,24 +128,30 @@ COMMANDS = {
     ),
     "preprocess": Command(
         "preprocess",
-        "Tokenize, pack and cache a run's data, and show which tokens are trained; no model.",
+        "Tokenize, pack and cache a run's data, and show which tokens are trained.",
         (
             _argument("file", "The YAML file of the run.", metavar="CONFIG"),
             _SETTINGS,
             _argument("--show", "Print N documents of each dataset.", type=_number, metavar="N"),
             _argument(
-                "--html", "Write them to one static page (10 each without --show).", metavar="FILE"
+                "--html",
+                "Write them to an HTML file; 10 of each dataset without --show.",
+                metavar="FILE",
             ),
             _argument(
-                "--seed", "Seed of the choice of documents.", type=_number, default=0, metavar="N"
+                "--seed",
+                "Seed of the random choice of documents.",
+                type=_number,
+                default=0,
+                metavar="N",
             ),
             _JSON,
         ),
     ),
     "schema": Command(
         "schema",
-        "Print the JSON Schema of a config, by which editors complete and check its keys.",
-        (_argument("--json", "Print it in one line.", dest="as_json_lines", action="store_true"),),
+        "Print the JSON Schema of a config, with which editors complete and check keys.",
+        (_argument("--json", "Print it on one line.", dest="as_json_lines", action="store_true"),),
     ),
     "merge": Command(
         "merge",
@@ -149,11 +161,14 @@ COMMANDS = {
             _argument("--output", "The folder to write; RUN/merged by default.", metavar="FOLDER"),
             _argument(
                 "--dtype",
-                "Of the merged weights; that of the base model's files by default.",
+                "Dtype of the merged weights; by default that of the base model's files.",
                 choices=("float32", "bfloat16", "float16"),
             ),
             _argument(
-                "--max-shard-size", "Of a file with weights: 5GB.", metavar="SIZE", default="5GB"
+                "--max-shard-size",
+                "The largest size of a weight file; 5GB by default.",
+                metavar="SIZE",
+                default="5GB",
             ),
             _BASE_MODEL,
             _JSON,
@@ -161,7 +176,7 @@ COMMANDS = {
     ),
     "chat": Command(
         "chat",
-        "Talk to a run's model on the terminal, or answer each line of standard input.",
+        "Chat with a run's model on the terminal, or answer each line of standard input.",
         (
             _RUN,
             _argument("--system", "The system message.", metavar="TEXT"),
@@ -169,16 +184,25 @@ COMMANDS = {
                 "--raw", "Complete each line as text, without chat template.", action="store_true"
             ),
             _argument(
-                "--max-new-tokens", "The longest answer: 512.", metavar="N", type=int, default=512
+                "--max-new-tokens",
+                "The longest answer in tokens; 512 by default.",
+                metavar="N",
+                type=int,
+                default=512,
             ),
             _argument(
                 "--temperature",
-                "Of the sampling, 0 for none; by default as in the model's generation config.",
+                "Sampling temperature; 0 takes the most likely token. By default the model's.",
                 metavar="T",
                 type=float,
             ),
-            _argument("--top-p", "Sample from the most likely tokens.", metavar="P", type=float),
-            _argument("--seed", "Of the sampling.", metavar="N", type=int),
+            _argument(
+                "--top-p",
+                "Sample from the most likely tokens with this total probability.",
+                metavar="P",
+                type=float,
+            ),
+            _argument("--seed", "Seed of the sampling.", metavar="N", type=int),
             _BASE_MODEL,
             _JSON,
         ),
@@ -273,8 +297,8 @@ def _top_parser() -> argparse.ArgumentParser:
     width = max(map(len, COMMANDS)) + 2
     parser = _Parser(
         prog="attnimg",
-        description="The right attention kernels for your GPU: chosen, checked, applied to your "
-        "run.\n\ncommands:\n"
+        description="Train language models with attention kernels that are chosen for your GPU and "
+        "checked on it.\n\ncommands:\n"
         + "\n".join(f"  {name:{width}}{command.help}" for name, command in COMMANDS.items()),
         epilog="attnimg COMMAND --help lists its arguments. --debug, anywhere, shows the traceback "
         "of an error.",

@@ -1,4 +1,4 @@
-"""Run `attnimg chat`: talk to a run's model on the terminal, or answer lines of a pipe."""
+"""Run `attnimg chat`: chat with a run's model on a terminal, or answer lines from a pipe."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def chat(
     base_model: str | None,
     as_json_lines: bool,
 ) -> None:
-    """Talk to a run's model, or answer each line of standard input."""
+    """Chat with a run's model, or answer each line of standard input."""
     _check_numbers(max_new_tokens, temperature, top_p, seed)
     require_trainer()
     require_one_process("chat")

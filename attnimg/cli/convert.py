@@ -1,4 +1,4 @@
-"""Run `attnimg convert`: write another trainer's config as one of attnimg."""
+"""Run `attnimg convert`: convert another trainer's config into one for attnimg."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _as_json(found: Conversion, *, file: str, output: str | None) -> dict[str, A
         "errors": [asdict(finding) for finding in found.errors],
         "warnings": [asdict(finding) for finding in found.warnings],
     }
-    # NaN and infinity, which JSON does not have, are refused, but stand in the report.
+    # NaN and infinity, which JSON does not have, are refused, but are in the report.
     loaded: dict[str, Any] = json.loads(
         json.dumps(written, default=str), parse_constant=lambda name: name
     )
@@ -100,13 +100,13 @@ def _report(found: Conversion, *, file: str, output: str | None) -> Iterator[Sty
     if found.added and not found.errors:
         listed = ", ".join(f"{key}: {_short(value)}" for key, value in found.added.items())
         name = NAMES[found.trainer]
-        yield [(f"  {'written out':<14} {name}'s defaults: {listed}", "dim")]
+        yield [(f"  {'added':<14} {name}'s defaults: {listed}", "dim")]
     for findings, kind in ((found.errors, "error"), (found.warnings, "warning")):
         if kind == "error" or not found.errors:
             yield from findings_text(findings, kind)
     if found.errors:
         count = len(found.errors)
-        mark, end = ("no", "red"), f"  {count} error{'s' if count > 1 else ''}; nothing is written"
+        mark, end = ("no", "red"), f"  {count} error{'s' if count > 1 else ''}; nothing was written"
     else:
         mark, end = ("ok", "green"), f"  {output}" if output else ""
     yield [mark, (f"  {file}  ", ""), (f"from {NAMES[found.trainer]}", "cyan"), (end, "")]
@@ -127,7 +127,7 @@ def _write(path: Path, text: str) -> None:
             mask = os.umask(0)
             os.umask(mask)
             Path(name).chmod(0o666 & ~mask)
-            os.link(name, path)  # fails where a file of that name was made meanwhile
+            os.link(name, path)  # fails if a file of that name was created meanwhile
         finally:
             Path(name).unlink(missing_ok=True)
     except OSError as error:

@@ -45,8 +45,8 @@ def merge(
             progress.log(f"the weights of {merged.base_model} were dequantized")
         kept = "" if logits.kept is None else f"; {logits.kept:.1%} of the adapter's effect"
         progress.log(
-            f"the logits of {logits.tokens} tokens equal the adapter's: they differ by "
-            f"{logits.difference:.1e} of their size (allowed {logits.tolerance:.0e} with weights "
+            f"the logits of {logits.tokens} tokens equal the adapter's: the relative difference is "
+            f"{logits.difference:.1e} (allowed {logits.tolerance:.0e} with weights "
             f"in {merged.dtype}){kept}"
         )
         files = sum(name.endswith(".safetensors") for name in merged.files)

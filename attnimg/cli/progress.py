@@ -1,4 +1,4 @@
-"""Show the progress of long work on stderr: a bar on a terminal, lines elsewhere."""
+"""Show the progress of long tasks on stderr: a bar on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 

@@ -15,10 +15,10 @@ from attnimg.memory.amounts import Amount, amount
 from attnimg.memory.architecture import Architecture, Layer, Linear
 from attnimg.memory.settings import ADAPTER_BYTES, RunSettings, trains_head
 
-# TRL's loss: tokens and columns of the vocabulary whose logits exist at once.
+# The tokens and vocabulary entries whose logits TRL's loss has in memory at once.
 LOSS_TOKENS, LOSS_COLUMNS = 4096, 32768
-# Float32 tensors of those logits in the backward and in the forward pass of torch's version, which
-# a CPU runs. Source: trl 1.16, kernels/chunked_logprob.py, _backward_tile and _forward_tile
+# Float32 tensors of those logits in the backward and in the forward pass of the code for CPUs.
+# Source: trl 1.16, kernels/chunked_logprob.py, _backward_tile and _forward_tile
 # (2026-11-27).
 _LOSS_TENSORS, _FORWARD_TENSORS = 7, 3
 # Float32 tensors of the logits in the comparison of the loss: in the model's own loss, and in its
@@ -31,8 +31,8 @@ class LayerBytes:
     """The bytes of one layer.
 
     Attributes:
-        kept: what autograd keeps from the forward to the backward pass.
-        working: what the backward pass of the layer needs beside it, at its largest.
+        kept: the tensors that autograd keeps from the forward to the backward pass.
+        working: the most that the layer's backward pass needs in addition.
         input: the layer's input, which is all that checkpointing keeps.
     """
 
@@ -72,7 +72,7 @@ def layer_bytes(
         kept += [] if run.adapter and not run.adapts(layer.out) else [out]
     else:
         kept += [out, tokens * group.heads * 4]
-        # Its input is the attention's output, unless it is cast for the adapter.
+        # The input of o_proj is the attention's output, unless it is cast for the adapter.
         if run.adapter and run.adapts(layer.out):
             of_out = _inputs((layer.out,), run, source=c)
             kept += of_out[1:] if c == ADAPTER_BYTES and not run.dropout else of_out
@@ -164,7 +164,7 @@ def loss_bytes(model: Architecture, run: RunSettings) -> tuple[Amount, Amount]:
 def untouched_bytes(model: Architecture, run: RunSettings, *, rows: int) -> int:
     """Return the bytes that the loss allocates and does not write, which take no memory on a CPU.
 
-    The buffer for logits has LOSS_COLUMNS columns, however small the vocabulary is.
+    The buffer for logits has LOSS_COLUMNS columns even if the vocabulary is smaller.
 
     Args:
         model: the sizes of the model.
@@ -176,7 +176,7 @@ def untouched_bytes(model: Architecture, run: RunSettings, *, rows: int) -> int:
 
 
 def evaluation_bytes(model: Architecture, run: RunSettings) -> Amount:
-    """Return the tensors of an evaluation batch, in which autograd keeps nothing."""
+    """Return the bytes of an evaluation batch, for which autograd keeps nothing."""
     tokens, c = run.eval_rows * run.length, run.compute
     if not tokens:
         return amount([])
@@ -193,9 +193,9 @@ def evaluation_bytes(model: Architecture, run: RunSettings) -> Amount:
 
 
 def loss_check_bytes(model: Architecture, run: RunSettings) -> Amount:
-    """Return what comparing the loss with the model's own needs; see train/own_loss.py.
+    """Return the bytes that train/own_loss.py needs to compare the loss with the model's own.
 
-    It runs forward and backward in eval mode, in which layers are not checkpointed.
+    It runs forward and backward in eval mode, without checkpointing.
     """
     tokens = max(32, min(512, (128 << 20) // (4 * model.vocabulary), run.rows * run.length))
     of_check = replace(run, rows=1, length=tokens, dropout=False)

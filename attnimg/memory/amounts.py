@@ -1,4 +1,4 @@
-"""Add up the bytes of tensors, those of small ones apart, which a CPU allocates otherwise."""
+"""Add up the bytes of tensors; small ones separately, since a CPU allocates them differently."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Amount:
     """Bytes of several tensors.
 
     Attributes:
-        total: of all.
-        small: of those that are smaller than SMALL.
+        total: bytes of all tensors.
+        small: bytes of the tensors that are smaller than SMALL.
     """
 
     total: int = 0

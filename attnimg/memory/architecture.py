@@ -1,4 +1,4 @@
-"""Read the sizes of a decoder's layers from its config.json: its weights, by name and shape.
+"""Read the sizes of a decoder's layers from its config.json: weights by name and shape.
 
 Only model types whose blocks are described in _BLOCKS are read. tests/unit/memory compares the
 number of weights of each with transformers' own class.
@@ -15,7 +15,7 @@ from attnimg.facts import LayerGroup, Model
 from attnimg.selection.attention_shapes import language_model
 from attnimg.selection.model_config import LANGUAGE_PARTS
 
-# Parts of a config.json that describe towers beside the language model.
+# Parts of a config.json that describe encoders beside the language model.
 _TOWERS = ("vision_config", "audio_config", "vq_config", "speech_config")
 
 
@@ -24,8 +24,8 @@ class _Block:
     """How the layers of a model type differ from llama's.
 
     Attributes:
-        norms: norms of hidden_size in each layer.
-        qk_norm: norms on q and k, over a head or over all heads; None for none.
+        norms: number of norms over hidden_size in each layer.
+        qk_norm: whether q and k have norms, over each head or over all heads; None for none.
         qkv_bias: whether q, k and v always have a bias; otherwise attention_bias decides.
         fused: whether q, k and v are one layer, and gate and up one.
         experts: whether the feed-forward block has experts.
@@ -91,7 +91,7 @@ class Experts:
 
     Attributes:
         count: number of experts.
-        used: experts of each token.
+        used: experts per token.
         size: their intermediate size.
     """
 
@@ -102,19 +102,19 @@ class Experts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layer:
-    """Equal decoder layers.
+    """A group of decoder layers with the same sizes.
 
     Attributes:
         count: how many layers.
         attention: heads and head sizes.
         qkv: the linear layers before the attention.
-        out: the one after it.
+        out: the linear layer after the attention.
         gate_up: the linear layers before the activation function; empty for experts.
-        down: the one after it; None for experts.
+        down: the linear layer after the activation function; None for experts.
         size: intermediate size; that of an expert for experts.
         experts: the experts; None for a dense layer.
-        norms: norms of hidden_size.
-        qk_norm: weights of the norms on q and k; 0 without.
+        norms: number of norms over hidden_size.
+        qk_norm: number of weights in the norms of q and k; 0 without norms.
     """
 
     count: int
@@ -142,8 +142,8 @@ class Architecture:
         type: its model_type.
         hidden: size of the hidden states.
         vocabulary: rows of the embeddings.
-        tied: whether the output layer is the input embeddings.
-        layers: groups of equal layers.
+        tied: whether the output layer shares its weight with the input embeddings.
+        layers: groups of layers with the same sizes.
     """
 
     type: str
@@ -190,7 +190,7 @@ class Architecture:
         return embeddings + self.linear_weights + self.expert_weights + self.small_weights
 
 
-# Share of the weights by which a file may differ: older checkpoints also contain buffers.
+# The number of weights in the files may differ by this share: older checkpoints contain buffers.
 _COUNT_ERROR = 0.001
 
 

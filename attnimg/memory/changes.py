@@ -17,7 +17,7 @@ from attnimg.memory.forecast import Forecast
 
 Values = dict[str, Any]
 
-# The keys of this project's config that a change may set, with the cost of a change.
+# The cost of each kind of change: a set of changes is tried in the order of their sum.
 _CHECKPOINTING, _BATCH, _OFFLOAD, _OPTIMIZER, _FOUR_BITS, _ADAPTER, _LENGTH = 1, 2, 4, 8, 16, 32, 64
 _8BIT = {
     "adamw_torch": "adamw_8bit", "adamw_torch_fused": "adamw_8bit", "paged_adamw": "adamw_8bit",
@@ -25,7 +25,7 @@ _8BIT = {
     "paged_lion_32bit": "paged_lion_8bit",
 }  # fmt: skip
 _SHORTEST = 128
-# Changes that are listed.
+# The number of changes that are listed.
 LIMIT = 3
 
 
@@ -72,7 +72,7 @@ def find_changes(
 
 
 def _includes(values: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Return whether values make the changes of others, and more."""
+    """Return whether values include all changes of another set."""
     known = dict(values)
     if known.get("gradient_checkpointing") == "offload":
         known["gradient_checkpointing"] = True
@@ -80,7 +80,7 @@ def _includes(values: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def _candidates(config: Config, *, cpu: bool) -> Iterator[Values]:
-    """Yield sets of values by their cost: the sum of the costs of the changes in them."""
+    """Yield sets of values in the order of their cost, the sum of the costs of their changes."""
     choices = (
         [(0, {}), *_recompute(config, cpu=cpu)],
         [(0, {}), *_smaller_batches(config)],

@@ -32,15 +32,15 @@ Fits = Literal["yes", "maybe", "no"]
 # Bytes of a process on a CPU before it loads a model: Python, torch and the libraries.
 # Source: docs/measured/memory.json, the runs of the part "base" (2026-11-27).
 CPU_BASE = 680 << 20
-# Share of the heap's bytes that is free between its tensors, on a CPU: with all weights trained,
-# and with an adapter, whose small tensors split the freed memory of large ones.
+# On a CPU, the share of the heap that is free between its tensors: with all weights trained, and
+# with an adapter, whose small tensors fragment the freed memory of large ones.
 # Source: docs/measured/memory.json, the runs that calibrate it.
 HEAP_FREE, HEAP_FREE_ADAPTER = 0.22, 0.70
-# Bytes that CUDA's context and the libraries take on a GPU, from fewer to more kernels, and the
-# share that torch's allocator holds beyond the tensors. Assumptions: no run measured them yet.
+# Bytes that CUDA's context and the libraries take on a GPU, with few and with many kernels, and the
+# share that torch's allocator holds beyond the tensors. Assumed: no run has measured them yet.
 CUDA_LOW, CUDA_HIGH = 400 << 20, 1200 << 20
 GPU_OVERHEAD = 0.08
-# The stated errors: of the bytes that torch allocates, and of a process on a CPU.
+# The errors that the range allows for: of torch's allocations, and of a process on a CPU.
 TENSOR_ERROR, PROCESS_ERROR = 0.10, 0.15
 
 
@@ -56,7 +56,7 @@ class Forecast:
         low: the low end of the range, in bytes.
         high: the high end.
         available: bytes of the device; None when not known.
-        why: why there is no forecast, or which parts it lacks; empty for a whole one.
+        why: why there is no forecast, or which parts it lacks; empty for a complete forecast.
     """
 
     parts: Mapping[str, int]
@@ -108,13 +108,15 @@ def forecast_memory(
     if isinstance(run, str):
         return _unknown(run, available)
     if not trained_weights(model, run):
-        return _unknown("lora_target_modules matches no layer that is known here", available)
+        return _unknown("lora_target_modules matches no layer that the forecast knows", available)
     if run.adapter and model.expert_weights and run.adapts_experts:
-        return _unknown("an adapter on experts is not described in attnimg", available)
+        return _unknown("the forecast does not know adapters on experts", available)
     if run.cpu and model.expert_weights and run.compute == 2:
-        return _unknown("a CPU takes more for experts in 16 bits than their tensors", available)
+        return _unknown(
+            "experts in 16 bits take more memory on a CPU than their tensors", available
+        )
     found = quadratic_memory(plan, problem)
-    # The mask of the largest batch, which may be one of the evaluation.
+    # The mask of the largest batch, which may be an evaluation batch.
     quadratic = found.layer * run.rows // problem.rows if found else 0
     phases = list_phases(model, run, quadratic=quadratic)
     phase, weights = largest_phase(phases), weight_bytes(model, run)
@@ -150,7 +152,7 @@ def forecast_memory(
 def process_bytes(
     phases: Mapping[str, Mapping[str, Amount]], *, untouched: Mapping[str, int], adapter: bool
 ) -> int:
-    """Return the bytes of a process beside its weights: small tensors stay in its heap.
+    """Return the bytes of a process without its weights; freed small tensors stay in its heap.
 
     Args:
         phases: as list_phases returns them.
@@ -233,5 +235,7 @@ def _step_bytes(model: Architecture, run: RunSettings) -> Amount:
     if run.optimizer == "adafactor":
         return amount(3 * [4 * largest])
     if run.optimizer in ("adamw_torch", "adagrad", "rmsprop") and not run.cpu:
-        return gradient_bytes(model, run)  # torch's foreach makes a list of temporary tensors
+        return gradient_bytes(
+            model, run
+        )  # torch's foreach implementation creates temporary tensors
     return amount([0 if run.optimizer in ("adamw_torch_fused", "sgd") else 4 * largest])

@@ -14,7 +14,7 @@ from attnimg.memory.settings import RunSettings, trained_weights
 
 # Weights of a 4-bit block, and scales of a block of scales.
 _BLOCK, _NESTED = 64, 256
-# Tensors with fewer weights keep states of 32 bits.
+# Tensors with fewer weights have 32-bit states.
 _SMALLEST_8BIT = 4096
 
 # Optimizer -> bytes of states for each weight, where they do not depend on the weight's dtype.
@@ -22,9 +22,9 @@ _FIXED = {
     "paged_adamw": 8.0, "paged_adamw_32bit": 8.0, "lion_32bit": 4.0, "paged_lion_32bit": 4.0,
     "sgd": 0.0,
 }  # fmt: skip
-# Optimizer -> states of the weight's dtype.
+# Optimizer -> number of states in the weight's dtype.
 _STATES = {"adamw_torch": 2, "adamw_torch_fused": 2, "adagrad": 1, "rmsprop": 1}
-# Optimizer -> states, bits of each, weights of a block with a scale of 32 bits.
+# Optimizer -> number of states, bits of each, weights per block, which has a 32-bit scale.
 _BLOCKWISE = {
     "adamw_8bit": (2, 8, 256), "adamw_bnb_8bit": (2, 8, 256), "paged_adamw_8bit": (2, 8, 256),
     "lion_8bit": (1, 8, 256), "paged_lion_8bit": (1, 8, 256), "adamw_torch_8bit": (2, 8, 256),
@@ -57,8 +57,8 @@ def weight_bytes(model: Architecture, run: RunSettings) -> int:
 def mapped_bytes(model: Architecture, run: RunSettings) -> int:
     """Return the bytes of weights that a CPU run maps from the model's file and does not train.
 
-    Weights that are loaded as they are stay in the mapped file, and with them all of its pages that
-    were read: also the originals of weights that were quantized or cast.
+    Weights that are loaded without a change stay in the mapped file. All of its pages that were
+    read are in memory, also the originals of weights that were quantized or cast.
     """
     quantized = model.linear_weights * run.weight if run.bits else 0
     cast = run.embedding != run.weight

@@ -21,9 +21,9 @@ class MemoryReport:
 
     Attributes:
         forecast: the forecast.
-        changes: changes with which the run fits; empty where it fits, or where there are none.
-        gpus: where the run does not fit and there are no changes, the names of the GPUs with the
-            least memory that hold it.
+        changes: changes with which the run fits; empty if it fits, or if no change helps.
+        gpus: if the run does not fit and no change helps, the names of the GPUs with the least
+            memory in which it fits.
     """
 
     forecast: Forecast
@@ -42,7 +42,7 @@ def report_memory(
     stored_weights: int | None = None,
     processes: int = 1,
 ) -> MemoryReport:
-    """Return the forecast of a run, and changes with which it fits if it may not.
+    """Return the forecast of a run, and changes with which it fits if it does not surely fit.
 
     Args:
         config: the validated run.
@@ -62,7 +62,7 @@ def report_memory(
     model = read_architecture(raw, problem.model, stored_weights=stored_weights)
 
     def forecast(changed: Config) -> Forecast:
-        # None of these fields changes which backend is chosen.
+        # The choice of a backend depends on none of these fields.
         rows = max(changed.micro_batch_size, changed.eval_batch_size or 0)
         of_run = replace(
             problem,

@@ -14,7 +14,7 @@ BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 # PEFT keeps the matrices of an adapter in float32 beside a base model in 16 bits.
 # Source: peft 0.21.2, tuners/tuners_utils.py, cast_adapter_dtype (2026-11-27).
 ADAPTER_BYTES = 4
-# Keys that change weights or layers in ways that are not described here.
+# Keys that change weights or layers in ways that the forecast does not know.
 _UNKNOWN = (
     "unfrozen_parameters", "lora_target_parameters", "lora_rank_pattern",
     "peft_layers_to_transform", "quantize_moe_experts", "model_type", "model_quantization_config",
@@ -31,26 +31,26 @@ class RunSettings:
         rows: rows of a training batch.
         eval_rows: rows of an evaluation batch; 0 without evaluation.
         length: tokens of a row.
-        compute: bytes of an input of a matrix product.
-        hidden: bytes of a hidden state between layers.
+        compute: bytes per element of the inputs of matrix products.
+        hidden: bytes per element of the hidden states between layers.
         autocast: whether torch.autocast casts the inputs of linear layers.
-        weight: bytes of a weight of linear layers.
-        embedding: bytes of a weight of embeddings and norms.
+        weight: bytes per weight of linear layers.
+        embedding: bytes per weight of embeddings and norms.
         adapter: whether an adapter is trained instead of all weights.
-        bits: bits of the frozen weights of linear layers: 4, 8, or 0 for not quantized.
+        bits: bits per frozen weight of linear layers: 4, 8, or 0 if not quantized.
         nested: whether the scales of 4-bit weights are quantized too.
-        rank: of the adapter.
+        rank: rank of the adapter.
         dora: whether the adapter is a DoRA.
         dropout: whether the adapter has dropout.
         targets: names of the layers with an adapter, or a regular expression; None for all.
         saved: names of the modules that are trained as a whole beside an adapter.
-        optimizer: its name.
+        optimizer: name of the optimizer.
         accumulates: whether gradients are kept over several batches.
         checkpointing: whether activations are computed again in the backward pass.
         offloads: whether the inputs of layers are moved to CPU memory.
         cpu: whether the run is on a CPU.
         masked: whether attention gets a mask, for which keys and values are repeated.
-        eager: whether attention keeps its scores.
+        eager: whether attention stores its scores for the backward pass.
         processes: processes that train together.
     """
 
@@ -125,9 +125,9 @@ def read_settings(
         if getattr(config, key):
             return f"the forecast does not know {key}"
     if backend.name == "sdpa_math":
-        return "sdpa_math keeps the scores of each document, whose lengths are not known"
+        return "sdpa_math keeps the scores of each document, and their lengths are not known"
     if problem.compiled:
-        return "torch.compile fuses layers, so that other activations are kept"
+        return "torch.compile fuses operations, so other activations are kept"
     dtype, adapter = problem.dtype, config.adapter is not None
     compute = BYTES[dtype]
     # Source: attnimg/train/model.py, _loading_dtype and _keeps_float32.

@@ -17,19 +17,19 @@ from attnimg.train.run import TrainReport, read_checked_task, with_model_config
 
 Message = Mapping[str, str]
 
-# The largest relative difference of the logits of one token, computed with a cache and without one.
+# The largest relative difference between one token's logits with a KV cache and without one.
 # Rounding in bfloat16 explains less than 0.02, measured on tiny models (2026-11-27).
 _CACHE_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """How answers are generated; None takes the value of the model's generation config.
+    """How answers are generated; None means the value of the model's generation config.
 
     Attributes:
-        max_new_tokens: the longest answer.
-        temperature: of the sampling; 0 always takes the most likely token.
-        top_p: the smallest set of tokens with this probability is sampled from.
+        max_new_tokens: the longest answer, in tokens.
+        temperature: temperature of the sampling; 0 always takes the most likely token.
+        top_p: total probability of the most likely tokens that are sampled from.
     """
 
     max_new_tokens: int
@@ -59,12 +59,12 @@ class Answer:
     """A generated answer.
 
     Attributes:
-        text: without special tokens.
-        prompt_tokens: number of tokens before it.
+        text: the answer, without special tokens.
+        prompt_tokens: number of tokens in the prompt.
         tokens: number of generated tokens.
         finish: why it ended: at an end token, at the longest length, at the end of the model's
             context, or by the user.
-        seconds: the duration.
+        seconds: how long it took.
     """
 
     text: str
@@ -78,13 +78,13 @@ class Answer:
 def load_chat(
     run: RunFolder, machine: Machine, *, report: TrainReport, raw: bool
 ) -> Iterator[ChatModel]:
-    """Load a run's model for the time of the block, with an attention backend chosen for it.
+    """Load a run's model for the duration of the block, with a selected attention backend.
 
     Args:
         run: as `find_run` returns it.
         machine: this machine.
         report: receives the plan and the proof.
-        raw: whether texts are completed, which needs no chat template.
+        raw: whether texts are completed without a chat template.
 
     Raises:
         AttnimgError: the tokenizer has no chat template (no-chat-template), or the model can't be
@@ -105,7 +105,7 @@ def load_chat(
     if not raw and not tokenizer.chat_template:
         raise AttnimgError(
             "the tokenizer has no chat template",
-            why=f"found none with the model in {run.folder}, and so no format for messages",
+            why=f"found none with the model in {run.folder}; messages need one",
             do="pass --raw to complete texts, or set chat_template in the config and train again",
             code="no-chat-template",
             key="chat_template",
@@ -147,23 +147,23 @@ def _positions(config: Any) -> int | None:
 
 
 def _require_cached_attention(model: Any, report: TrainReport) -> None:
-    """Use sdpa if the selected backend computes wrong logits with a cache of keys and values.
+    """Switch to sdpa if the selected backend computes wrong logits with a KV cache.
 
-    Training calls backends without a cache, and so do their proofs.
+    Training and proofs call backends without a cache.
 
     Raises:
-        AttnimgError: sdpa does so, too (code cache-differs, exit code 1).
+        AttnimgError: the logits of sdpa are wrong as well (code cache-differs, exit code 1).
     """
     from attnimg.train.loss import unwrap_peft
 
     error = _cache_error(model)
     if error is not None and application.current_implementation(model) != "sdpa":
-        report.warn_replaced(f"sdpa replaces the backend, which can't use a cache: {error}")
+        report.warn_replaced(f"sdpa replaces the backend, which can't use a KV cache: {error}")
         unwrap_peft(model).set_attn_implementation("sdpa")
         error = _cache_error(model)
     if error is not None:
         raise AttnimgError(
-            "the model computes other logits with a cache of keys and values",
+            "the model computes other logits with a KV cache",
             why=error,
             do="generate without a cache: model.generate(..., use_cache=False) in transformers",
             code="cache-differs",
@@ -172,7 +172,7 @@ def _require_cached_attention(model: Any, report: TrainReport) -> None:
 
 
 def _cache_error(model: Any) -> str | None:
-    """Return how the logits of a token differ with a cache; None if they do not."""
+    """Return how a token's logits differ with a KV cache; None if they do not."""
     import torch
 
     rows = len(model.get_input_embeddings().weight)
@@ -205,10 +205,10 @@ def answer(
 
     Args:
         chat: as `load_chat` yields it.
-        prompt: messages with role and content, or a text to continue as it is.
+        prompt: messages with role and content, or a text to continue.
         settings: how to generate.
-        on_text: receives each piece of the answer when it is generated.
-        stopped: returns whether the user wants no more of it.
+        on_text: called with each piece of the answer as it is generated.
+        stopped: returns whether the user stopped the answer.
 
     Raises:
         AttnimgError: the prompt is longer than the model's positions (context-full), or the chat
@@ -269,7 +269,7 @@ def answer(
 
 
 def _sampling(settings: Settings) -> dict[str, Any]:
-    """Return the arguments of generate that choose the next token."""
+    """Return the arguments of `generate` for sampling."""
     if settings.temperature == 0:
         return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     given = {"temperature": settings.temperature, "top_p": settings.top_p}
@@ -291,7 +291,7 @@ def _encode(chat: ChatModel, prompt: Sequence[Message] | str) -> Any:
         raise AttnimgError(
             "the chat template does not accept this conversation",
             why=str(error).splitlines()[0] if str(error) else type(error).__name__,
-            do="leave out --system: some templates have no system message"
+            do="leave out --system: some templates accept no system message"
             if prompt[0]["role"] == "system"
             else "pass --raw to complete texts without the template",
             code="bad-chat",

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from attnimg.train.data import Documents
     from attnimg.train.fit import Session
 
-# Keys of a config file that an evaluation takes from it; the others are those of the trained run.
+# Keys that an evaluation takes from a config file; all others come from the trained run.
 DATA_KEYS = (
     "datasets", "pretraining_dataset", "test_datasets", "val_set_size", "dataset_prepared_path",
     "dataset_num_proc", "dataset_processes", "dataset_exact_deduplication", "streaming",
@@ -46,7 +46,7 @@ class Target:
     """What is evaluated.
 
     Attributes:
-        config: the data, and the model.
+        config: names the data and the model.
         run: the trained weights; None for the base model alone.
         notes: what the user should know.
     """
@@ -81,7 +81,7 @@ class Evaluation:
     perplexity: float
 
 
-# Called with a task, how much of it is done, and how much there is.
+# Called with the name of a task, the amount that is done, and the total.
 Advance = Callable[[str, int, int], None]
 
 
@@ -101,7 +101,7 @@ def find_target(argument: str, *, base: bool, base_model: str | None = None) -> 
         config = written
         if base_model is not None:
             config = config.model_copy(update={"base_model": base_model})
-        note = f"{folder} has no trained run: {config.base_model} itself is evaluated"
+        note = f"{folder} has no trained run: the base model {config.base_model} is evaluated"
         return Target(config=config, run=None, notes=() if base else (note,))
     run = find_run(argument, command="evaluate", base_model=base_model)
     config = run.config if base else run.loading_config
@@ -151,15 +151,15 @@ def _nothing_to_evaluate(target: Target) -> AttnimgError:
     """Return the error for a run without evaluation data."""
     known = target.run is None or target.run.receipt is not None
     return AttnimgError(
-        "there is nothing to evaluate on",
+        "there is no evaluation data",
         why="found neither test_datasets nor val_set_size in the config"
         if known
-        else "the folder has no receipt.json, and so no test_datasets",
-        do="add test_datasets, with the keys of datasets, to the YAML file of the run, and pass "
-        "that file: it names the run by output_dir"
+        else "the folder has no receipt.json, which would name test_datasets",
+        do="add test_datasets, written like datasets, to the YAML file of the run, and pass that "
+        "file: its output_dir names the run"
         if known
-        else "pass a YAML file with test_datasets, and with the folder as base_model; merge an "
-        "adapter first, by attnimg merge",
+        else "pass a YAML file with test_datasets and the folder as base_model; merge an "
+        "adapter first, with attnimg merge",
         code="missing-key",
         key="test_datasets",
     )
@@ -187,9 +187,9 @@ def _load_weights(
     tokenizer: Any,
     log: Callable[[str], None],
 ) -> Any:
-    """Load the trained weights, or the model before its first step; few of them have gradients.
+    """Load the trained weights, or the base model; few weights have gradients.
 
-    The comparison of losses needs a gradient, but not the memory of one for each weight.
+    Comparing the loss needs some gradient; gradients of all weights would need their memory.
     """
     from attnimg.runs.weights import load_trained
     from attnimg.train.model import load_model
@@ -348,7 +348,7 @@ class DocumentLosses:
 
     @property
     def standard_error(self) -> float | None:
-        """Return the standard error of the mean, as of a ratio estimated from documents.
+        """Return the standard error of the mean, that of a ratio estimated from documents.
 
         Source: Cochran, Sampling Techniques, 1977, section 2.11, without the finite population
         correction (2026-11-27).

@@ -1,7 +1,7 @@
-"""Find the trained weights that a command gets: a run's folder, a checkpoint in it, or its config.
+"""Find trained weights by a run's folder, a checkpoint in it, or the run's config.
 
-Folders of other programs are accepted too: a PEFT adapter with the path of its base model, or a
-model's folder. Without a receipt, less is known of them.
+Folders that other programs wrote are accepted too: a PEFT adapter that names its base model, or a
+whole model. They have no receipt, so their training config is not known.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from attnimg.train.records import RECEIPT_FILE
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-# Keys on the base model that are part of the saved config and weights of a full fine-tuning.
+# Keys that change the base model; full fine-tuning saves the changed config and weights.
 _APPLIED_KEYS = (
     "revision_of_model", "overrides_of_model_config", "reinit_weights", "unfrozen_parameters",
     "model_quantization_config", "model_quantization_config_kwargs", "load_in_4bit", "load_in_8bit",
     "resize_token_embeddings_to_32x", "shrink_embeddings",
 )  # fmt: skip
 
-# Keys of training that a finished run does not need, with values that have no effect on it.
+# Keys of training that a finished run does not need, with values that turn them off.
 WITHOUT_TRAINING: dict[str, Any] = {
     "learning_rate": 1.0, "optimizer": "adamw_torch", "lr_scheduler": "constant",
     "save_strategy": "no", "eval_strategy": "no", "attn_check_steps": 0,
@@ -48,16 +48,16 @@ WITHOUT_TRAINING: dict[str, Any] = {
     ),
 }  # fmt: skip
 
-# Limits of what is read whole; a receipt has the proofs of a run.
+# The largest files that are read, in bytes; a receipt is large because it has the run's proofs.
 _RECEIPT_BYTES, _CONFIG_BYTES = 256 << 20, 16 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunFolder:
-    """Trained weights, and what is known of the run that made them.
+    """Trained weights, and what is known about the run that trained them.
 
     Attributes:
-        folder: has the weights: output_dir, a checkpoint, or a folder of another program.
+        folder: the folder with the weights: output_dir, a checkpoint, or that of another program.
         kind: "adapter" if the folder has an adapter, "model" if it has a whole model.
         config: the run's config as it was trained, with the base model to use now; of another
             program's folder, only base_model and adapter are known.
@@ -168,8 +168,8 @@ def _of_run(folder: Path, receipt: Mapping[str, Any], *, checkpoints: list[Path]
         text = str(error).splitlines()
         raise AttnimgError(
             f"the receipt of {folder} can't be used",
-            why=f"its config is not one of this version of attnimg: {' '.join(text[:3])}",
-            do="use the version of attnimg that its versions.attnimg names",
+            why=f"this version of attnimg does not accept its config: {' '.join(text[:3])}",
+            do="use the version of attnimg in the receipt's versions.attnimg",
             code="damaged-run",
         ) from error
     return RunFolder(
@@ -219,7 +219,7 @@ def _require_finished(folder: Path, receipt: Mapping[str, Any], *, command: str)
     raise AttnimgError(
         f"the run in {folder} is not finished",
         why=f"found status {status} in its {RECEIPT_FILE}, and {found}{broken}",
-        do=f"run attnimg {command} {newest}\nor train it to its end with "
+        do=f"run attnimg {command} {newest}\nor finish it with attnimg train CONFIG "
         "resume_from_checkpoint=true"
         if newest
         else "train it again",
@@ -228,7 +228,7 @@ def _require_finished(folder: Path, receipt: Mapping[str, Any], *, command: str)
 
 
 def _require_intact(checkpoint: Path) -> None:
-    """Raise for a damaged checkpoint; the receipt and the optimizer's state count as well."""
+    """Raise if any file of a checkpoint is damaged, also its receipt or the optimizer's state."""
     if damage := find_damage(checkpoint):
         others = [path for path in list_checkpoints(checkpoint.parent) if path != checkpoint]
         newest, _ = find_newest_intact(others)
@@ -243,7 +243,7 @@ def _require_intact(checkpoint: Path) -> None:
 
 
 def _require_weights(run: RunFolder) -> None:
-    """Raise for weights that are missing, cut off, or of another kind than the run trained."""
+    """Raise if weights are missing, cut off, or differ in kind from what the run trained."""
     folder = run.folder
     files = [folder / ADAPTER_WEIGHTS] if run.kind == "adapter" else list_weight_files(folder)
     needed = ADAPTER_CONFIG if run.kind == "adapter" else "config.json"
@@ -270,7 +270,7 @@ def _require_weights(run: RunFolder) -> None:
 
 
 def _require_base(run: RunFolder, *, command: str) -> None:
-    """Raise unless the base model of an adapter is on this machine, with the files of training."""
+    """Raise unless the base model of an adapter is on this machine, unchanged since training."""
     base = run.config.base_model
     now = hash_model(run.config) if base else None
     identity = (run.receipt or {}).get("identity") or {}
@@ -296,7 +296,7 @@ def _require_base(run: RunFolder, *, command: str) -> None:
     )
     if changed:
         texts = [
-            f"{name}: found SHA-256 {now['files'].get(name, 'missing')[:12]}, trained on "
+            f"{name}: found SHA-256 {now['files'].get(name, 'missing')[:12]}, needed "
             f"{files.get(name, 'missing')[:12]}"
             for name in changed[:4]
         ]

@@ -12,22 +12,23 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import ParamWrapper
 
-# Rows that are compared, and tokens in each.
+# The number of compared rows, and of tokens in each.
 ROWS, TOKENS = 4, 32
 
-# The largest relative difference of the logits of a token, in 90 % of the tokens. Both models
-# compute in float32; they differ by the rounding of the merged weights to the dtype in which they
-# are saved, 2**-24, 2**-11 and 2**-8 of a weight, and by the order of additions.
+# The largest allowed relative difference of a token's logits, for 90 % of the tokens. Both models
+# compute in float32. They differ by the order of additions, and by the rounding of the merged
+# weights to the dtype in which they are saved: 2**-24, 2**-11 and 2**-8 of a weight.
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 8e-2}
 
 # The same with a base model in 8 bits, which also rounds the inputs of its layers.
 TOLERANCE_8BIT = 8e-2
 
-# Tokens within the tolerance; in a mixture of experts, rounding sends a few to another expert.
+# The share of tokens within the tolerance; in a mixture of experts, rounding can route a few
+# tokens to another expert.
 _SHARE = 0.9
 
-# A merged model must have the adapter's effect on the logits: 1 +- this, and more for an effect
-# that is small beside the rounding of weights, which can lose small changes. Measured on tiny
+# `kept` may differ from 1 by this much, and by more where the adapter's effect is small compared
+# with the rounding of weights, which can lose small changes. Measured on tiny
 # models in bfloat16: 0.997 to 1.004 at an effect of 0.06, 0.93 at 0.012 (2026-11-27).
 _KEPT = 0.1
 
@@ -37,7 +38,7 @@ class LogitsComparison:
     """How the logits of a merged model differ from those of the adapter.
 
     Attributes:
-        difference: relative difference of a token's logits, exceeded by 10 % of the tokens.
+        difference: relative difference of a token's logits; 90 % of the tokens have at most this.
         tolerance: the largest allowed difference.
         effect: relative difference between the adapter's logits and the base model's.
         kept: the merged model's share of that effect; None where it is too small to be measured.
@@ -63,10 +64,10 @@ class LogitsComparison:
 
 
 def sample_ids(rows: int) -> torch.Tensor:
-    """Return random tokens, int64 (ROWS, TOKENS); a row begins with the newest tokens.
+    """Return random token ids, int64 (ROWS, TOKENS); one row begins with the last ids.
 
     Args:
-        rows: of the embeddings.
+        rows: number of rows of the embeddings.
     """
     ids = torch.randint(0, rows, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
     newest = torch.arange(max(0, rows - 8), rows)
@@ -89,7 +90,7 @@ def in_float32(model: Any) -> Iterator[None]:
     replaced: dict[Any, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
     def cast(module: Any, _: Any) -> None:
-        # PEFT adds the change of experts to their weights while this module computes.
+        # PEFT adds the adapter's change to the weights of experts while this module computes.
         below = isinstance(module, ParamWrapper)
         tensors = chain(module.parameters(below), module.buffers(below))
         replaced[module] = [(tensor, tensor.data) for tensor in tensors if _is_rounded(tensor)]
@@ -103,7 +104,7 @@ def in_float32(model: Any) -> Iterator[None]:
     modules = list(model.modules())
     handles = [module.register_forward_pre_hook(cast) for module in modules]
     handles += [module.register_forward_hook(restore, always_call=True) for module in modules]
-    # Layers of bitsandbytes in 4 bits have a precision of their own.
+    # 4-bit layers of bitsandbytes have a compute dtype of their own.
     in_4bit = [module for module in modules if hasattr(module, "compute_dtype")]
     before = [module.compute_dtype for module in in_4bit]
     for module in in_4bit:
@@ -127,9 +128,9 @@ def compare_logits(
     """Compare logits, each float32 (B, S, V); a constant added to all logits of a token is ignored.
 
     Args:
-        merged: of the merged model.
-        adapter: of the base model with the adapter.
-        base: of the base model alone.
+        merged: logits of the merged model.
+        adapter: logits of the base model with the adapter.
+        base: logits of the base model alone.
         tolerance: the largest allowed difference.
     """
     merged, adapter, base = (x - x.mean(-1, keepdim=True) for x in (merged, adapter, base))

@@ -1,8 +1,8 @@
 """Merge an adapter into its base model: load, merge and write shard by shard, compare logits.
 
-The merged weights are written to a folder with another name, which is renamed when the merged
-model, loaded again from its files, computes what the adapter computes. Memory holds the base model,
-one shard and, of a quantized base model, one dequantized layer.
+The merged weights are written to a temporary folder. It gets its final name once the merged model,
+loaded from its files, has the same logits as the adapter on its base model. Memory holds the base
+model, one shard and, for a quantized base model, one dequantized layer.
 """
 
 from __future__ import annotations
@@ -59,16 +59,16 @@ class Merged:
     """A merged model.
 
     Attributes:
-        folder: has the model.
+        folder: the folder with the model.
         base_model: the base model, by the name in the config.
         adapter: the folder of the adapter.
         dtype: of its weights.
         dequantized: the quantization of the base model whose weights were dequantized; None if it
             is not quantized.
-        size: bytes of its weights.
+        size: number of bytes of its weights.
         files: the written files, weights first.
         logits: the comparison with the adapter's logits.
-        seconds: the duration.
+        seconds: how long the merge took.
     """
 
     folder: Path
@@ -91,7 +91,7 @@ def merge(
         run: as `find_run` returns it.
         output: a folder that does not exist, or is empty.
         dtype: of the merged weights; None for that of the base model's files.
-        shard_bytes: the largest size of a file with weights.
+        shard_bytes: the largest size of a weight file.
         report: receives the progress.
 
     Raises:
@@ -145,12 +145,12 @@ def _require_mergeable(run: RunFolder) -> str | None:
         raise AttnimgError(
             f"{run.folder} has no adapter to merge",
             why="it has a whole model: the run trained all weights",
-            do=f"use {run.folder} as it is: it loads with from_pretrained",
+            do=f"use {run.folder} as it is, with from_pretrained",
             code="nothing-to-merge",
         )
     if config.reinit_weights:
         raise _not_mergeable(
-            "its base model has random weights (reinit_weights), which are not stored",
+            "its base model has random weights (reinit_weights), which were not saved",
             do="train again without reinit_weights, or without an adapter",
         )
     if config.quantize_moe_experts:
@@ -178,11 +178,11 @@ def _not_mergeable(why: str, *, do: str) -> AttnimgError:
 
 
 def _require_free_name(output: Path) -> None:
-    """Raise if there is a file, or a folder with files, in place of the output folder."""
+    """Raise if the output path is a file, or a folder with files."""
     if not os.path.lexists(output) or (output.is_dir() and not any(output.iterdir())):
         return
     names = sorted(entry.name for entry in output.iterdir()) if output.is_dir() else []
-    merged = f"; {RECORD_FILE} in it is of an earlier merge" if RECORD_FILE in names else ""
+    merged = f"; its {RECORD_FILE} is from an earlier merge" if RECORD_FILE in names else ""
     raise AttnimgError(
         f"{output} is in use",
         why=f"found {', '.join(names[:4])}{merged}; it is not overwritten"
@@ -238,7 +238,7 @@ def _staging_folder(output: Path) -> Iterator[Path]:
                 do="wait for it, or pass --output with another folder",
                 code="output-dir-busy",
             ) from None
-        for leftover in staging.iterdir():  # of a merge that was killed
+        for leftover in staging.iterdir():  # left by a merge that was killed
             leftover.unlink()
         try:
             yield staging
@@ -402,7 +402,7 @@ def _compare(
 
 def _differs(found: LogitsComparison, *, dtype: str) -> AttnimgError:
     """Return the error for a merged model that does not compute what the adapter computes."""
-    why = f"the logits of {found.tokens} tokens differ by {found.difference:.1e} of their size; "
+    why = f"the logits of {found.tokens} tokens differ by {found.difference:.1e} (relative); "
     why += f"allowed {found.tolerance:.0e} with weights in {dtype}"
     if found.kept is not None:
         why += (
@@ -414,14 +414,14 @@ def _differs(found: LogitsComparison, *, dtype: str) -> AttnimgError:
         why=why,
         do=f"pass --dtype float32: {dtype} rounds the merged weights"
         if finer
-        else "use the adapter without merging it, and report this merge",
+        else "use the adapter without merging it, and report this to attnimg",
         code="merge-differs",
         exit_code=1,
     )
 
 
 def _write_record(path: Path, result: Merged) -> None:
-    """Write what was merged, and how far the logits differ."""
+    """Write the record of a merge: what was merged, and how much the logits differ."""
     values = asdict(result) | {"folder": None, "adapter": str(result.adapter)}
     del values["folder"]
     values["versions"] = package_versions()

@@ -25,13 +25,13 @@ from attnimg.train.model_files import WEIGHT_INDEX
 
 @dataclass(frozen=True, slots=True)
 class MergedWeights:
-    """A model whose adapter is merged where its weights are not quantized.
+    """A model with a merged adapter; quantized weights are merged when they are read.
 
     Attributes:
         model: the model; its quantized layers are replaced by empty ones.
-        quantized: name of a weight of those -> the function that computes the merged one.
+        quantized: name of a weight in such a layer -> the function that computes the merged one.
         dtypes: name of a weight -> its dtype in the base model.
-        dtype: of the merged weights.
+        dtype: dtype of the other merged weights.
     """
 
     model: Any
@@ -65,9 +65,9 @@ def _layer_of(name: str) -> str:
 
 
 def merge_weights(adapted: Any, *, dtype: DType) -> MergedWeights:
-    """Merge an adapter where the weights are not quantized, in place, and remove its layers.
+    """Merge an adapter in place where the weights are not quantized, and remove its layers.
 
-    PEFT would quantize merged weights again.
+    PEFT itself would quantize the merged weights again.
     Source: peft 0.21.2, tuners/lora/bnb.py, Linear4bit.merge (2026-11-27).
     """
     base, wanted = adapted.get_base_model(), getattr(torch, dtype)
@@ -131,7 +131,7 @@ class Shards:
     """Write tensors to files of at most a given size.
 
     Args:
-        folder: of the files.
+        folder: the folder of the files.
         limit: bytes in a file; a larger tensor has a file of its own.
 
     Attributes:
@@ -145,7 +145,7 @@ class Shards:
         self._names: list[list[str]] = []
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Add a tensor; write a file if it would exceed the limit."""
+        """Add a tensor; first write a file if it would exceed the limit."""
         size = tensor.numel() * tensor.element_size()
         if self._tensors and self._size + size > self.limit:
             self._write()

@@ -1,4 +1,4 @@
-"""Convert the config of another trainer: each of its keys is answered, none is dropped silently."""
+"""Convert the config of another trainer: report on each of its keys, and drop none silently."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Conversion:
     """The result of converting one config.
 
     Attributes:
-        trainer: whose config it was.
+        trainer: the trainer that the old config is for.
         values: the new config.
         text: the new config as YAML.
         answers: what happened to each key of the old config, in its order.
@@ -49,7 +49,7 @@ class Conversion:
 
 
 def find_trainer(values: Mapping[str, Any]) -> Trainer:
-    """Return whose config a mapping is: the one trainer that knows keys which others do not.
+    """Return the trainer that a config is for: the only one with keys that the others do not have.
 
     Raises:
         AttnimgError: none, or more than one (code ambiguous-config).
@@ -67,12 +67,13 @@ def find_trainer(values: Mapping[str, Any]) -> Trainer:
     complete = [trainer for trainer in found if known[trainer] >= set(values)]
     if len(complete) == 1 or len(found) == 1:
         return (complete or found)[0]
-    why = "found no key that only one of them has"
+    why = "found no key that only one of these trainers has"
+    names = " or ".join(NAMES[trainer] for trainer in found or NAMES)
     if found:
         listed = (f"{', '.join(own[trainer][:3])} of {NAMES[trainer]}" for trainer in found)
         why = f"found {' and '.join(listed)}"
     raise AttnimgError(
-        f"it is not clear whose config this is: {' or '.join(NAMES[t] for t in found or NAMES)}",
+        f"it is not clear which trainer the config is for: {names}",
         why=why,
         do=f"pass --from {' or --from '.join(found or NAMES)}",
         code="ambiguous-config",
@@ -92,8 +93,8 @@ def convert_values(
 
     Args:
         values: the old config.
-        trainer: whose config it is.
-        file: its path, for messages and for files beside it.
+        trainer: the trainer that it is for.
+        file: its path, for messages, and to find files in the same folder.
         columns: finds the columns of a dataset.
         count: counts the records of a dataset.
         format_of_data: the format of TRL's datasets, where their columns can't be read.

@@ -1,4 +1,4 @@
-"""Rewrite a config of axolotl in its modern form: current names, and no keys without effect."""
+"""Rewrite a config of axolotl with current names, and without keys that have no effect."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ class KeyAnswer:
         key: the key, as it is written there.
         value: its value; None in place of a secret.
         answer: one of the four answers.
-        to: our keys that have the value now.
+        to: attnimg's keys that have the value now.
         reason: how the value changed, or why the key has another answer than done.
         do: what the user can do; "" for nothing.
     """
@@ -40,13 +40,13 @@ class Draft:
     """The new config while it is written.
 
     Attributes:
-        trainer: whose config the old one is.
+        trainer: the trainer that the old config is for.
         table: the trainer's keys.
         old: the old config, by the present names of its keys.
         written: present name -> the name in the old config.
         values: the new config.
-        comments: our key -> the comment above it.
-        added: our keys that the old config does not have: they are the trainer's defaults.
+        comments: attnimg's key -> the comment above it.
+        added: keys of the new config with the trainer's defaults, which the old one does not set.
         answers: key of the old config -> what happened to it.
         errors: why the config can't be converted.
         read: keys of the trainer that a rule has read; the table alone decides on the others.
@@ -87,7 +87,7 @@ class Draft:
             ours: our key.
             value: its value; None sets nothing.
             sources: keys of the trainer that decide the value.
-            comment: for the line above it, where its meaning is not the same.
+            comment: for the line above it, if its meaning differs.
             reason: how the value changed, for the report.
         """
         for source in sources:
@@ -134,7 +134,7 @@ class Draft:
         found = _short(self.get(key) if key in self.table.keys else self.old.get(key))
         set_by = f"found {found}" if self.given(key) else f"{self.name}'s default is {found}"
         if is_secret(key, self.old.get(key)):
-            set_by = "found a value, which is not shown here"
+            set_by = "found a value that is not printed, since it is a secret"
         what = f"{name} can't be converted"
         self.errors.append(make_error(code, name, what, f"{set_by}; {why}", do))
         self.note(key, "refused", reason=why, do=do)
@@ -157,7 +157,7 @@ class Draft:
                 self._refuse_unknown(key)
             else:
                 self._by_table(key, entry)
-        # The default of a key that no rule has read may be another one than ours.
+        # The default of a key that no rule has read may differ from attnimg's.
         for key, entry in self.table.keys.items():
             if key not in self.read and entry.is_plain and not entry.same:
                 self.put(entry.to[0], entry.default, key)

@@ -33,7 +33,9 @@ def convert_llama_factory(draft: Draft, *, file: str, count: CountRecords) -> No
     revision = draft.get("model_revision")
     draft.put("revision_of_model", None if revision == "main" else revision, "model_revision")
     if draft.old.get("do_train") is False:
-        draft.refuse("do_train", why="the config does not train", do="set do_train: true")
+        draft.refuse(
+            "do_train", why="the config does not request training", do="set do_train: true"
+        )
     name = str(draft.get("flash_attn"))
     if name in _ATTENTION:
         draft.put("attn_implementation", _ATTENTION[name], "flash_attn")
@@ -61,7 +63,7 @@ def _adapter(draft: Draft, *, lora: bool) -> None:
     if not lora:
         draft.answer("finetuning_type", reason="full: no adapter")
         for key in names:
-            draft.answer(key, reason="finetuning_type is not lora, so that it has no effect")
+            draft.answer(key, reason="finetuning_type is not lora, so it has no effect")
         return
     draft.put("adapter", "qlora" if bits == 4 else "lora", "finetuning_type", "quantization_bit")
     draft.put("load_in_8bit", True if bits == 8 else None, "quantization_bit")
@@ -123,12 +125,12 @@ def _lengths(draft: Draft, *, stage: str) -> None:
     packing = draft.old.get("packing")
     packing = neat or (stage == "pt" if packing is None else packing)
     if packing and not neat:
-        why = "its rows have documents that see one another; attnimg isolates documents"
+        why = "documents in a row attend to each other; attnimg isolates documents"
         if stage == "pt":
             why += "; without packing, each document is a row"
         do = "set packing: false" + (", or neat_packing: true" if stage == "sft" else "")
         draft.refuse("packing", why=why, do=do)
-    comment = "records that are longer are cut at the end; LLaMA-Factory also shortens prompts"
+    comment = "longer records are cut at the end; LLaMA-Factory also shortens prompts"
     if packing and type(length) is int:
         length -= 1
         comment = f"cutoff_len - 1, as LLaMA-Factory packs; {comment}"
@@ -136,8 +138,8 @@ def _lengths(draft: Draft, *, stage: str) -> None:
     draft.put("sample_packing", neat or None, "neat_packing", "packing")
     if neat:
         draft.comments["sample_packing"] = (
-            "documents in a row do not see one another, as with neat_packing; rows are filled in "
-            "another order"
+            "documents in a row do not attend to each other, as with neat_packing; rows are "
+            "filled in another order"
         )
     draft.put("excess_length_strategy", "truncate")
     draft.put("train_on_inputs", bool(draft.get("train_on_prompt")), "train_on_prompt")
@@ -149,7 +151,7 @@ def _lengths(draft: Draft, *, stage: str) -> None:
         draft.answer("buffer_size", reason="streaming is false")
     size = draft.get("val_size")
     draft.put("val_set_size", size or None, "val_size",
-              reason="the documents of the two parts are others than in LLaMA-Factory")  # fmt: skip
+              reason="the documents are split differently from LLaMA-Factory")  # fmt: skip
     if draft.get("mix_strategy") != "concat":
         draft.refuse("mix_strategy", why="attnimg concatenates and shuffles datasets",
                      do="set mix_strategy: concat")  # fmt: skip

@@ -24,9 +24,9 @@ _COLUMNS_REFUSED = ("tools", "images", "videos", "audios", "history", "chosen", 
 _ENTRY_REFUSED = ("num_samples", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name",
                   "folder", "ranking")  # fmt: skip
 _ENTRY = {"file_name", "hf_hub_url", "formatting", "subset", "split", "columns", "tags"}
-# In place of a column: no record has it, so that it has no effect.
+# A column that no record has: naming it turns off a default column.
 _NONE = "(none)"
-# The keys with names of datasets, and ours.
+# LLaMA-Factory's keys with names of datasets -> attnimg's keys.
 _OURS = {"dataset": "datasets", "eval_dataset": "test_datasets"}
 # Returns the number of records of a dataset entry; None where they can't be read here.
 CountRecords = Callable[[dict[str, Any]], "int | None"]
@@ -69,7 +69,7 @@ def convert_datasets(draft: Draft, *, file: str, count: CountRecords) -> None:
                  reason=f"{most}, for each dataset that has more")  # fmt: skip
     draft.answer("dataset_dir", to=("datasets",))
     if not draft.given("dataset"):
-        why = "needed the names of datasets in " + INFO
+        why = "needed names of datasets in " + INFO
         draft.errors.append(
             make_error("missing-key", "dataset", "dataset is missing", why, "add `dataset: NAME`")
         )
@@ -82,7 +82,7 @@ def convert_datasets(draft: Draft, *, file: str, count: CountRecords) -> None:
             draft.put("chat_template", "jinja", "template")
             draft.put("chat_template_jinja", chat_template(template), "template", "default_system",
                       comment=f"LLaMA-Factory's template {draft.get('template')}; it also trains "
-                      "the newline after the end of an answer, which has no loss here")  # fmt: skip
+                      "the newline after an answer, which has no loss here")  # fmt: skip
         else:
             draft.answer("template", to=("datasets",))
             draft.answer("default_system", to=("datasets",))
@@ -115,7 +115,7 @@ def _read_info(draft: Draft, folder: str, *, file: str) -> tuple[dict[str, Any] 
         if isinstance(found, dict):
             return found, str(place)
     looked = ", ".join(str(place / INFO) for place in places)
-    why = f"found none of {looked}, which say what the datasets are"
+    why = f"found none of {looked}, which describe the datasets"
     draft.refuse("dataset_dir", why=why, do=f"set dataset_dir to the folder of {INFO}")
     return None, ""
 
@@ -210,7 +210,7 @@ def _of_alpaca(
     if not query or not columns.get("system"):
         notes.append(f"no record has a column {_NONE}: LLaMA-Factory reads none there")
     if template["end"].endswith("\n"):
-        notes.append("LLaMA-Factory also trains newlines after the end of an answer")
+        notes.append("LLaMA-Factory also trains the newline after an answer")
     if notes:
         draft.comments[_OURS[key]] = "; ".join(notes)
     kind = {
@@ -226,7 +226,7 @@ def _of_alpaca(
         kind["system_prompt"] = default
     if "{eos}" in template["user"] + template["system"]:
         draft.refuse(key, why=f"{name} has the format alpaca, and the template writes the "
-                     "tokenizer's end token inside of a prompt",
+                     "tokenizer's end token inside a prompt",
                      do=f"write the records of {name} as messages (sharegpt)")  # fmt: skip
         return None
     return {**spec, "type": kind}
@@ -266,7 +266,7 @@ def _of_messages(
 
 
 def listed(value: Any) -> list[str] | None:
-    """Return the names in a text with commas, or in a list."""
+    """Return names from a list, or from a text in which commas separate them."""
     if value is None:
         return None
     parts = value if isinstance(value, list) else str(value).split(",")

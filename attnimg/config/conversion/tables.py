@@ -1,4 +1,4 @@
-"""Read the tables of other trainers' keys: what happens to each, and its default there.
+"""Read the tables of other trainers' keys: what happens to each key, and its default.
 
 They are data/convert/*.toml; transformers.toml describes their form.
 """
@@ -27,12 +27,12 @@ class SourceKey:
 
     Attributes:
         answer: what happens to it.
-        default: its default there; None for null.
-        to: our keys that it becomes; only of those that are done.
-        how: how its value changes on the way; "" for not at all.
+        default: its default in that trainer; None for null.
+        to: attnimg's keys that it becomes; empty unless the answer is done.
+        how: how its value is converted; "" if it stays the same.
         reason: why it has another answer than done.
         do: what the user can do then.
-        same: whether a run of attnimg has the same value where our key is not set.
+        same: whether attnimg's default is the same.
         removed: whether newer versions of the trainer do not have it.
     """
 
@@ -47,7 +47,7 @@ class SourceKey:
 
     @property
     def is_plain(self) -> bool:
-        """Return whether the value is that of one of our keys, without any change."""
+        """Return whether the value is copied to one of attnimg's keys."""
         return len(self.to) == 1 and not self.how
 
 

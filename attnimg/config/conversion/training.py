@@ -56,7 +56,7 @@ def convert_precision(draft: Draft, *, bf16: bool, weights: str, sources: tuple[
     comment = (
         f"{draft.name} computes in bfloat16 and keeps float32 weights. bf16: true also keeps the "
         "weights in bfloat16 here: several times faster and half the memory, but small updates "
-        "are lost. false trains the same weights."
+        f"are lost. false keeps them in float32, as {draft.name} does."
     )
     name = draft.values.get("attn_implementation")
     if name not in (None, "sdpa", "eager", "flex_attention"):
@@ -126,7 +126,7 @@ def _optimization(draft: Draft) -> None:
         draft.put("warmup_steps", steps, "warmup_steps")
     elif ratio:
         draft.put("warmup_ratio", ratio, "warmup_ratio")
-        draft.answer("warmup_steps", reason="0, so that warmup_ratio counts")
+        draft.answer("warmup_steps", reason="0, so warmup_ratio is used")
     else:
         draft.put("warmup_steps", steps or None, "warmup_steps", "warmup_ratio")
 
@@ -167,7 +167,7 @@ def _saving(draft: Draft) -> None:
     metric = draft.get("metric_for_best_model")
     if metric not in (None, "loss", "eval_loss"):
         draft.refuse(
-            "metric_for_best_model", why="attnimg compares the evaluation loss alone",
+            "metric_for_best_model", why="attnimg compares the evaluation loss only",
             do="set metric_for_best_model: eval_loss, or remove it",
         )  # fmt: skip
 
@@ -177,7 +177,7 @@ def _steps(draft: Draft, key: str, value: Any) -> None:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, float):
-        why = "a share of the run's steps is not implemented; needed a whole number"
+        why = "a share of the steps is not implemented; needed a whole number"
         draft.refuse(key, why=why, do=f"set {key} to a number of steps")
         return
     draft.put(key, value, key)
@@ -201,13 +201,15 @@ def _trackers(draft: Draft) -> None:
     for tracker, ours in (("wandb", "wandb_name"), ("mlflow", "mlflow_run_name")):
         if tracker in names and run:
             draft.put(ours, run, "run_name")
-    draft.answer("run_name", reason="" if names else "no tracker has a name for the run")
+    draft.answer(
+        "run_name", reason="" if names else "the run reports to no tracker that has run names"
+    )
     hub = ("hub_model_id", "hub_strategy", "hub_revision")
     if not draft.get("push_to_hub"):
         for key in ("push_to_hub", *hub):
-            draft.answer(key, reason="push_to_hub is false, so that nothing is pushed")
+            draft.answer(key, reason="push_to_hub is false, so nothing is pushed")
     elif not draft.given("hub_model_id"):
-        why = "its default is the name of output_dir, in the account of the token"
+        why = "its default is the name of output_dir, in the account that the token belongs to"
         draft.refuse("push_to_hub", why=why, do="set hub_model_id: ORGANIZATION/NAME")
     else:
         draft.put("hub_model_id", draft.get("hub_model_id"), "hub_model_id", "push_to_hub")

@@ -44,7 +44,7 @@ def convert_trl(draft: Draft, *, columns: FindColumns, format_of_data: Format | 
     if loss in ("nll", "chunked_nll"):
         draft.answer("loss_type", reason="the loss of every run of attnimg")
     else:
-        draft.refuse("loss_type", why="attnimg has the plain loss alone", do="set loss_type: nll")
+        draft.refuse("loss_type", why="attnimg has no other loss than nll", do="set loss_type: nll")
     if draft.get("activation_offloading") and not draft.get("gradient_checkpointing"):
         draft.refuse(
             "activation_offloading", why="attnimg moves the activations of checkpointed layers",
@@ -64,15 +64,15 @@ def _adapter(draft: Draft) -> None:
     sources = ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
     if not draft.get("use_peft"):
         for key in ("use_peft", *names):
-            draft.answer(key, reason="use_peft is false, so that it has no effect")
+            draft.answer(key, reason="use_peft is false, so it has no effect")
         for key in ("load_in_4bit", "load_in_8bit"):
             if draft.get(key):
                 draft.refuse(key, why="quantized weights can't be trained without an adapter",
                              do="set use_peft: true, or remove it")  # fmt: skip
     else:
         if not (draft.get("lora_target_modules") or draft.get("lora_target_parameters")):
-            why = "PEFT then adapts some layers of the model's type, q_proj and v_proj of most; "
-            why += "attnimg adapts all linear layers where the config names none"
+            why = "PEFT then adapts a few layers by the model type, mostly q_proj and v_proj; "
+            why += "attnimg adapts all linear layers if the config names none"
             do = "set lora_target_modules: [q_proj, v_proj], or those of peft's mapping"
             draft.refuse("lora_target_modules", why=why, do=do)
         draft.put("adapter", "qlora" if bits else "lora", "use_peft", "load_in_4bit")
@@ -121,20 +121,20 @@ def _tokens(draft: Draft) -> None:
         draft.put("chat_template", "jinja", "chat_template_path")
         draft.put("chat_template_jinja", path, "chat_template_path")
     else:
-        draft.refuse("chat_template_path", why="attnimg reads templates from files *.jinja",
-                     do="write the template into a file that ends with .jinja")  # fmt: skip
+        draft.refuse("chat_template_path", why="attnimg reads templates only from .jinja files",
+                     do="save the template to a file whose name ends with .jinja")  # fmt: skip
 
 
 def _lengths(draft: Draft) -> None:
     length, packing = draft.get("max_length"), bool(draft.get("packing"))
     if "max_length" in draft.old and draft.old["max_length"] is None:
-        draft.refuse("max_length", why="null trains documents of any length",
+        draft.refuse("max_length", why="null means no limit on the length of documents",
                      do="set max_length to the tokens of the longest document")  # fmt: skip
     draft.put("sequence_len", length, "max_length", reason="longer documents are cut, as in TRL")
     draft.put("sample_packing", packing or None, "packing")
     strategy = draft.get("packing_strategy")
     if packing and strategy not in ("bfd", "bfd_split"):
-        why = "its rows have parts of documents that see one another; attnimg isolates documents"
+        why = "parts of documents in a row attend to each other; attnimg isolates documents"
         draft.refuse("packing_strategy", why=why, do="set packing_strategy: bfd")
     elif not packing and draft.get("truncation_mode") != "keep_start":
         draft.refuse("truncation_mode", why="attnimg keeps the start of long documents",
@@ -144,14 +144,14 @@ def _lengths(draft: Draft) -> None:
               "truncation_mode")  # fmt: skip
     if packing:
         draft.comments["sample_packing"] = (
-            "documents in a row do not see one another, as in TRL; rows are filled in another order"
+            "documents in a row do not attend to each other; rows are filled in another order"
         )
     evaluated = draft.get("eval_packing")
     evaluated = packing if evaluated is None else evaluated
     if evaluates(draft) and packing:
         draft.put("eval_sample_packing", bool(evaluated), "eval_packing")
     elif evaluates(draft) and evaluated:
-        draft.refuse("eval_packing", why="attnimg packs evaluation data only where it packs others",
+        draft.refuse("eval_packing", why="attnimg packs evaluation data only if training is packed",
                      do="set eval_packing: false, or packing: true")  # fmt: skip
     draft.answer("eval_packing", reason="" if evaluates(draft) else "the run does not evaluate")
 
@@ -174,7 +174,7 @@ def _datasets(draft: Draft, *, columns: FindColumns, format_of_data: Format | No
     )
     draft.put("streaming", streaming or None, "streaming", "dataset_streaming")
     draft.put("val_set_size", draft.get("test_split_size"), "test_split_size",
-              reason="the documents of the two parts are others than in TRL")  # fmt: skip
+              reason="the documents are split differently from TRL")  # fmt: skip
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         draft.refuse("datasets", why="needed a list of mappings, each with path",
                      do="write each dataset as `- path: ...`", code="bad-value")  # fmt: skip
@@ -226,7 +226,7 @@ def _type(
         else:
             draft.comments["train_on_inputs"] = (
                 "only answers have loss, with the token that ends a turn; in TRL the template "
-                "decides on blanks around them"
+                "decides whether blanks around them do"
             )
         names = {"field_messages": "conversations",
                  "message_property_mappings": {"role": "from", "content": "value"}}  # fmt: skip
@@ -246,7 +246,7 @@ def _type(
         return None
     everywhere = draft.get("completion_only_loss") is False
     draft.put("train_on_inputs", everywhere, "completion_only_loss")
-    # Prompt and completion as they are, one after the other.
+    # Prompt and completion, joined without changes.
     return {"type": {"field_instruction": "prompt", "field_output": "completion",
                      "format": "{instruction}", "no_input_format": "{instruction}"}}  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Write a config as YAML that people read: in groups, with the comments of its conversion."""
+"""Write a config as readable YAML: grouped into sections, with comments on the conversion."""
 
 from __future__ import annotations
 

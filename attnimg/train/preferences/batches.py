@@ -19,11 +19,11 @@ Collate = Callable[[list[Row]], Batch]
 
 
 class PreferenceCollator:
-    """Batch with a collator of TRL, and count tokens and token positions of the trained model.
+    """Batch rows with a collator of TRL, and count their tokens and positions, padding included.
 
     Args:
-        collate: makes the batch.
-        sequences: keys of the batch with an attention mask.
+        collate: TRL's collator.
+        sequences: keys of the batch's attention masks.
     """
 
     def __init__(self, collate: Collate, sequences: tuple[str, ...]) -> None:
@@ -64,7 +64,7 @@ def make_preference_rows(dataset: Dataset, config: Config, *, pad_token_id: int)
 
 
 def _dpo_collator(pad_token_id: int) -> tuple[Collate, tuple[str, ...]]:
-    """Return TRL's collator of DPO: preferred answers, then the others, as rows of one batch."""
+    """Return TRL's collator of DPO: a batch has the preferred answers, then the rejected ones."""
     from trl.trainer.dpo_trainer import DataCollatorForPreference
 
     collator = DataCollatorForPreference(pad_token_id=pad_token_id)
@@ -87,9 +87,9 @@ def _dpo_collator(pad_token_id: int) -> tuple[Collate, tuple[str, ...]]:
 
 
 def _kto_collator(pad_token_id: int) -> tuple[Collate, tuple[str, ...]]:
-    """Return TRL's collator of KTO, with each prompt's answer and that of the row before.
+    """Return TRL's collator of KTO, with each prompt's answer and the answer of the previous row.
 
-    The rows of a batch exchange their answers in a circle, which TRL does when it prepares the
+    The first row of a batch gets the answer of the last row. TRL does this when it prepares the
     dataset. Source: trl 1.16.0, kto_trainer.py, add_kl_completion_ids (2026-11-27)
     """
     from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
@@ -115,7 +115,7 @@ def _kto_collator(pad_token_id: int) -> tuple[Collate, tuple[str, ...]]:
 
 
 def _orpo_collator(pad_token_id: int) -> tuple[Collate, tuple[str, ...]]:
-    """Return TRL's collator of ORPO: preferred answers and the others in tensors of their own."""
+    """Return TRL's collator of ORPO: preferred and rejected answers in separate tensors."""
     from trl.experimental.utils import DPODataCollatorWithPadding
 
     collator = DPODataCollatorWithPadding(pad_token_id=pad_token_id)

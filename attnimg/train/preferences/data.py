@@ -1,6 +1,6 @@
 """Tokenize preference data: a row is a prompt with two answers, or for KTO with one and a label.
 
-Tokens are those of TRL's trainers, which are given them: prompt and answer are tokenized together,
+The tokens are those that TRL's trainers would compute: prompt and answer are tokenized together,
 and an answer begins where the tokens of the prompt alone end.
 Source: trl 1.16.0, dpo_trainer.py, kto_trainer.py and orpo_trainer.py, _prepare_dataset,
 tokenize_row; axolotl 0.19.0, utils/data/rl.py, and core/trainers/dpo/trainer.py (2026-11-27)
@@ -34,9 +34,9 @@ from attnimg.train.preferences.records import Preference, choose_preference_pars
 if TYPE_CHECKING:
     import pyarrow
 
-SAMPLE_TOKENS = 200  # shown of a long prompt or answer, to fit on a screen
+SAMPLE_TOKENS = 200  # the most that are shown of a prompt or answer, to fit on a screen
 
-# In the place of the question, where an answer is rendered alone.
+# Replaces the question when an answer is rendered alone.
 _QUESTION = "[[dummy_message]]"
 
 
@@ -217,8 +217,8 @@ class PreferenceEncoder:
         """Yield warnings on the records encoded so far."""
         if self.merged is not None:
             yield (
-                "tokens merge across the end of some prompts, so that answers begin earlier than "
-                f"their text: in {printable(self.merged)!r}; end the prompt where a token ends"
+                "some prompts end within a token, so the tokens of the answer begin before its "
+                f"text: in {printable(self.merged)!r}; end the prompt where a token ends"
             )
 
     def __call__(self, batch: Sequence[tuple[Place, Preference]]) -> Iterator[tuple[Place, Row]]:
@@ -244,12 +244,14 @@ class PreferenceEncoder:
                 desirable=found.desirable,
             )
             if not row.prompt:
-                why = "the prompt has no token; the first token of an answer is predicted from it"
+                why = (
+                    "the prompt has no tokens, from which the first token of an answer is predicted"
+                )
                 raise bad_record(place, why=why, do="write a prompt, or remove the record")
             yield place, row
 
     def _ended(self, answer: str) -> str:
-        """Return an answer with the end token as text, as DPO and KTO have it."""
+        """Return an answer with the end token as text, as in DPO and KTO."""
         eos = self.tokenizer.eos_token
         return answer if self.adds_ids or answer.endswith(eos) else answer + eos
 

@@ -1,7 +1,7 @@
 """Compare the log-probabilities of TRL's head with the model's own, before the first step.
 
-DPO and KTO compute their losses from these log-probabilities alone, so that they are compared as
-the loss of next tokens is: on the first prompts and answers, and in the output layer.
+DPO and KTO compute their losses only from these log-probabilities. They are compared as the
+next-token loss is: on the first prompts and answers, and in the output layer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from attnimg.train.rows import NO_LOSS, CountingCollator, PaddedCollator, Rows
 def check_log_probs(
     engine: Any, rows: Rows, *, context: RunContext, pad_token_id: int
 ) -> LossCheck:
-    """Compare them on the first rows; every process calls this.
+    """Compare the log-probabilities on the first rows; every process calls this.
 
     Args:
         engine: the engine before training.
@@ -48,7 +48,7 @@ def check_log_probs(
         raise AttnimgError(
             "TRL's head does not compute the log-probabilities of this model",
             why=f"found on the model's first records: {found.why}\nneeded the log-probabilities of "
-            "the model's own logits, from which dpo and kto compute their losses",
+            "the model's own logits, which the losses of dpo and kto need",
             do="set rl: orpo, which reads the model's own logits, or choose another base_model",
             code="loss-differs",
             key="rl",

@@ -29,11 +29,11 @@ class Preference:
     """A prompt with its answers.
 
     Attributes:
-        prompt: a text, or the messages that a chat template renders.
-        answers: the preferred answer and the other one; for KTO the only one.
+        prompt: a text, or messages for the chat template.
+        answers: the preferred and the rejected answer; for KTO the only answer.
         desirable: for KTO, whether the answer is desirable.
-        whole: whether all that the template writes after the prompt belongs to an answer, not only
-            its text and end.
+        whole: whether an answer is all that the template writes after the prompt, not only its text
+            and end.
     """
 
     prompt: str | tuple[Message, ...]
@@ -70,7 +70,7 @@ _STYLES = {
         before="<|start_header_id|>", between="<|end_header_id|>\n\n", end="<|eot_id|>", after=""
     ),
 }
-# Variant of a type -> the columns of the prompt, of which the first that the record has is read.
+# Variant of a type -> the possible columns of the prompt; the first that a record has is read.
 _PROMPTS = {
     "default": ("prompt", "input", "question", "instruction"),
     "argilla": ("instruction",),
@@ -221,7 +221,7 @@ def _nectar(record: Mapping[str, Any], place: Place) -> Preference:
 
 
 def _chat(spec: DatasetSpec, record: Mapping[str, Any], place: Place) -> Preference:
-    """Return messages with two answers: texts, messages, or lists that end with the answer."""
+    """Return messages with two answers: texts, messages, or lists that end with an answer."""
     names = (spec.field_messages or "messages", spec.field_chosen or "chosen",
              spec.field_rejected or "rejected")  # fmt: skip
     found = _columns(record, names, place)
@@ -242,7 +242,7 @@ def _chat(spec: DatasetSpec, record: Mapping[str, Any], place: Place) -> Prefere
 
 
 def _whole_chats(spec: DatasetSpec, record: Mapping[str, Any], place: Place) -> Preference:
-    """Return the messages before the last of the preferred conversation, and both last ones."""
+    """Return the messages before the last one of `chosen`, and the last of both conversations."""
     names = (spec.field_chosen or "chosen", spec.field_rejected or "rejected")
     found = _columns(record, names, place)
     chats = [list(_messages(found[name], name, place, spec)) for name in names]
@@ -254,7 +254,7 @@ def _whole_chats(spec: DatasetSpec, record: Mapping[str, Any], place: Place) -> 
 
 
 def _orpo_chat(spec: DatasetSpec, record: Mapping[str, Any], place: Place) -> Preference:
-    """Return the turns of the preferred conversation with both last ones, and a system message."""
+    """Return the turns of `chosen` with the last of both conversations, and a system message."""
     names = (spec.field_chosen or "chosen", spec.field_rejected or "rejected")
     found = _columns(record, names, place)
     chats = [list(_messages(found[name], name, place, spec)) for name in names]
@@ -267,7 +267,9 @@ def _orpo_chat(spec: DatasetSpec, record: Mapping[str, Any], place: Place) -> Pr
     turns = chats[0][:-1]
     if "prompt" in record:
         if len(turns) > 1:
-            why = "found prompt, which axolotl writes into each of several questions"
+            why = (
+                "found the column prompt, which axolotl would write into each of several questions"
+            )
             raise bad_record(place, why=why, do="remove the column prompt")
         prompt = require_text(record["prompt"], "prompt", place)
         turns = [{"role": "user", "content": prompt}]
@@ -285,7 +287,7 @@ def _columns(record: Mapping[str, Any], names: Sequence[str], place: Place) -> d
 
 
 def _texts(record: Mapping[str, Any], columns: Mapping[str, str], place: Place) -> dict[str, str]:
-    """Return the texts of columns, by what they are for."""
+    """Return the texts of columns by their role."""
     found = _columns(record, list(columns.values()), place)
     return {name: require_text(found[column], column, place) for name, column in columns.items()}
 

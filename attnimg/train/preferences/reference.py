@@ -1,4 +1,4 @@
-"""Load the reference of dpo and kto: the model as it is before training, which stays as it is."""
+"""Load the reference model of dpo and kto: a frozen copy of the model before training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def needs_reference(config: Config) -> bool:
     """Return whether a run needs a second model in memory.
 
-    ORPO has no reference, and an adapter is turned off for it.
+    ORPO has no reference; with an adapter, the reference is the model without it.
     Source: axolotl 0.19.0, train.py, setup_reference_model (2026-11-27)
     """
     return trains_preferences(config) and config.rl != "orpo" and not config.adapter
@@ -34,7 +34,7 @@ def load_reference(
 ) -> Any:
     """Return a frozen copy of a model before training, with the same attention.
 
-    It is loaded again, since functions that were set on layers may refer to the first model.
+    It is loaded from its files, since patched layers of the first model may refer to that model.
 
     Args:
         config: the validated run.
@@ -43,7 +43,7 @@ def load_reference(
         implementation: transformers' name of the selected attention.
         context: how the run calls the model.
         needs_dtype_cast: whether the backend takes q, k, v in that precision only.
-        replace_layers: replaces layers as in the model to train.
+        replace_layers: replaces the same layers as in the model to train.
     """
     reference = load_model(
         config,
@@ -53,7 +53,7 @@ def load_reference(
         needs_dtype_cast=needs_dtype_cast,
         replace_layers=replace_layers,
     )
-    # New embeddings are random.
+    # New embeddings are random, so both models must have the same.
     reference.load_state_dict(model.state_dict())
     reference.requires_grad_(False)
     return reference.eval()

@@ -1,4 +1,4 @@
-"""Train by preferences with TRL's DPOTrainer, KTOTrainer and ORPOTrainer.
+"""Train on preferences with TRL's DPOTrainer, KTOTrainer and ORPOTrainer.
 
 The losses are TRL's. RunTrainer adds what every run has: checkpoints, signals, the running check of
 attention calls, metrics.
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from attnimg.train.fit import Session
 
-# TRL's values of a log, for metrics.jsonl: those of dpo, kto and orpo.
+# The values that TRL logs for dpo, kto and orpo, as metrics.jsonl has them.
 _KEYS = (
     "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
     "logps/rejected", "kl", "nll_loss", "log_odds_ratio", "log_odds_chosen",
@@ -31,13 +31,13 @@ _OF_SFT = ("dataset_kwargs", "packing", "padding_free", "max_length")
 
 
 class PreferenceTrainer(RunTrainer):
-    """The part of the engines of preferences that does not depend on the method."""
+    """What the engines of all preference methods share."""
 
     train_keys = (*TRAIN_KEYS, *_KEYS)
     eval_keys = (*EVAL_KEYS, *(f"eval_{key}" for key in _KEYS))
 
     def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
-        """Return a dataset as it is: data.py has tokenized it."""
+        """Return the dataset unchanged: data.py has tokenized it."""
         return dataset
 
     def window_sums(self) -> dict[str, Any]:
@@ -57,9 +57,9 @@ class PreferenceTrainer(RunTrainer):
 
 
 class ReferenceTrainer(PreferenceTrainer):
-    """The part of the engines of dpo and kto, which compare the model with a frozen reference.
+    """What the engines of dpo and kto share: a frozen reference model.
 
-    Under an adapter, the reference is the model with the adapter turned off; otherwise a copy.
+    With an adapter, the reference is the model with the adapter turned off; otherwise a copy.
 
     Attributes:
         own_head: whether `loss_terms` uses the model's own logits, not TRL's head.
@@ -99,27 +99,27 @@ class ReferenceTrainer(PreferenceTrainer):
 
 
 class DpoEngine(ReferenceTrainer, DPOTrainer):  # type: ignore[misc]  # TRL's types are not followed
-    """Train by DPO, or by one of its other losses, IPO among them."""
+    """Train with DPO or one of its variants, such as IPO."""
 
 
 class KtoEngine(ReferenceTrainer, KTOTrainer):  # type: ignore[misc]  # TRL's types are not followed
-    """Train by KTO."""
+    """Train with KTO."""
 
 
 class _Tokenized:
-    """A dataset in which ORPOTrainer tokenizes nothing when it is built."""
+    """A placeholder dataset, so that ORPOTrainer tokenizes nothing when it is created."""
 
     def map(self, *_: Any, **__: Any) -> _Tokenized:
-        """Return the dataset as it is."""
+        """Return the dataset unchanged."""
         return self
 
     def __len__(self) -> int:
-        """Return a number of rows, as a dataset has; it is not used."""
+        """Return a number of rows, which TRL requires and does not use."""
         return 1
 
 
 class OrpoEngine(PreferenceTrainer, ORPOTrainer):  # type: ignore[misc]  # TRL's types are not followed
-    """Train by ORPO, which needs no reference."""
+    """Train with ORPO, which needs no reference."""
 
     def __init__(self, session: Session, **options: Any) -> None:
         found = {name: options[name] for name in ("train_dataset", "eval_dataset")}
@@ -136,7 +136,7 @@ class OrpoEngine(PreferenceTrainer, ORPOTrainer):  # type: ignore[misc]  # TRL's
 def build_preference_engine(
     session: Session, arguments: Mapping[str, Any], options: Mapping[str, Any]
 ) -> PreferenceTrainer:
-    """Build the engine of a value of rl.
+    """Build the engine for a value of rl.
 
     Source: axolotl 0.19.0, core/builders/rl.py, _build_training_arguments (2026-11-27)
 
