@@ -1,7 +1,7 @@
-"""Replace layers of a loaded model by layers of hub kernels, through the library `kernels`.
+"""Replace layers of a loaded model by layers of hub kernels, with the library `kernels`.
 
-Only the layers of data/hub_layers.toml are replaced, each by its name, so that attention stays with
-the backend that was chosen for it. A kernel comes from LOCAL_KERNELS, kernels.lock, the cache or
+Only the layers in data/hub_layers.toml are replaced, each by its name, so attention keeps the
+selected backend. A kernel comes from LOCAL_KERNELS, kernels.lock, the cache or
 the hub, pinned by its commit. verification/layers.py proves the layers of a run.
 """
 
@@ -37,7 +37,7 @@ class KnownLayer:
         repo: the kernel's org/name.
         layer: the class in the kernel.
         version: the kernel's major version.
-        vendors: of the GPUs that it is mapped for.
+        vendors: vendors of the GPUs that transformers maps it for.
         types: model types that have such layers.
     """
 
@@ -123,7 +123,7 @@ def load_layer(hub: HubLayer) -> Any:
 
 
 def replace_layers(model: Any, hub: HubLayer, *, device: str) -> Replaced:
-    """Replace the layers of a kind in a model.
+    """Replace all layers of one kind in a model.
 
     Args:
         model: a transformers model, before PEFT wraps it.
@@ -131,8 +131,8 @@ def replace_layers(model: Any, hub: HubLayer, *, device: str) -> Replaced:
         device: the type of the run's device, "cpu" or "cuda".
 
     Returns:
-        What was replaced. A kernel's layer has no state: it computes with the weights and settings
-        of the model's own layer.
+        A description of the replaced layers. A kernel's layer has no state: it computes with the
+        weights and settings of the model's own layer.
 
     Raises:
         AttnimgError: the kernel does not load, or its layer has no backward pass.
@@ -175,14 +175,14 @@ def _copy_gradient(_module: Any, _inputs: Any, output: Any) -> None:
 
 
 def _is(module: Any, name: str) -> bool:
-    """Return whether a module is a layer of a kind, and computed by its own class."""
+    """Return whether a module is a layer of a kind that still runs its own class's code."""
     return getattr(type(module), "kernel_layer_name", None) == name and "forward" not in vars(
         module
     )
 
 
 def _is_replaced(model: Any, name: str) -> bool:
-    """Return whether kernelize replaced a layer: DISABLE_KERNEL_MAPPING turns it off."""
+    """Return whether kernelize replaced a layer; DISABLE_KERNEL_MAPPING turns this off."""
     module = model.get_submodule(name)
     forward = vars(module).get("forward")
     return forward is not None and forward.__func__ is not type(module).forward

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from attnimg.train.preprocess import Preprocessed
     from attnimg.train.samples import Omitted, Sample, SampledRow, Token
 
-# Tokens of a document, and of each document of a row, that are shown on a terminal and on a page.
+# The most tokens of a document, and of each document in a row, on a terminal and in HTML.
 _SHOWN, _SHOWN_IN_ROW, _SHOWN_ON_PAGE = 400, 80, 4000
 
-# Samples of each dataset entry on a page, without --show.
+# Samples of each dataset entry in the HTML file, without --show.
 _ON_PAGE = 10
 
 
@@ -40,7 +40,7 @@ def preprocess(
     html: str | None,
     as_json_lines: bool,
 ) -> None:
-    """Tokenize, pack and cache the data of a run; show what is trained in samples of it."""
+    """Tokenize, pack and cache the data of a run; show which tokens of samples are trained."""
     require_trainer()
     require_parsable(os.environ)
     require_group()

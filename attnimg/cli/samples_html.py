@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from attnimg.train.data import SourceFigures
     from attnimg.train.preprocess import Preprocessed
 
-# The sign of a white space -> the white space.
+# The sign of a white-space character -> that character.
 _SPACES = {sign: letter for letter, sign in SPACES.items()}
 
-# The beginning of each page: a file with another one is not overwritten.
+# The beginning of each page; a file that begins otherwise is not overwritten.
 _MARK = '<!doctype html>\n<html lang="en" data-made-by="attnimg preprocess">'
 
 
@@ -41,7 +41,7 @@ def require_page(path: Path) -> None:
             with path.open("rb") as file:
                 if file.read(len(_MARK)) == _MARK.encode():
                     return
-            why = "found a file there that is not such a page"
+            why = "found a file that this command did not write"
         else:
             with tempfile.TemporaryFile(dir=path.parent):
                 return
@@ -125,7 +125,7 @@ def _page(
 
 
 def _cards(prepared: Preprocessed) -> Iterator[str]:
-    """Yield the figures that a reader looks for first."""
+    """Yield the most important figures."""
     found, schedule = prepared.train.figures, prepared.schedule
     share = found["trained_tokens"] / max(1, found["tokens"])
     unit = prepared.documents.figures[0].unit
@@ -173,7 +173,7 @@ _LEGEND = """<nav>
 <span><span class=d><i><b data-w="\u00b7"> </b></i></span> space</span>
 <span><span class=d><i><b data-w="\u21b5"></b></i></span> line end</span>
 <span><span class=d><i><b class=c>F0 9F</b></i></span> part of a character</span>
-<span class=hint>Point at a token for its id and piece.</span>
+<span class=hint>Hover over a token for its id and vocabulary entry.</span>
 </nav>
 """
 
@@ -183,7 +183,7 @@ def _row(row: SampledRow) -> Iterator[str]:
     yield (
         f"<section><h2>A packed row <small>row {row.number:,} of {row.rows:,}: "
         f"{len(row.documents)} documents, {filled:,} of {row.capacity:,} tokens</small></h2>\n"
-        "<p>Documents of a row do not attend to each other, and positions begin at 0 in each.</p>\n"
+        "<p>Documents in a row do not attend to each other; positions start at 0 in each.</p>\n"
     )
     widths = [100 * sample.length / row.capacity for sample in row.documents]
     parts = "".join(
@@ -239,7 +239,7 @@ def _token_text(token: Token) -> str:
             case "text":
                 shown += escape(part)
             case "space" | "line":
-                # The sign is drawn by the style, so that text wraps at spaces and can be copied.
+                # CSS draws the sign, so that text wraps at spaces and can be copied.
                 shown += f'<b data-w="{part}">{_SPACES[part]}</b>'
             case "code":
                 shown += f"<b class=c>{part}</b>"

@@ -1,6 +1,6 @@
-"""Print the statistics of prepared data, and samples of it with what is trained, as text.
+"""Print statistics and samples of prepared data as text that shows which tokens are trained.
 
-What is trained is in brackets as well as in color, for readers and files without colors.
+Trained tokens are in brackets as well as in color, for terminals and files without colors.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from attnimg.train.data import SourceFigures
     from attnimg.train.preprocess import Preprocessed, Split
 
-# Two shades each, so that neighboring tokens can be told apart. Blue and grey, also different in
-# brightness, are distinct for colour-blind readers (Okabe and Ito, 2008).
+# Two shades each, to distinguish adjacent tokens. Color-blind readers can tell blue and grey apart,
+# which also differ in brightness (Okabe and Ito, 2008).
 _TRAINED = ("#000000 on #56b4e9", "#000000 on #9ad4f5")
 _MASKED = ("#c8c8c8 on #303030", "#c8c8c8 on #454545")
 _SPECIAL, _FAINT, _WARNING = "bold", "dim", "bold yellow"
 
-# The reason that is a mistake more often than not: the labels are other than expected.
+# Dropped records for which the labels are probably wrong.
 WITHOUT_LOSS = "without_loss"
 
-# What the counts of SourceFigures are called where the places of some records are listed.
+# Texts for the counts of SourceFigures that name some records.
 _REASONS = {
     "empty": "dropped: no text",
     "too_long": "dropped: longer than sequence_len",
@@ -53,7 +53,7 @@ _ASCII = Signs((">>>", "<<<"), ("{", "}"), ("{", "}"), "-")
 
 
 class Printer(NamedTuple):
-    """Where to print, and the signs that its encoding has."""
+    """A stream to print to, and the signs that its encoding supports."""
 
     console: Console
     signs: Signs
@@ -70,7 +70,7 @@ def printer(file: TextIO) -> Printer:
 
 
 def print_figures(prepared: Preprocessed, out: Printer) -> None:
-    """Print what became of the records of each dataset entry, and the rows and steps of the run."""
+    """Print what happened to the records of each dataset entry, and the run's rows and steps."""
     for figures in prepared.documents.figures:
         _print(out, f"{figures.key}  {summary_line(figures)}")
         for name, text in dropped_texts(figures):
@@ -112,7 +112,7 @@ def _kept_text(prepared: Preprocessed) -> str:
     """Return where the tokenized documents are kept for `train`."""
     folder = prepared.config.dataset_prepared_path
     if folder is None:
-        return "memory only: with dataset_prepared_path: prepared, train reuses what is tokenized"
+        return "memory only; set dataset_prepared_path to keep the tokenized data for train"
     others = ", ".join(found.key for found in prepared.documents.figures if not found.kept)
     return folder + (f"; not {others}: datasets of the hub may change" if others else "")
 
@@ -214,7 +214,7 @@ def _token_text(token: Token, signs: Signs) -> str:
 
 
 def _print(out: Printer, text: str | Text, *, style: str = "") -> None:
-    """Print text, with the characters escaped that a terminal obeys or its encoding lacks."""
+    """Print text; escape control characters, and characters that the encoding lacks."""
     shown = Text(printable(text), style) if isinstance(text, str) else text
     if out.signs is _ASCII:
         shown.plain = shown.plain.encode("ascii", "backslashreplace").decode("ascii")

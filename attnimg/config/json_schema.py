@@ -1,8 +1,8 @@
-"""Write the JSON Schema of a config, by which editors complete its keys and mark mistakes in it.
+"""Build the JSON Schema of a config, with which editors complete keys and mark mistakes.
 
 Types, ranges and defaults come from schema.py, the answers to axolotl's other keys from keys.toml,
-texts and examples from data/config_keys.toml. `check` also judges keys together, which the schema
-does not.
+texts and examples from data/config_keys.toml. `check` also checks combinations of keys, which the
+schema does not.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from attnimg.redact import is_secret
 
 Schema = dict[str, Any]
 
-# Sections of data/config_keys.toml that are not about top-level keys.
+# Sections of data/config_keys.toml that do not have top-level keys.
 OF_ENTRIES, EXAMPLES = "Entries of datasets", "Examples"
 
 # A flag is true or false, also as YAML 1.1 writes it, which editors read as text; or 1 or 0.
@@ -97,7 +97,7 @@ def config_schema() -> Schema:
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "attnimg config",
-        "description": "The config of a run. `attnimg check` also judges keys together.",
+        "description": "The config of a run. `attnimg check` also checks combinations of keys.",
         "type": "object",
         "properties": {**known, **_other_keys(known)},
         # Adapter keys of axolotl's plugins, which have no effect if they are false.
@@ -113,7 +113,7 @@ def config_schema() -> Schema:
 
 
 class _Generator(GenerateJsonSchema):
-    """Adds what the schema's own functions accept or refuse before a value is validated."""
+    """Adds what schema.py's own functions accept or refuse before a value is validated."""
 
     def function_before_schema(self, schema: Any) -> Schema:
         """Return what is accepted before a function converts it."""
@@ -216,7 +216,7 @@ def _other_keys(known: Mapping[str, Schema]) -> dict[str, Schema]:
 
 
 def _answer(answer: KeyAnswer) -> Schema:
-    """Return the description of a key of axolotl, which any value is valid for."""
+    """Return the schema of a key of axolotl that accepts any value, with its description."""
     return {
         "description": f"{answer.answer}: {answer.reason}. {answer.do[0].upper()}{answer.do[1:]}.",
         "deprecated": True,
@@ -224,7 +224,7 @@ def _answer(answer: KeyAnswer) -> Schema:
 
 
 def _refused(answer: KeyAnswer) -> Schema:
-    """Return the schema of a key that may only be turned off."""
+    """Return the schema of a key that accepts only values that turn it off."""
     return {**_answer(answer), "enum": _values_without_effect(answer)}
 
 
@@ -312,7 +312,7 @@ def _add_unset(known: dict[str, Schema]) -> None:
             known[key] = _or(known[key], *values)
 
 
-# Parts of a schema that describe it.
+# Parts of a schema that only describe it.
 _TEXTS = ("description", "default", "examples", "deprecated", "title")
 
 

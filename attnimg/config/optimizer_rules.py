@@ -53,7 +53,7 @@ def _schedule(config: Config) -> Iterator[Finding]:
 
 
 def _optimizer(config: Config) -> Iterator[Finding]:
-    """Yield errors: arguments that the optimizer does not read or accept, and rates for no weight.
+    """Yield errors: arguments that the optimizer does not accept, and duplicate names in lr_groups.
 
     axolotl passes any arguments; transformers leaves out those that it does not know.
     """
@@ -100,7 +100,7 @@ def _cosine(config: Config) -> Iterator[Finding]:
     """Yield errors: keys of the cosine schedule that contradict one another."""
     key = "cosine_constant_lr_ratio"
     if config.cosine_constant_lr_ratio and not config.cosine_min_lr_ratio:
-        why = "it is the share of the steps after which the rate stays at that minimum"
+        why = "it is the share of the steps after which the learning rate stays at its minimum"
         do = f"set cosine_min_lr_ratio: 0.1, or remove {key}"
         yield bad_value(key, f"{key} needs cosine_min_lr_ratio", why, do)
     if config.eta_min and config.eta_min > (config.learning_rate or math.inf):

@@ -26,7 +26,7 @@ OTHER_NAMES = {
 }
 
 
-# Keys that a text without characters turns off, and numbers that 0 or false does.
+# Keys that an empty text turns off, and keys with numbers that 0 or false turns off.
 # Source: axolotl 0.19.0, which tests them by their truth: core/builders/base.py and causal.py,
 # loaders/*.py, utils/config/__init__.py, normalize_config, utils/data/shared.py (2026-11-27)
 EMPTY_IS_UNSET = frozenset(
@@ -45,7 +45,7 @@ ZERO_IS_UNSET = frozenset(
         "early_stopping_patience", "loss_watchdog_patience", "ddp_timeout", "min_sample_len",
     }
 )  # fmt: skip
-# Keys of a dataset entry that text without characters turns off.
+# Keys of a dataset entry that an empty text turns off.
 # Source: axolotl 0.19.0, utils/data/shared.py, load_dataset_with_config; prompt_strategies/
 # pretrain.py, load (2026-11-27)
 EMPTY_IN_ENTRY_IS_UNSET = frozenset({"name", "data_files", "ds_type", "text_column"})

@@ -1,4 +1,4 @@
-"""Check the values of a config that are about preference training (rl: dpo, ipo, orpo, kto).
+"""Check the keys of preference training in a config (rl: dpo, ipo, orpo, kto).
 
 Only the config is read. Which values of rl exist is in data/keys.toml.
 """
@@ -38,11 +38,12 @@ _READ_BY = {
 }
 # Losses of TRL that read label_smoothing. Source: trl 1.16.0, dpo_trainer.py (2026-11-27)
 _SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")
-# Losses that TRL cannot weight: it sorts the pairs, or changes what the backward pass reads.
+# Losses for which TRL cannot weight pairs: it sorts them, or changes tensors in place that the
+# backward pass needs.
 _UNWEIGHTED = ("aot", "aot_unpaired", "hinge", "sft")
 # Keys that preference training does not read, and the reason.
-_ONE_TOKEN_LOSS = "it is about the loss of single tokens"
-_ONE_ROW = "a pair of answers is a row of its own, padded to the longest of its batch"
+_ONE_TOKEN_LOSS = "it changes the loss of single tokens"
+_ONE_ROW = "each answer is a row of its own, padded to the longest in its batch"
 _NOT_TESTED = "it is not tested with TRL's trainers of preferences"
 _UNREAD = {
     "train_on_inputs": _ONE_TOKEN_LOSS,
@@ -54,7 +55,7 @@ _UNREAD = {
     "pretraining_dataset": "running text has no answers to prefer",
     "streaming": "pairs are read as a whole",
     "streaming_multipack_buffer_size": "pairs are read as a whole",
-    "default_system_message": "axolotl does not add it to preference data",
+    "default_system_message": "axolotl does not use it for preference data",
     "chat_template_kwargs": "axolotl does not pass it to the template of preference data",
     "tokenizer_use_mistral_common": "its format of conversations has no preference data",
     "fsdp": _NOT_TESTED,
@@ -92,7 +93,7 @@ def _keys_of_other_methods(config: Config) -> Iterator[Finding]:
         why = f"found {found}, which does not read it"
         yield bad_value(key, f"{key} needs {needed}", why, f"remove {key}")
     if config.rl == "orpo" and config.orpo_alpha and config.rl_beta:
-        why = "found both, which set the weight of the odds ratio; axolotl reads rl_beta"
+        why = "found both, which set the weight of the odds ratio; axolotl uses rl_beta"
         yield bad_value("orpo_alpha", "orpo_alpha contradicts rl_beta", why, "remove orpo_alpha")
 
 
@@ -118,7 +119,7 @@ def _losses(config: Config) -> Iterator[Finding]:
         yield bad_value(key, f"exo_pair needs {key}", why, f"set {key}: 0.001")
     unweighted = [loss for loss in losses if loss in _UNWEIGHTED]
     if config.dpo_use_weighting and unweighted:
-        key, why = "dpo_use_weighting", "TRL 1.16 has no weights of pairs for it"
+        key, why = "dpo_use_weighting", "TRL 1.16 cannot weight the pairs of this loss"
         yield bad_value(key, f"{key} contradicts the loss {unweighted[0]}", why, f"remove {key}")
 
 
@@ -134,11 +135,14 @@ def _unread_keys(config: Config) -> Iterator[Finding]:
         key, what = "gradient_checkpointing", "activations cannot be offloaded with rl"
         yield bad_value(key, what, _NOT_TESTED, f"set {key}: true")
     if config.excess_length_strategy == "split":
-        key, why = "excess_length_strategy", "the parts of an answer have no prompt"
+        key, why = (
+            "excess_length_strategy",
+            "the later parts of a split answer would have no prompt",
+        )
         yield bad_value(key, f"{key}: split contradicts rl", why, f"set {key}: truncate")
     for key in ("micro_batch_size", "eval_batch_size") if config.rl == "kto" else ():
         if getattr(config, key) == 1:
-            why = "the other answers of a batch are its estimate of the KL term"
+            why = "kto estimates the KL term from the other answers of a batch"
             yield bad_value(key, f"rl: kto needs {key} of 2 or more", why, f"set {key}: 2")
 
 

@@ -50,7 +50,9 @@ def value_warnings(config: Config, failed: Collection[str]) -> Iterator[Finding]
             do = f"set val_set_size: 0.05, or remove {key}"
             yield make_warning("without-effect", key, what, do)
     if config.eta_min:
-        what = "the cosine ends at eta_min here; in axolotl 0.19, which does not read it, at 0"
+        what = (
+            "the cosine schedule ends at eta_min here; axolotl 0.19 does not read it and ends at 0"
+        )
         yield make_warning("done-otherwise", "eta_min", what, "remove eta_min")
     if config.float16 and (config.fp16 or config.bf16):
         what = "float16 has no effect: bf16 and fp16 decide the precision"
@@ -80,7 +82,7 @@ def _hints(config: Config) -> Iterator[Finding]:
     if config.use_kernels and config.torch_compile:
         yield make_warning(
             "hint-not-used", "use_kernels",
-            "use_kernels is not used: the hub's kernels are not made for torch_compile, which "
+            "use_kernels is not used: the hub's kernels do not support torch_compile, which "
             "compiles the model's own layers",
             "remove use_kernels, or remove torch_compile",
         )  # fmt: skip

@@ -1,10 +1,10 @@
-"""Put adapters on experts whose fused weights are quantized.
+"""Add adapters to experts whose fused weights are quantized.
 
-Where a weight is quantized, reading it runs a parametrization, with which PEFT 0.21.2 has four
-faults: it finds the weight only by its full name; it nests the adapters of one module in another
-order than without quantization, so that the saved adapter does not fit the plain model; of several
-adapters it trains only the last, as the others read a cached weight without them; and it leaves
-them in place after each call, so that the next call adds them once more.
+Reading a quantized weight runs a parametrization, which PEFT 0.21.2 handles wrongly in four ways.
+It finds the weight only by its full name. It nests the adapters of one module in another order than
+without quantization, so the saved adapter does not fit the unquantized model. Of several adapters
+it trains only the last, since the others read a cached weight without them. It does not remove the
+adapters after a call, so the next call adds them once more.
 Source: peft 0.21.2, tuners/tuners_utils.py, _inject_parameters, and tuners/lora/layer.py,
 ParamWrapper; axolotl 0.19.0, monkeypatch/moe_quant.py, patch_peft_target_parameters_matching
 (2026-11-27).
@@ -25,19 +25,19 @@ _ORIGINAL = re.compile(r"\.parametrizations\.(\w+)\.original$")
 
 
 def named_weights(model: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the weights of a model, quantized ones by the names that they have without it."""
+    """Yield the weights of a model; quantized ones have their names without quantization."""
     for name, weight in model.named_parameters():
         yield _ORIGINAL.sub(r".\1", name), weight
 
 
 def is_parametrized(name: str) -> bool:
-    """Return whether a name of a weight or module is that of a parametrization."""
+    """Return whether a weight or module belongs to a parametrization, by its name."""
     return ".parametrizations." in name
 
 
 @contextmanager
 def adapting_quantized(lora: Any) -> Iterator[None]:
-    """Let PEFT find quantized weights, in the order of plain ones, while it adds an adapter.
+    """Let PEFT find quantized weights, in the same order as unquantized ones, inside the block.
 
     Args:
         lora: the LoraConfig of the adapter.
@@ -51,7 +51,7 @@ def adapting_quantized(lora: Any) -> Iterator[None]:
     ) -> list[str]:
         quantized = list(_quantized_weights(model))
         targets = peft_config.target_parameters
-        # PEFT itself adapts those that are named in full.
+        # PEFT itself finds those that the config names in full.
         others = copy.copy(peft_config)
         others.target_parameters = set(targets) - {f"{path}.{leaf}" for path, leaf in quantized}
         found: list[str] = inject(
@@ -84,7 +84,7 @@ def adapting_quantized(lora: Any) -> Iterator[None]:
 
 
 def _quantized_weights(model: Any) -> Iterator[tuple[str, str]]:
-    """Yield the module and the name in it of each quantized weight, in the order of plain ones."""
+    """Yield the module and name of each quantized weight, in the order of unquantized ones."""
     for path, module in list(model.named_modules()):
         for leaf in getattr(module, "attnimg_weights", ()):
             if leaf in module.parametrizations:
@@ -93,7 +93,7 @@ def _quantized_weights(model: Any) -> Iterator[tuple[str, str]]:
 
 @contextmanager
 def _activate_uncached(wrapper: Any, adapters: list[str]) -> Iterator[None]:
-    """Activate an adapter, and read its weight again, which may be cached without it."""
+    """Activate an adapter, and read its weight again, since the cached one may lack it."""
     from torch.nn.utils import parametrize
 
     key = (id(wrapper.get_base_layer()), wrapper.parameter_name)
@@ -106,5 +106,5 @@ def _activate_uncached(wrapper: Any, adapters: list[str]) -> Iterator[None]:
 
 
 def _remove_last(wrapper: Any) -> None:
-    """Remove the adapter from the parametrizations of a weight, where it is the last one."""
+    """Remove the adapter from a weight's parametrizations, if it is the last of them."""
     del wrapper.get_base_layer().parametrizations[wrapper.parameter_name][-1]

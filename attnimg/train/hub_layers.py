@@ -1,7 +1,7 @@
-"""Use layers of hub kernels in a run (use_kernels), once they are proven.
+"""Use layers of hub kernels in a run (use_kernels), after their proof.
 
-Which layers a model has is known from config.json. They are proven before the model is loaded. On a
-CPU only kernels of LOCAL_KERNELS can run, since transformers maps none that trains there.
+config.json shows which layers a model has. They are proven before the model is loaded. On a CPU,
+only kernels of LOCAL_KERNELS can run, since transformers maps none for training on CPUs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ _SAME = "the model's own layers compute the same"
 def requested_layers(config: Config) -> tuple[KnownLayer, ...]:
     """Return the kinds of layers for which a config requests hub kernels.
 
-    None with torch_compile, for which the kernels are not mapped; and liger_rms_norm comes first.
+    With torch_compile there are none, since the kernels do not support it; with liger_rms_norm,
+    Liger replaces RMSNorm.
     """
     if not config.use_kernels or config.torch_compile:
         return ()
@@ -40,7 +41,7 @@ def requested_layers(config: Config) -> tuple[KnownLayer, ...]:
 
 
 def used_layers(config: Config, types: Sequence[str], machine: Machine) -> tuple[KnownLayer, ...]:
-    """Return the requested kinds of layers that a model of some types has and a machine runs."""
+    """Return the requested kinds of layers that the model types have and the machine can run."""
     return tuple(
         layer
         for layer in requested_layers(config)
@@ -54,7 +55,7 @@ def _local(layer: KnownLayer, machine: Machine) -> LocalKernel | None:
 
 
 def _runs_on(layer: KnownLayer, machine: Machine) -> bool:
-    """Return whether a kernel runs: a local one where it was built for, else where it is mapped."""
+    """Return whether a machine runs a kernel: by the build of a local one, else by the mapping."""
     local, vendor = _local(layer, machine), machine.arch.vendor
     return vendor in layer.vendors if local is None else vendor == local.vendor
 
@@ -67,7 +68,7 @@ def judge_hub_layers(
     Args:
         config: the validated run.
         raw: the model's config.json.
-        machine: of the run; None for its packages assumes that all are installed.
+        machine: machine of the run; packages None means that all are installed.
     """
     requested, types = requested_layers(config), list_types(raw)
     if not requested:
@@ -94,7 +95,7 @@ def judge_hub_layers(
         names = " and ".join(f"{layer.name} ({layer.repo})" for layer in idle)
         what = f"use_kernels has no kernel for training {names} on {machine.arch.name}"
         do = f"remove use_kernels; LOCAL_KERNELS={idle[0].repo}=/path names one that was built"
-        warnings.append(_hint(f"{what}; {_SAME}, in more time", f"{do} for this device"))
+        warnings.append(_hint(f"{what}; {_SAME}, but slower", f"{do} for this device"))
     packages = machine.packages
     if idle != fitting and packages is not None and "kernels" not in packages:
         errors.append(
@@ -125,10 +126,10 @@ def list_hub_tasks(
 
     Args:
         config: the validated run.
-        problem: has the precision and the rows of a batch.
+        problem: names the precision and the rows of a batch.
         machine: of the run.
-        build: returns the run's model without weights; None where it can't be built that way.
-        log: called with a line for each kernel.
+        build: returns the run's model without weights; None if it can't be built without them.
+        log: prints a line.
 
     Raises:
         AttnimgError: a kernel is not on this machine and can't be downloaded; or the model is not
@@ -141,7 +142,7 @@ def list_hub_tasks(
         raise bad_value(
             "use_kernels",
             f"use_kernels can't be proven for {config.base_model}",
-            why="needed a model class of transformers, whose layers the hub's kernels replace",
+            why="needed a model class of transformers, since the kernels replace only its layers",
             do=OFF,
         )
     types = list_types(model.config.to_dict())

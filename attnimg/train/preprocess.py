@@ -1,4 +1,4 @@
-"""Prepare the data of a run as `train` does, without its model: tokenize, cache, pack, count.
+"""Prepare the data of a run as `train` does, without the model: tokenize, cache, pack, count.
 
 tokenizer -> documents -> which documents share a row -> steps
 """
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Split:
-    """The documents of training or of evaluation, and how they share rows.
+    """The documents for training or for evaluation, and how they are packed into rows.
 
     Attributes:
         documents: columns input_ids and labels.
         places: columns source and place, of the same documents.
-        rows: the documents of each row; None where each document is a row.
+        rows: the documents of each row; None if each document is a row.
         figures: documents, rows, tokens, trained_tokens, row_capacity and filled_share.
     """
 
@@ -50,10 +50,10 @@ class Preprocessed:
         config: the validated run.
         tokenizer: as `load_tokenizer` returns it.
         documents: as `load_documents` returns them.
-        train: what is trained on.
-        evaluation: what is evaluated on; None without val_set_size and test_datasets.
+        train: the training data.
+        evaluation: the evaluation data; None without val_set_size and test_datasets.
         schedule: the optimizer steps of the run.
-        world: processes that share the rows.
+        world: number of processes that share the rows.
     """
 
     config: Config
@@ -66,7 +66,7 @@ class Preprocessed:
 
 
 def preprocess(config: Config, *, log: Callable[[str], None]) -> Preprocessed:
-    """Tokenize and pack the data of a run, and cache it where dataset_prepared_path says so.
+    """Tokenize and pack the data of a run, and cache it in dataset_prepared_path, if that is set.
 
     Args:
         config: the validated run.
@@ -123,7 +123,7 @@ def _split(config: Config, documents: Dataset, places: Any, *, evaluation: bool)
     figures = row_figures(documents, rows, config)
     figures["trained_tokens"] = count_trained(documents)
     if trains_preferences(config):
-        figures["filled_share"] = None  # a row is a pair, of which the answers share the prompt
+        figures["filled_share"] = None  # a row is a pair, whose answers share the prompt
     return Split(documents=documents, places=places, rows=rows, figures=figures)
 
 

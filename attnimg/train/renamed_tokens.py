@@ -1,4 +1,4 @@
-"""Rename added tokens of a tokenizer, such as reserved ones, as added_tokens_overrides asks.
+"""Rename added tokens of a tokenizer, such as reserved ones (added_tokens_overrides).
 
 Source: axolotl 0.19.0, loaders/tokenizer.py, modify_tokenizer_files (2026-11-27)
 """
@@ -48,11 +48,15 @@ def rename_tokens(tokenizer: Any, names: Mapping[int, str]) -> None:
 
 
 def _not_free(number: int, old: str | None, free: list[int]) -> AttnimgError:
-    found = "no added token of that id" if old is None else f"{old!r}, which has a role of its own"
+    found = (
+        "no added token with that id"
+        if old is None
+        else f"{old!r}, which is used as a special token"
+    )
     shown = f"{min(free)} to {max(free)}" if free else "none"
     return bad_value(
         KEY,
         f"{KEY}: token {number} can't be renamed",
-        why=f"found {found}; added tokens without a role: {shown}",
+        why=f"found {found}; added tokens that can be renamed: {shown}",
         do=f"correct or remove {number} in {KEY}",
     )

@@ -1,7 +1,7 @@
-"""Choose samples of prepared data, and turn their tokens into text that a person can read.
+"""Choose samples of prepared data, and turn their tokens into readable text.
 
-A sample is a document with its tokens, in what it comes from; a sampled row has all its documents.
-Texts are foreign: they may have control characters, markup and any script.
+A sample is a document with its tokens and its source; a sampled row has all its documents. The
+texts are not trusted: they may have control characters, markup and any script.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Token:
     Attributes:
         position: its place in the document, from 0.
         id: its id.
-        piece: what the vocabulary calls it, such as "Ġthe" or "<0xF0>".
+        piece: its entry in the vocabulary, such as "Ġthe" or "<0xF0>".
         text: what it adds to the decoded text; "" for the first bytes of a character.
-        raw: those bytes, b"" where the text is whole.
+        raw: those bytes; b"" if the text is complete.
         trained: whether it has loss.
-        special: whether it is a special token, which no text of a record is tokenized to.
+        special: whether it is a special token.
     """
 
     position: int
@@ -59,11 +59,11 @@ class Sample:
 
     Attributes:
         source: the statistics of the dataset entry that it comes from.
-        split: whether it is trained or evaluated on.
+        split: whether it is for training or for evaluation.
         place: the file and the record, "train.jsonl, line 3".
         tokens: its tokens; the middle of a long one is omitted.
         length: tokens of the whole document.
-        trained: how many of them have loss.
+        trained: number of tokens with loss.
         note: what looks wrong about it; "" for nothing.
     """
 
@@ -83,8 +83,8 @@ class SampledRow:
     Attributes:
         number: the number of the row, from 1.
         rows: rows of the split.
-        capacity: tokens that fit in it.
-        documents: in the order in which they are in it.
+        capacity: number of tokens that fit.
+        documents: its documents, in their order.
     """
 
     number: int
@@ -96,11 +96,11 @@ class SampledRow:
 def choose_samples(
     prepared: Preprocessed, count: int, *, seed: int, limit: int | None
 ) -> list[Sample]:
-    """Choose documents of each dataset entry at random, separately of training and evaluation.
+    """Choose random documents of each dataset entry, separately for training and evaluation.
 
     Args:
         prepared: the prepared data.
-        count: documents of each entry; fewer where it has fewer.
+        count: number of documents of each entry, if it has as many.
         seed: of the choice; the same seed gives the same samples.
         limit: tokens that are shown of a document; None for all.
     """
@@ -119,7 +119,7 @@ def choose_samples(
 
 
 def choose_row(prepared: Preprocessed, *, seed: int, limit: int | None) -> SampledRow | None:
-    """Choose a packed row of training at random; None where nothing is packed.
+    """Choose a random packed row of the training data; None if nothing is packed.
 
     Args:
         prepared: the prepared data.
@@ -133,7 +133,7 @@ def choose_row(prepared: Preprocessed, *, seed: int, limit: int | None) -> Sampl
         return None
     sizes = numpy.diff(rows.offsets)
     several = numpy.nonzero(sizes > 1)[0] if (sizes > 1).any() else numpy.arange(rows.count)
-    # Another seed than that of the samples, which would choose the same documents.
+    # Another seed than for the samples, which would choose the same documents again.
     number = int(numpy.random.default_rng([seed, 1]).choice(several))
     first, last = rows.offsets[number], rows.offsets[number + 1]
     return SampledRow(
@@ -245,7 +245,7 @@ def _special_ids(tokenizer: Any) -> set[int]:
 def token_texts(ids: Sequence[int], tokenizer: Any) -> list[str]:
     """Return what each token adds to the decoded text.
 
-    A character of several tokens is added by its last one. Only the tokens since the last whole
+    The last token of a character adds it. Only the tokens since the last whole
     character are decoded again, as in text-generation servers.
     """
 
@@ -286,12 +286,12 @@ def piece_bytes(piece: str) -> bytes:
 
 Mark = Literal["text", "space", "line", "code"]
 
-# What is shown for white space; a line also breaks after its end.
+# The signs for white space; the text also breaks after the sign for a line end.
 SPACES = {" ": "\u00b7", "\t": "\u21e5", "\n": "\u21b5", "\r": "\u240d", "\u00a0": "\u237d"}
 
 
 def visible(text: str) -> Iterator[tuple[Mark, str]]:
-    """Yield the parts of a text as they can be shown: nothing in it is invisible or reorders it.
+    """Yield parts of a text in which nothing is invisible and nothing reorders text.
 
     Yields:
         "text" as it is; "space" as a sign; "line", the sign of a line's end; "code", U+200B.

@@ -1,7 +1,7 @@
 """Continue the training of a saved adapter, which lora_model_dir names.
 
-axolotl takes the settings that were saved with the adapter, and ignores those of the config. Here
-they fill in the keys that the config does not set; the others must agree with them.
+axolotl uses the settings that were saved with the adapter, and ignores those of the config. Here
+the saved settings are used for the keys that the config does not set; the other keys must agree.
 Source: axolotl 0.19.0, loaders/adapter.py, load_lora (2026-11-27)
 """
 
@@ -24,7 +24,7 @@ _SETTINGS = {
     "modules_to_save": "lora_modules_to_save", "fan_in_fan_out": "lora_fan_in_fan_out",
     "use_dora": "peft_use_dora", "use_rslora": "peft_use_rslora",
 }  # fmt: skip
-# Keys that choose layers, or ranks of some of them.
+# Keys that choose layers, or set ranks of some layers.
 _LAYERS = (
     "lora_target_modules", "lora_target_linear", "lora_target_parameters", "lora_rank_pattern",
     "lora_alpha_pattern", "peft_layers_to_transform", "peft_layers_pattern",
@@ -122,7 +122,9 @@ def load_saved_weights(model: Any, config: Config) -> None:
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
     wrong = [*loaded.unexpected_keys, *(trained & set(loaded.missing_keys))]
     if wrong:
-        raise _unfit(config, f"found or missed {', '.join(sorted(wrong)[:3])}", model)
+        raise _unfit(
+            config, f"unexpected or missing weights: {', '.join(sorted(wrong)[:3])}", model
+        )
 
 
 def _unfit(config: Config, why: str, model: Any) -> AttnimgError:
@@ -136,10 +138,10 @@ def _unfit(config: Config, why: str, model: Any) -> AttnimgError:
 
 
 def require_same_layers(saved: Any, written: Any, config: Config) -> None:
-    """Raise if the config's keys choose other layers than the adapter that it continues has.
+    """Raise if the config's keys choose other layers than the saved adapter has.
 
     Args:
-        saved: the model with that adapter, also one without weights.
+        saved: the model with the saved adapter; neither model needs weights.
         written: the model with the adapter that the keys describe.
         config: the validated run.
 
@@ -162,5 +164,5 @@ def require_same_layers(saved: Any, written: Any, config: Config) -> None:
 
 
 def layer_keys(config: Config) -> list[str]:
-    """Return the keys of a config that choose layers, or ranks of some of them."""
+    """Return the keys of a config that choose layers, or set ranks of some layers."""
     return [key for key in _LAYERS if getattr(config, key)]

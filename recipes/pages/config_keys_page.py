@@ -49,7 +49,7 @@ config names the JSON Schema that `attnimg schema > attnimg.schema.json` writes:
 # yaml-language-server: $schema=attnimg.schema.json
 ```
 
-`check` also judges keys together, which an editor does not. A mistake looks like this:
+`check` also checks combinations of keys, which an editor does not. A mistake looks like this:
 
 ```
 $ attnimg check wrong.yaml
