@@ -45,7 +45,7 @@ _FLASH_4 = Backend(
             archs=frozenset({"sm_90"}),
             why="is not faster than FlashAttention-3 on Hopper",
             source="flash-attention PR #2889: backward at head_dim 256 on an H200, 373 against "
-            "480 TFLOP/s; torchtitan PR #4413: much alike for packed rows on a GH200 (2026-11-26)",
+            "480 TFLOP/s; torchtitan PR #4413: similar for packed rows on a GH200 (2026-11-26)",
         ),
         Rank(
             rank=36,
