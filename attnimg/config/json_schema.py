@@ -127,11 +127,13 @@ class _Generator(GenerateJsonSchema):
         return {**inner, **_AFTER.get(schema["function"]["function"], {})}
 
 
+_UNQUOTED_NO = (False, "No", "NO", "off", "Off", "OFF")  # an unquoted no is false to YAML 1.1
 _PAIR = r"[^=,]*[^=,\s][^=,]*=[^,]*[^,\s][^,]*"  # name=value
 _BEFORE: dict[Callable[..., Any], Callable[[Schema], Schema]] = {
     schema._to_bool: lambda _: dict(_FLAG),  # pydantic adds the default to it
     schema._to_learning_rate: lambda inner: {"anyOf": [inner, _NUMBER_AS_TEXT]},
     schema._unset_if_empty: lambda inner: {"anyOf": [inner, {"enum": ["", False, 0]}]},
+    schema._to_strategy: lambda inner: {"enum": [*inner["enum"], *_UNQUOTED_NO]},
     schema._to_arguments: lambda inner: {
         "anyOf": [
             inner,
@@ -146,7 +148,7 @@ _BEFORE: dict[Callable[..., Any], Callable[[Schema], Schema]] = {
 }
 _AFTER: dict[Callable[..., Any], Schema] = {
     schema._check_repository: {"pattern": f"^{schema._REPOSITORY.pattern}$"},
-    schema._require_lower_is_better: {"enum": [False, 0, "no", "No", "NO", "off", "Off", "OFF"]},
+    schema._require_lower_is_better: {"enum": [0, "no", *_UNQUOTED_NO]},
 }
 
 

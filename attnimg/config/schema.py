@@ -198,9 +198,16 @@ DpoLoss = Literal[
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
     "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 ]  # fmt: skip
-Strategy = Literal["no", "steps", "epoch"]
+
+
+def _to_strategy(value: object) -> object:
+    """Return "no" for an unquoted no, which YAML reads as false."""
+    return "no" if value is False else value
+
+
+Strategy = Annotated[Literal["no", "steps", "epoch"], BeforeValidator(_to_strategy)]
 TrainedEnds = Literal["all", "turn", "last", "none"]
-SaveStrategy = Literal["no", "steps", "epoch", "best"]
+SaveStrategy = Annotated[Literal["no", "steps", "epoch", "best"], BeforeValidator(_to_strategy)]
 SpecialToken = Literal[
     "bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token",
     "additional_special_tokens",

@@ -123,8 +123,18 @@ def _split(config: Config, documents: Dataset, places: Any, *, evaluation: bool)
     figures = row_figures(documents, rows, config)
     figures["trained_tokens"] = count_trained(documents)
     if trains_preferences(config):
-        figures["filled_share"] = None  # a row is a pair, whose answers share the prompt
+        figures["filled_share"] = None
+        figures["tokens"] += count_repeated_prompts(documents)
     return Split(documents=documents, places=places, rows=rows, figures=figures)
+
+
+def count_repeated_prompts(pairs: Dataset) -> int:
+    """Return the tokens of the prompts of pairs, which are computed once more for each pair."""
+    from attnimg.train.preferences.data import split_row
+
+    rows = pairs.select_columns(["input_ids", "parts"])
+    found = (split_row(row) for row in rows)
+    return sum(len(row.prompt) * (len(row.answers) - 1) for row in found)
 
 
 def count_trained(documents: Dataset) -> int:

@@ -103,6 +103,14 @@ def test_a_batch_size_that_does_not_fit_is_refused(keys: dict[str, Any]) -> None
     ]
 
 
+@pytest.mark.parametrize("key", ["eval_strategy", "save_strategy", "evaluation_strategy"])
+def test_an_unquoted_no_is_a_strategy(key: str) -> None:
+    off, quoted = check(**{key: False}), check(**{key: "no"})
+    assert off.ok
+    assert off == quoted
+    assert not check(**{key: True}).ok
+
+
 UNSET = {
     **dict.fromkeys(sorted(EMPTY_IS_UNSET), ""),
     **dict.fromkeys(sorted(ZERO_IS_UNSET), 0),

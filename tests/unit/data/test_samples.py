@@ -307,6 +307,9 @@ def test_the_answers_of_a_pair_are_shown_separately(
         assert f"data.jsonl, line 1, {name}" in text
         assert f"{prompt}⟦{answer}" in text
     assert "1 pairs" in dict(facts(prepared))["training"]
+    (figures,) = prepared.documents.figures
+    assert prepared.train.figures["tokens"] == figures.tokens
+    assert prepared.train.figures["trained_tokens"] == figures.trained_tokens
     write_page(tmp_path / "a.html", prepared, name="a", samples=samples_of(prepared), row=None,
                seed=0)  # fmt: skip
     assert (tmp_path / "a.html").read_text().count("<article>") == 2
