@@ -673,7 +673,7 @@ NEEDS = {
         _check_options bad-value, _check_reachable file-missing, _check_reachable
         hub-unreachable, _check_size bad-data, _conversion_error pickled-weights,
         _find_files _not_found, _find_files bad-value, _folder_source bad-value,
-        _folder_source file-missing, _hash_files bad_model, _load _conversion_error x2,
+        _folder_source file-missing, hash_files bad_model, _load _conversion_error x2,
         _load _unreadable, _load unsupported-key, _no_checkpoint no-checkpoint, _not_empty
         output-dir-not-empty, _not_found file-missing, _output_dir_error AttnimgError,
         _paths_in bad_file, _read_jinja file-missing, _readme_splits bad-value,
