@@ -667,7 +667,8 @@ NEEDS = {
         read_content bad_record, read_flag bad_record x2, read_records bad_file x2,
         read_records bad_record, read_tool_calls bad_record, read_tools bad_record,
         read_trained_parts bad_record x3, require_column bad_record, require_text
-        bad_record, split_thinking bad_record
+        bad_record, split_thinking bad_record, _require_same_prompt bad_record,
+        equal_answers bad_file, preference_warnings bad_file
     """,
     "files": """
         _check_options bad-value, _check_reachable file-missing, _check_reachable
