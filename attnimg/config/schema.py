@@ -647,6 +647,11 @@ def trains_preferences(config: Config) -> bool:
     return config.rl in PREFERENCE_METHODS
 
 
+def has_reference(config: Config) -> bool:
+    """Return whether a run compares the model with a reference: all methods but ORPO do."""
+    return trains_preferences(config) and config.rl != "orpo"
+
+
 def rows_of_example(config: Config) -> int:
     """Return how many rows of a batch an example has: both answers of a pair are in one batch."""
     return 2 if trains_preferences(config) and config.rl != "kto" else 1

@@ -248,8 +248,9 @@ _WINDOW: Mapping[str, tuple[type, ...]] = {
 }  # fmt: skip
 
 _IDENTITY: Mapping[str, tuple[type, ...]] = {
-    "keys": (dict,), "model": (dict, type(None)), "data": (list, type(None)), "processes": (int,),
-    "rows": (int,), "tokens": (int,), "attention": (str,), "precision": (str,),
+    "keys": (dict,), "model": (dict, type(None)), "adapter": (dict, type(None)),
+    "data": (list, type(None)), "processes": (int,), "rows": (int,), "tokens": (int,),
+    "attention": (str,), "precision": (str,),
 }  # fmt: skip
 
 

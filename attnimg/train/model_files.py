@@ -305,7 +305,7 @@ def hash_model(config: Config) -> dict[str, Any] | None:
         "revision": config.revision_of_model,
         "files": {
             "config.json": hashlib.sha256(text.encode()).hexdigest(),
-            **_hash_files(folder, files),
+            **hash_files(folder, files),
         },
     }
 
@@ -325,7 +325,7 @@ def hash_tokenizer(config: Config) -> dict[str, Any] | None:
     return {
         "path": named,
         "revision": config.revision_of_model,
-        "files": _hash_files(folder, list_tokenizer_files(folder)),
+        "files": hash_files(folder, list_tokenizer_files(folder)),
     }
 
 
@@ -350,7 +350,12 @@ def find_model_folder(name: str | None, config: Config, *, containing: str) -> P
     return Path(found).parent if isinstance(found, str) else None
 
 
-def _hash_files(folder: Path, files: Sequence[Path]) -> dict[str, str]:
+def hash_files(folder: Path, files: Sequence[Path]) -> dict[str, str]:
+    """Return the SHA-256 of files by their names relative to a folder.
+
+    Raises:
+        AttnimgError: a file can't be read (bad-model).
+    """
     hashes = CachedHasher(cache_folder(os.environ))
     try:
         found = hashes.hash_each(files)

@@ -24,6 +24,7 @@ from attnimg.train.distributed import world_size
 from attnimg.train.lora import find_targets
 from attnimg.train.model import load_without_weights
 from attnimg.train.model_files import hash_model, hash_tokenizer
+from attnimg.train.saved_adapter import hash_reference_adapter
 
 if TYPE_CHECKING:
     from attnimg.train.data import SourceFigures
@@ -141,7 +142,12 @@ def build_identity(
 
 def config_identity(config: Config) -> dict[str, Any]:
     """Return the part of a run's identity that is known before anything is loaded."""
-    return {"keys": compared_keys(config), "model": hash_model(config), "processes": world_size()}
+    return {
+        "keys": compared_keys(config),
+        "model": hash_model(config),
+        "adapter": hash_reference_adapter(config),
+        "processes": world_size(),
+    }
 
 
 def compared_keys(config: Config) -> dict[str, Any]:
@@ -433,6 +439,7 @@ def _refused_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
     return [
         *_batch_changes(changes, before, now),
         *_file_changes("model", "base_model", before, now),
+        *_file_changes("adapter", "lora_model_dir", before, now),
         *_file_changes("tokenizer", "tokenizer_config", before, now),
         *_data_changes(before, now, "data"),
         *(_data_changes(before, now, "evaluation") if decides else ()),
@@ -475,7 +482,7 @@ def _file_changes(
     """Return the changes in the files of the model or the tokenizer; their folder may differ.
 
     Args:
-        part: "model" or "tokenizer".
+        part: "model", "adapter" or "tokenizer".
         key: the config's, which names the folder.
         before: the checkpoint's identity; without the part, nothing is compared.
         now: the run's.

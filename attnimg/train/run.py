@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from attnimg import application
 from attnimg.config import check_values
-from attnimg.config.schema import Config, dataset_entries, trains_preferences
+from attnimg.config.schema import Config, dataset_entries, has_reference
 from attnimg.context import describe_context
 from attnimg.facts import Finding, LayersTask, Machine, Plan
 from attnimg.files import read_regular
@@ -235,8 +235,11 @@ def fit_selected(
                 )
                 application.require_applied(inputs["reference"], selected.backend)
                 report.log("reference: a frozen copy of the model")
-            elif trains_preferences(config) and config.rl != "orpo":
-                report.log("reference: the model with the adapter turned off")
+            elif has_reference(config):
+                kind = "a frozen copy of the adapter"
+                if not config.lora_model_dir:
+                    kind = "the adapter turned off"
+                report.log(f"reference: the model with {kind}")
             return model
 
         applied = select_verify_apply(task, load, report=report, plan=plan)

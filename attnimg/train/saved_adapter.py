@@ -12,9 +12,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from attnimg.config.schema import Config
+from attnimg.config.schema import Config, has_reference
 from attnimg.errors import AttnimgError, bad_value
 from attnimg.files import read_regular
+from attnimg.train.model_files import hash_files
 from attnimg.train.pickled_weights import require_safetensors
 
 KEY = "lora_model_dir"
@@ -29,6 +30,7 @@ _LAYERS = (
     "lora_target_modules", "lora_target_linear", "lora_target_parameters", "lora_rank_pattern",
     "lora_alpha_pattern", "peft_layers_to_transform", "peft_layers_pattern",
 )  # fmt: skip
+_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _MAX_BYTES = 1 << 20
 
 
@@ -74,19 +76,18 @@ def _comparable(value: Any) -> Any:
 def _find_folder(name: str) -> Path:
     """Return the folder of an adapter: a local one, or one in the cache of the hub."""
     folder = Path(os.path.expanduser(name))  # noqa: PTH111  Path's raises for an unknown user
-    files = ("adapter_config.json", "adapter_model.safetensors")
     if folder.is_dir():
         require_safetensors(folder, key=KEY)
-        missing = [file for file in files if not (folder / file).is_file()]
+        missing = [file for file in _FILES if not (folder / file).is_file()]
     else:
         from transformers.utils import cached_file
 
         try:
-            found = [cached_file(name, file) for file in files]
-            missing = [file for file, path in zip(files, found, strict=True) if path is None]
+            found = [cached_file(name, file) for file in _FILES]
+            missing = [file for file, path in zip(_FILES, found, strict=True) if path is None]
             folder = Path(found[0] or "").parent
         except (OSError, ValueError):
-            missing = list(files)
+            missing = list(_FILES)
     if missing:
         raise AttnimgError(
             f"{KEY}: {name} has no adapter",
@@ -106,6 +107,19 @@ def saved_settings(config: Config) -> Any:
     settings.inference_mode = False
     settings.init_lora_weights = True  # the weights are loaded after it
     return settings
+
+
+def hash_reference_adapter(config: Config) -> dict[str, Any] | None:
+    """Return the SHA-256 of each file of the adapter that is the reference; None without one.
+
+    Raises:
+        AttnimgError: there is no such adapter, or a file can't be read (bad-model).
+    """
+    if not (config.adapter and config.lora_model_dir and has_reference(config)):
+        return None
+    folder = _find_folder(config.lora_model_dir)
+    files = hash_files(folder, [folder / name for name in _FILES])
+    return {"path": config.lora_model_dir, "revision": None, "files": files}
 
 
 def load_saved_weights(model: Any, config: Config) -> None:

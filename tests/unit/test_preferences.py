@@ -307,3 +307,100 @@ def test_a_head_that_computes_other_log_probabilities_is_refused(
         run(tiny, tmp_path / "out", **data(tmp_path, "dpo"), max_steps=1)
     assert (caught.value.code, caught.value.key) == ("loss-differs", "rl")
     run(tiny, tmp_path / "orpo", **data(tmp_path, "orpo"), max_steps=1)
+
+
+@pytest.fixture(scope="module")
+def adapted(tiny: Path) -> Path:
+    """Return a folder with an adapter that changes the model, embeddings included."""
+    targets = ["q_proj", "up_proj", "embed_tokens"]
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    settings = LoraConfig(r=4, target_modules=targets, modules_to_save=["lm_head"],
+                          task_type="CAUSAL_LM", init_lora_weights=False)  # fmt: skip
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny / "model"), settings)
+    model.save_pretrained(tiny / "adapter", save_embedding_layers=False)
+    return tiny / "adapter"
+
+
+def continued(folder: Path, adapter: Path, **keys: Any) -> dict[str, Any]:
+    """Return the keys of a run that continues an adapter, with the adapter's settings."""
+    from attnimg.train.saved_adapter import with_saved_adapter
+
+    given = {"adapter": "lora", "lora_model_dir": str(adapter), "micro_batch_size": 8, **keys}
+    values = with_saved_adapter(config_for(folder, **given)).model_dump(exclude_unset=True)
+    return {key: values[key] for key in values if key != "output_dir"}
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize("rl", ["dpo", "kto"])
+def test_the_reference_of_a_saved_adapter_is_a_copy_of_it(
+    tiny: Path, tmp_path: Path, adapted: Path, rl: str
+) -> None:
+    """Step 4 has the loss of the model of step 3; the reference is the adapter before training."""
+    keys = {"rl_beta": 0.3, "learning_rate": 1e-2, "save_steps": 3, "max_steps": 4,
+            "lr_scheduler": "constant", "shuffle_merged_datasets": False}  # fmt: skip
+    if rl == "kto":
+        keys |= {"kto_desirable_weight": 2.0, "kto_undesirable_weight": 0.5}
+    keys = continued(tiny, adapted, **{**data(tmp_path, rl), **keys})
+    out = tmp_path / "out"
+    run(tiny, out, **keys)
+    first, *_, last = losses(out)
+    if rl == "dpo":
+        assert first == pytest.approx(0.6931, abs=1e-4)
+    saved = out / "checkpoint-3"
+    policy = Plain(tiny / "model", adapter=saved)
+    reference = Plain(tiny / "model", adapter=adapted)
+    assert last == pytest.approx(PLAIN[rl](policy, reference), abs=1e-4)
+    assert abs(last - PLAIN[rl](policy, Plain(tiny / "model"))) > 1e-2
+    for folder in (saved, out):
+        assert not (folder / "ref").exists()
+        assert (folder / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_a_run_with_a_saved_adapter_resumes_with_the_same_reference(
+    tiny: Path, tmp_path: Path, adapted: Path
+) -> None:
+    import shutil
+
+    from attnimg.errors import AttnimgError
+
+    shutil.copytree(adapted, tmp_path / "adapter")
+    keys = continued(tiny, tmp_path / "adapter", **data(tmp_path, "dpo"), save_steps=2, max_steps=4,
+                     auto_resume_from_checkpoints=True)  # fmt: skip
+    run(tiny, tmp_path / "out", **keys)
+    shutil.copytree(tmp_path / "out", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again/checkpoint-4")
+    run(tiny, tmp_path / "again", **keys)
+    name = "adapter_model.safetensors"
+    assert losses(tmp_path / "again") == losses(tmp_path / "out")
+    assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+    shutil.copy(tmp_path / "out" / name, tmp_path / "adapter" / name)
+    shutil.rmtree(tmp_path / "again/checkpoint-4")
+    with pytest.raises(AttnimgError) as caught:
+        run(tiny, tmp_path / "again", **keys)
+    assert (caught.value.code, caught.value.key) == ("resume-differs", "lora_model_dir")
+    assert "put the earlier adapter_model.safetensors back" in caught.value.do
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        pytest.param({"lora_modules_to_save": ["lm_head", "embed_tokens"]}, id="saved modules"),
+        pytest.param({"peft_init_lora_weights": "gaussian"}, id="gaussian"),
+        pytest.param({"peft_init_lora_weights": "orthogonal"}, id="orthogonal"),
+        pytest.param({"reinit_weights": True}, id="random weights"),
+        pytest.param({"peft_use_dora": True}, id="dora"),
+    ],
+)
+def test_the_first_loss_of_an_adapter_is_ln_2(
+    tiny: Path, tmp_path: Path, keys: dict[str, Any]
+) -> None:
+    keys = {**data(tmp_path, "dpo"), **LORA, "lora_r": 4, **keys}
+    run(tiny, tmp_path / "out", **keys, max_steps=1, micro_batch_size=8)
+    first = lines(tmp_path / "out")[0]
+    assert first["loss"] == pytest.approx(0.6931, abs=1e-4)
+    assert first["rewards/chosen"] == pytest.approx(0, abs=1e-4)

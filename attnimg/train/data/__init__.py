@@ -157,6 +157,10 @@ def load_documents(config: Config, tokenizer: Any) -> Documents:
         train, validation = _split_validation(train, config)
     if validation is not None:
         warnings.update(dict.fromkeys(_warn_of_shared_documents(train, validation)))
+    if trains_preferences(config):
+        from attnimg.train.preferences.checks import preference_warnings
+
+        warnings.update(dict.fromkeys(preference_warnings(train, validation, config)))
     return Documents(
         train=train.remove_columns(PLACES),
         validation=validation and validation.remove_columns(PLACES),

@@ -29,6 +29,7 @@ from attnimg.train.data.prepare import (
 )
 from attnimg.train.data.records import IGNORE_INDEX, Place, bad_file, bad_record
 from attnimg.train.data.sources import Source
+from attnimg.train.preferences.checks import equal_answers
 from attnimg.train.preferences.records import Preference, choose_preference_parser
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def prepare_preferences(
     """
     import pyarrow
 
-    tally, content, read = Tally(), hashlib.sha256(), hashlib.sha256()
+    tally, same, content, read = Tally(), Tally(), hashlib.sha256(), hashlib.sha256()
     parse = choose_preference_parser(source.spec, str(config.rl))
     encoder = PreferenceEncoder.make(source, config, tokenizer)
     records = read_shard(source, seed=config.seed)
@@ -118,7 +119,11 @@ def prepare_preferences(
         parsed = [(place, parse(record, place)) for place, record in batch]
         for _, value in parsed:
             read.update(repr(value).encode("utf-8", "surrogatepass"))
-        kept = [(place, row.columns()) for place, row in _fit(encoder(parsed), tally, config)]
+        kept = []
+        for place, row in _fit(encoder(parsed), tally, config):
+            if row.desirable is None and row.answers[0] == row.answers[1]:
+                same.add("answers", place)
+            kept.append((place, row.columns()))
         rows = [row for _, row in kept]
         for column in (column for row in rows for column in row):
             content.update(len(column).to_bytes(8, "little") + array("i", column).tobytes())
@@ -136,7 +141,7 @@ def prepare_preferences(
         places=tally.places,
         **cast("dict[str, Any]", tally),
     )
-    return figures, tuple(encoder.warnings())
+    return figures, (*encoder.warnings(), *equal_answers(source, same, tally["documents"]))
 
 
 def _fit(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 from attnimg.config.schema import DatasetSpec, PreferenceFormat, is_chat, role_names
@@ -176,11 +177,11 @@ def _styled_prompt(style: _Style, variant: str, record: Mapping[str, Any], place
 def _first_turn(style: _Style, record: Mapping[str, Any], place: Place) -> Preference:
     """Return the first turn of two conversations: later ones are not read, as in axolotl."""
     found = _columns(record, ("chosen", "rejected"), place)
-    question = _message(found["chosen"], 0, "chosen", place)["content"]
-    answers = [_message(found[name], 1, name, place)["content"] for name in found]
+    chats = [[_message(found[name], index, name, place) for index in (0, 1)] for name in found]
+    _require_same_prompt(chats, tuple(found), place)
     return Preference(
-        prompt=style.message("user", question) + style.opening,
-        answers=tuple(answer + style.end for answer in answers),
+        prompt=style.message("user", chats[0][0]["content"]) + style.opening,
+        answers=tuple(answer["content"] + style.end for _, answer in chats),
     )
 
 
@@ -242,12 +243,18 @@ def _chat(spec: DatasetSpec, record: Mapping[str, Any], place: Place) -> Prefere
 
 
 def _whole_chats(spec: DatasetSpec, record: Mapping[str, Any], place: Place) -> Preference:
-    """Return the messages before the last one of `chosen`, and the last of both conversations."""
+    """Return the messages before the last one, and the last of both conversations.
+
+    Raises:
+        AttnimgError: the conversations differ before the last message (bad-data); axolotl would
+            take those of `chosen` as the prompt of both answers.
+    """
     names = (spec.field_chosen or "chosen", spec.field_rejected or "rejected")
     found = _columns(record, names, place)
     chats = [list(_messages(found[name], name, place, spec)) for name in names]
     for name, turns in zip(names, chats, strict=True):
         _require_answer(turns, name, place)
+    _require_same_prompt(chats, names, place)
     return Preference(
         prompt=tuple(chats[0][:-1]), answers=tuple(turns[-1]["content"] for turns in chats)
     )
@@ -264,6 +271,8 @@ def _orpo_chat(spec: DatasetSpec, record: Mapping[str, Any], place: Place) -> Pr
             why = f"the roles in {name} are {', '.join(turn['role'] for turn in turns)}"
             why += "; needed user and assistant in turn"
             raise bad_record(place, why=why, do="correct the record, or remove it")
+    if "prompt" not in record:
+        _require_same_prompt(chats, names, place)
     turns = chats[0][:-1]
     if "prompt" in record:
         if len(turns) > 1:
@@ -352,3 +361,21 @@ def _require_answer(turns: Sequence[Message], name: str, place: Place) -> None:
     if turns[-1]["role"] != "assistant":
         why = f"{name} ends with a message of the role {turns[-1]['role']}, needed assistant"
         raise bad_record(place, why=why, do="correct the record, or remove it")
+
+
+def _require_same_prompt(
+    chats: Sequence[Sequence[Message]], names: Sequence[str], place: Place
+) -> None:
+    """Raise unless two conversations are the same before their last message (bad-data).
+
+    Blanks around a text are ignored.
+    """
+    prompts = [[(turn["role"], turn["content"].strip()) for turn in chat[:-1]] for chat in chats]
+    for number, (first, second) in enumerate(zip_longest(*prompts), 1):
+        if first != second:
+            texts = [shorten(": ".join(turn)) if turn else "missing" for turn in (first, second)]
+            why = (
+                f"message {number} is {texts[0]} in {names[0]}, and {texts[1]} in {names[1]}; "
+                "needed two answers to the same messages"
+            )
+            raise bad_record(place, why=why, do="correct the record, or remove it")

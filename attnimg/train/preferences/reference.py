@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from attnimg.config.schema import Config, trains_preferences
+from attnimg.config.schema import Config, has_reference
 from attnimg.facts import RunContext
 from attnimg.train.model import load_model
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 def needs_reference(config: Config) -> bool:
     """Return whether a run needs a second model in memory.
 
-    ORPO has no reference; with an adapter, the reference is the model without it.
+    With an adapter, the model is its own reference: without the adapter, or with a copy of it.
     Source: axolotl 0.19.0, train.py, setup_reference_model (2026-11-27)
     """
-    return trains_preferences(config) and config.rl != "orpo" and not config.adapter
+    return has_reference(config) and not config.adapter
 
 
 def load_reference(

@@ -7,6 +7,7 @@ attention calls, metrics.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
@@ -59,7 +60,8 @@ class PreferenceTrainer(RunTrainer):
 class ReferenceTrainer(PreferenceTrainer):
     """What the engines of dpo and kto share: a frozen reference model.
 
-    With an adapter, the reference is the model with the adapter turned off; otherwise a copy.
+    Without an adapter, the reference is a copy of the model. With a new adapter, it is the model
+    without it; with a saved one (lora_model_dir), the model with a frozen copy of that adapter.
 
     Attributes:
         own_head: whether `loss_terms` uses the model's own logits, not TRL's head.
@@ -76,11 +78,28 @@ class ReferenceTrainer(PreferenceTrainer):
         trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
         super().__init__(session, ref_model=session.reference, **options)
         if hasattr(self.model, "get_base_model"):
-            # TRL adds a copy of the adapter as reference, and would save it in each checkpoint. A
-            # new adapter has no effect: the reference is the model without it.
-            self.model.delete_adapter("ref")
+            # TRL has added a copy of the adapter as reference, named ref.
+            if session.config.lora_model_dir:
+                self._keep_reference_adapter()
+            else:
+                # A new adapter has no effect: the reference is the model without it.
+                self.model.delete_adapter("ref")
             for name, weight in self.model.named_parameters():
                 weight.requires_grad_(name in trained)
+
+    def _keep_reference_adapter(self) -> None:
+        """Copy the adapter into TRL's copy again, and save only the trained one."""
+        weights = dict(self.model.named_parameters())
+        for name, weight in weights.items():
+            parts = name.split(".")
+            if "default" in parts:
+                # TRL does not copy an adapter on an embedding, and RunTrainer may have cast the
+                # adapter after TRL copied it.
+                copy = ".".join("ref" if part == "default" else part for part in parts)
+                weights[copy].data = weight.data.clone()
+        self.model.save_pretrained = partial(
+            self.model.save_pretrained, selected_adapters=["default"]
+        )
 
     def loss_terms(
         self, model: Any, inputs: Any, num_items_in_batch: Any = None

@@ -667,13 +667,14 @@ NEEDS = {
         read_content bad_record, read_flag bad_record x2, read_records bad_file x2,
         read_records bad_record, read_tool_calls bad_record, read_tools bad_record,
         read_trained_parts bad_record x3, require_column bad_record, require_text
-        bad_record, split_thinking bad_record
+        bad_record, split_thinking bad_record, _require_same_prompt bad_record,
+        equal_answers bad_file, preference_warnings bad_file
     """,
     "files": """
         _check_options bad-value, _check_reachable file-missing, _check_reachable
         hub-unreachable, _check_size bad-data, _conversion_error pickled-weights,
         _find_files _not_found, _find_files bad-value, _folder_source bad-value,
-        _folder_source file-missing, _hash_files bad_model, _load _conversion_error x2,
+        _folder_source file-missing, hash_files bad_model, _load _conversion_error x2,
         _load _unreadable, _load unsupported-key, _no_checkpoint no-checkpoint, _not_empty
         output-dir-not-empty, _not_found file-missing, _output_dir_error AttnimgError,
         _paths_in bad_file, _read_jinja file-missing, _readme_splits bad-value,

@@ -297,6 +297,18 @@ WRONG: dict[str, tuple[str, dict[str, Any], Any, str]] = {
     "two questions in a row": ("orpo", {**MESSAGES, "type": "chat_template.argilla"},
                                {"chosen": [user("a"), user("a"), said("b")],
                                 "rejected": [user("a"), said("b")]}, "in turn"),
+    "two questions": ("dpo", {**MESSAGES, "type": "chat_template.argilla_chat"},
+                      {"chosen": [user("a"), said("b")], "rejected": [user("z"), said("c")]},
+                      "message 1"),
+    "another turn": ("dpo", {**MESSAGES, "type": "chat_template.argilla_chat"},
+                     {"chosen": [user("a"), said("b"), user("c"), said("d")],
+                      "rejected": [user("a"), said("e")]}, "message 2"),
+    "two first questions": ("dpo", {"type": "chatml.argilla_chat"},
+                            {"chosen": [user("a"), said("b")],
+                             "rejected": [user("z"), said("c")]}, "message 1"),
+    "two questions of orpo": ("orpo", {**MESSAGES, "type": "chat_template.argilla"},
+                              {"chosen": [user("a"), said("b")],
+                               "rejected": [user("z"), said("c")]}, "message 1"),
     "a prompt for several questions": (
         "orpo", {**MESSAGES, "type": "chat_template.argilla"},
         {"chosen": [user("a"), said("b"), user("c"), said("d")],
@@ -314,6 +326,9 @@ def test_a_wrong_record_is_refused_by_its_line(name: str, tokenizer: Any, tmp_pa
         "zephyr.nectar": TEXTS["ranked answers"][2],
         "chat_template.default": TEXTS["messages"][2],
         "chat_template.argilla": TEXTS["orpo"][2],
+        "chatml.argilla_chat": TEXTS["the first turn"][2],
+        "chat_template.argilla_chat": {"chosen": [user("a"), said("b")],
+                                       "rejected": [user("a "), said("c")]},
     }[entry.get("type", "")]  # fmt: skip
     keys = {"entry": entry, "rl": rl, "micro_batch_size": 2}
     load_documents(config_of(tmp_path / "a.jsonl", [right, right], **keys), tokenizer)
@@ -330,3 +345,64 @@ def test_the_first_record_is_checked_without_a_tokenizer(tmp_path: Path) -> None
     with pytest.raises(AttnimgError, match="line 1") as caught:
         find_sources(config)
     assert caught.value.code == "wrong-columns"
+
+
+def test_pairs_with_equal_answers(tokenizer: Any, tmp_path: Path) -> None:
+    """Some are named in a warning, and stay; a source of nothing else is refused."""
+    different = pairs(3)
+    equal = {**different[0], "rejected": different[0]["chosen"]}
+    found = load_documents(config_of(tmp_path / "a.jsonl", [*different, equal]), tokenizer)
+    (warning,) = found.warnings
+    assert "1 of 4 pairs of datasets[0]" in warning
+    assert "a.jsonl, line 4" in warning
+    assert len(found.train) == 4
+    assert load_documents(config_of(tmp_path / "b.jsonl", different), tokenizer).warnings == ()
+    with pytest.raises(AttnimgError) as caught:
+        load_documents(config_of(tmp_path / "c.jsonl", [equal, equal]), tokenizer)
+    assert (caught.value.code, caught.value.key) == ("bad-data", "datasets[0].path")
+    assert "c.jsonl, line 1" in caught.value.why
+
+
+def test_kto_with_answers_of_one_kind_prints_a_warning(tokenizer: Any, tmp_path: Path) -> None:
+    keys: dict[str, Any] = {"rl": "kto", "micro_batch_size": 2}
+    for label, kind in (
+        (True, "all answers are desirable"),
+        (False, "all answers are undesirable"),
+    ):
+        records = [{**row, "label": label} for row in labeled(2)]
+        (warning,) = load_documents(
+            config_of(tmp_path / "a.jsonl", records, **keys), tokenizer
+        ).warnings
+        assert kind in warning
+    assert (
+        load_documents(config_of(tmp_path / "a.jsonl", labeled(2), **keys), tokenizer).warnings
+        == ()
+    )
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "advice"), [(5, 2, 3), (5, 4, 3), (13, 2, 5), (5, 3, None), (4, 2, None)]
+)
+def test_kto_with_a_batch_of_one_row_prints_a_warning(
+    tokenizer: Any, tmp_path: Path, count: int, size: int, advice: int | None
+) -> None:
+    def warnings(size: int) -> tuple[str, ...]:
+        config = config_of(
+            tmp_path / "a.jsonl", labeled(8)[:count], rl="kto", micro_batch_size=size
+        )
+        return load_documents(config, tokenizer).warnings
+
+    assert len(warnings(size)) == (advice is not None)
+    if advice is not None:
+        assert f"set micro_batch_size: {advice}" in warnings(size)[0]
+        assert warnings(advice) == ()
+
+
+def test_kto_with_one_record_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+    keys: dict[str, Any] = {"rl": "kto", "micro_batch_size": 2}
+    with pytest.raises(AttnimgError, match="only one record") as caught:
+        load_documents(config_of(tmp_path / "a.jsonl", labeled(1)[:1], **keys), tokenizer)
+    assert caught.value.code == "bad-data"
+    keys["val_set_size"] = 0.3
+    found = load_documents(config_of(tmp_path / "a.jsonl", labeled(2)[1:], **keys), tokenizer)
+    assert any("evaluate on two records" in warning for warning in found.warnings)
