@@ -32,7 +32,7 @@ class Conversion:
     Attributes:
         trainer: the trainer that the old config is for.
         values: the new config.
-        text: the new config as YAML.
+        text: the new config as YAML; "" if there are errors.
         answers: what happened to each key of the old config, in its order.
         added: keys of the new config that are the trainer's defaults.
         errors: why it can't be converted; all of them.
@@ -127,7 +127,9 @@ def convert_values(
     assert draft.answers.keys() == draft.old.keys()
     head = f"Converted from a config of {draft.name} by attnimg convert."
     added = {key: f"{draft.name}'s default" for key in draft.added}
-    text = config_yaml(draft.values, head=head, comments=draft.comments, added=added)
+    text = ""
+    if not draft.errors:
+        text = config_yaml(draft.values, head=head, comments=draft.comments, added=added)
     return Conversion(
         trainer=trainer,
         values=draft.values,

@@ -300,7 +300,7 @@ def chat_template(texts: Mapping[str, str]) -> str:
     lines = [_expression(texts.get("prefix", ""), "")]
     lines.append("{%- if messages[0]['role'] == 'system' -%}" + system)
     if default := texts.get("default_system"):
-        lines.append("{%- else -%}" + _expression(texts["system"], json.dumps(default)))
+        lines.append("{%- else -%}" + _expression(texts["system"], _literal(default)))
     lines.append("{%- endif -%}")
     lines.append("{%- for message in messages -%}")
     user = _expression(texts["user"], "message['content']")
@@ -317,5 +317,10 @@ def _expression(text: str, content: str) -> str:
     """Return the Jinja expression of a text with {content}, {bos} and {eos} in it."""
     names = {"{content}": content, "{bos}": "bos_token", "{eos}": "eos_token"}
     parts = (part for part in _NAMES.split(text) if part)
-    joined = " + ".join(names.get(part) or json.dumps(part) for part in parts)
+    joined = " + ".join(names.get(part) or _literal(part) for part in parts)
     return f"{{{{- {joined} -}}}}" if joined else ""
+
+
+def _literal(text: str) -> str:
+    """Return a text as a literal of Jinja, which reads the two escapes of an emoji wrongly."""
+    return json.dumps(text, ensure_ascii=False)

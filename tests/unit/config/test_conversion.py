@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from attnimg.config import check_values
 from attnimg.config.conversion import Conversion, Trainer, convert_values, find_trainer
 from attnimg.config.conversion.llama_factory_data import chat_template
 from attnimg.config.conversion.tables import key_table
+from attnimg.config.conversion.write import config_yaml
 from attnimg.config.read import parse_value, parse_yaml
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
@@ -203,6 +205,50 @@ def test_values_become(name: str) -> None:
     values, expected = CASES[name]
     found = converted(values)
     assert {key: found.get(key) for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Be brief.\n\n", "a\n\n\n", "\n\n", "a\n", "a", "a\n ", "a \nb\n\n", "\ta\n\n", "1e-4",
+     "2026-11-27", "null", "\U0001f600\n\n", "a\u2028b\x85\n\n", "# a\n\n", "...\n", "---\na\n\n"],
+)  # fmt: skip
+def test_any_text_is_read_again_as_it_was(text: str) -> None:
+    found = converted({**FACTORY, "dataset": "chats, alpaca", "default_system": text})
+    assert found["datasets"][1]["type"]["system_prompt"] == text
+    old = {"base_model": "m", "learning_rate": 1e-4, "datasets": [{"path": "a", "type": "alpaca"}],
+           "micro_batch_size": 1, "chat_template_jinja": f"{{{{ messages }}}}{text}"}  # fmt: skip
+    found_of_axolotl = convert({**old, "chat_template": "jinja"}, "axolotl")
+    assert found_of_axolotl.errors == ()
+    assert parse_yaml(found_of_axolotl.text, name="new.yaml") == found_of_axolotl.values
+
+
+@pytest.mark.parametrize("template", ["alpaca", "vicuna", "chatml", "llama3", "phi", "phi4"])
+def test_each_template_is_written_as_yaml(template: str) -> None:
+    converted({**FACTORY, "dataset": "alpaca, chats", "template": template})
+
+
+def test_a_text_that_would_be_read_as_something_else_is_a_fault(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert "# a" in config_yaml({"base_model": "m"}, head="a", comments={}, added={})
+    monkeypatch.setattr(yaml, "dump", lambda *_, **__: "base_model: 1")
+    with pytest.raises(RuntimeError, match="other values of base_model"):
+        config_yaml({"base_model": "m"}, head="a", comments={}, added={})
+    monkeypatch.setattr(yaml, "dump", lambda *_, **__: "a: |+\n...\nb")
+    with pytest.raises(RuntimeError, match="not YAML"):
+        config_yaml({"base_model": "m"}, head="a", comments={}, added={})
+
+
+def test_characters_outside_the_bmp_stay(tmp_path: Path) -> None:
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    values = {**FACTORY, "dataset": "chats", "default_system": 'Be "kind" \U0001f600\\ \u2028{{ x'}
+    text = converted(values)["chat_template_jinja"]
+    found = ImmutableSandboxedEnvironment().from_string(text).render(
+        messages=[{"role": "user", "content": "\U0001f680"}]
+    )  # fmt: skip
+    assert found.startswith(f"<|im_start|>system\n{values['default_system']}<|im_end|>")
+    assert "\U0001f680" in found
 
 
 def test_max_samples_are_the_first_records_of_a_longer_dataset() -> None:
