@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +19,11 @@ from attnimg.config.conversion.trl import FORMATS, FindColumns, Format, convert_
 from attnimg.config.conversion.write import config_yaml
 from attnimg.config.keys import key_answers
 from attnimg.config.other_names import OTHER_NAMES
+from attnimg.config.read import parse_value
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import Finding
+from attnimg.redact import MASK, mask_secrets
 
 __all__ = ["FORMATS", "NAMES", "Conversion", "Format", "Trainer", "convert_values", "find_trainer"]
 
@@ -102,6 +105,7 @@ def convert_values(
     table = key_table(trainer) if trainer != "axolotl" else KeyTable(
         keys={}, renamed={}, templates={}
     )  # fmt: skip
+    values, secrets = _mask(values)
     names = {key: table.name(key) for key in values}
     doubled = [key for key, name in names.items() if name != key and name in values]
     names |= {key: key for key in doubled}
@@ -124,6 +128,8 @@ def convert_values(
             convert_llama_factory(draft, file=file, count=count)
         draft.finish()
         checked_warnings = _check(draft, file=file)
+    for key, path in secrets:
+        draft.refuse_secret(names[key], path)
     assert draft.answers.keys() == draft.old.keys()
     head = f"Converted from a config of {draft.name} by attnimg convert."
     added = {key: f"{draft.name}'s default" for key in draft.added}
@@ -139,6 +145,21 @@ def convert_values(
         errors=tuple(dict.fromkeys(draft.errors)),
         warnings=checked_warnings,
     )
+
+
+def _mask(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Return the values with MASK in place of secrets, and the key and path of each secret."""
+    masked, secrets = {}, []
+    for key, value in values.items():
+        found: list[str] = []
+        masked[key] = mask_secrets(value, found, key=key, path=key)
+        if isinstance(value, str) and value.lstrip().startswith(("{", "[")):
+            # TRL and LLaMA-Factory read mappings from JSON text too.
+            with suppress(AttnimgError):
+                mask_secrets(parse_value(value), found, key=key, path=key)
+            masked[key] = MASK if found else value
+        secrets += [(key, path) for path in found]
+    return masked, secrets
 
 
 def _check(draft: Draft, *, file: str) -> tuple[Finding, ...]:

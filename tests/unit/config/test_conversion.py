@@ -380,6 +380,62 @@ def test_what_would_train_something_else_is_refused(name: str) -> None:
     assert "hf_abcdefghijklmnopq" not in repr(found.errors) + repr(found.answers)
 
 
+AXOLOTL: dict[str, Any] = {
+    "base_model": "m", "learning_rate": 1e-4, "datasets": [{"path": "a", "type": "alpaca"}],
+    "micro_batch_size": 1,
+}  # fmt: skip
+SECRET = "s3cr3t-and-long"
+SECRETS: dict[str, tuple[dict[str, Any], str]] = {
+    "a variable": ({**TRL, "env": {"WANDB_API_KEY": SECRET}}, "env"),
+    "a token of a model": (
+        {**TRL, "model_init_kwargs": {"token": SECRET, "url": f"https://bob:{SECRET}@h"}},
+        "model_init_kwargs"),
+    "a token of a dataset": (
+        {"model_name_or_path": "m", "test_split_size": 0.1,
+         "datasets": [{"path": "a.jsonl", "token": SECRET}]}, "datasets"),
+    "a password in a path": (
+        {"model_name_or_path": "m", "test_split_size": 0.1,
+         "datasets": [{"path": f"https://bob:{SECRET}@h/a.jsonl"}]}, "datasets"),
+    "a password in the model's path": (
+        {**TRL, "model_name_or_path": f"https://bob:{SECRET}@h"}, "model_name_or_path"),
+    "an argument of the schedule": (
+        {**TRL, "lr_scheduler_type": "cosine_with_min_lr",
+         "lr_scheduler_kwargs": {"min_lr": 0.1, "token": SECRET}}, "lr_scheduler_kwargs"),
+    "arguments as JSON text": (
+        {**TRL, "lr_scheduler_type": "cosine_with_min_lr",
+         "lr_scheduler_kwargs": f'{{"min_lr": 0.1, "token": "{SECRET}"}}'}, "lr_scheduler_kwargs"),
+    "an unknown key": ({**TRL, "my_api_key": SECRET}, "my_api_key"),
+    "a token": ({**TRL, "hub_token": SECRET}, "hub_token"),
+    "LLaMA-Factory's token": ({**FACTORY, "hf_hub_token": SECRET}, "hf_hub_token"),
+    "LLaMA-Factory's targets": ({**FACTORY, "additional_target": [f"https://u:{SECRET}@h"]},
+                                "additional_target"),
+    "axolotl's variable": ({**AXOLOTL, "env": {"WANDB_API_KEY": SECRET}}, "env"),
+    "axolotl's dataset": (
+        {**AXOLOTL, "datasets": [{"path": f"s3://k:{SECRET}@b/x", "type": "alpaca"}]}, "datasets"),
+    "axolotl's unknown key": ({**AXOLOTL, "wubble": {"hub_token": SECRET}}, "wubble"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_a_secret_is_refused_and_never_shown(name: str) -> None:
+    values, key = SECRETS[name]
+    found = convert(values, None if "axolotl" not in name else "axolotl")
+    assert SECRET not in repr(found)
+    assert any(re.split(r"[.\[]", error.key or "")[0] == key for error in found.errors)
+    assert found.text == ""
+
+
+def test_texts_that_only_look_like_secrets_are_kept() -> None:
+    system = "Write to bob@example.com. Your token budget: 5. {json} [https://example.com/a?b=c]"
+    found = converted({**FACTORY, "dataset": "chats", "default_system": system})
+    assert system in found["chat_template_jinja"]
+    tokens = converted({**TRL, "eos_token": "<|im_end|>", "hub_token": None})
+    assert tokens["special_tokens"] == {"eos_token": "<|im_end|>"}
+    path = "https://example.com/data.jsonl"
+    found = converted({**TRL, "dataset_name": path}, columns=["text"])
+    assert found["datasets"][0]["path"] == path
+
+
 def edits(do: str, key: str) -> list[dict[str, Any]]:
     """Return the edits of the old config that advice names: keys to set, or null to remove."""
     found = []
