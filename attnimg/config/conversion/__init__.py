@@ -11,11 +11,10 @@ from typing import Any
 from attnimg.config import check_values
 from attnimg.config.attention import LEGACY
 from attnimg.config.conversion.axolotl import convert_axolotl
-from attnimg.config.conversion.draft import Draft, KeyAnswer
+from attnimg.config.conversion.draft import Draft, KeyAnswer, ReadRecords
 from attnimg.config.conversion.llama_factory import convert_llama_factory
-from attnimg.config.conversion.llama_factory_data import CountRecords
 from attnimg.config.conversion.tables import NAMES, KeyTable, Trainer, key_table
-from attnimg.config.conversion.trl import FORMATS, FindColumns, Format, convert_trl
+from attnimg.config.conversion.trl import FORMATS, Format, convert_trl
 from attnimg.config.conversion.write import config_yaml
 from attnimg.config.keys import key_answers
 from attnimg.config.other_names import OTHER_NAMES
@@ -88,8 +87,7 @@ def convert_values(
     *,
     trainer: Trainer,
     file: str,
-    columns: FindColumns,
-    count: CountRecords,
+    records: ReadRecords,
     format_of_data: Format | None = None,
 ) -> Conversion:
     """Convert one mapping of keys.
@@ -98,9 +96,8 @@ def convert_values(
         values: the old config.
         trainer: the trainer that it is for.
         file: its path, for messages, and to find files in the same folder.
-        columns: finds the columns of a dataset.
-        count: counts the records of a dataset.
-        format_of_data: the format of TRL's datasets, where their columns can't be read.
+        records: reads the records of a dataset.
+        format_of_data: the format of TRL's datasets, where they can't be read.
     """
     table = key_table(trainer) if trainer != "axolotl" else KeyTable(
         keys={}, renamed={}, templates={}
@@ -123,9 +120,9 @@ def convert_values(
         checked_warnings: tuple[Finding, ...] = ()
     else:
         if trainer == "trl":
-            convert_trl(draft, columns=columns, format_of_data=format_of_data)
+            convert_trl(draft, records=records, format_of_data=format_of_data)
         else:
-            convert_llama_factory(draft, file=file, count=count)
+            convert_llama_factory(draft, file=file, records=records)
         draft.finish()
         checked_warnings = _check(draft, file=file)
     for key, path in secrets:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
@@ -12,6 +12,9 @@ from attnimg.config.schema import Config, make_error
 from attnimg.errors import shortened
 from attnimg.facts import Finding
 from attnimg.redact import MASK, is_secret_key, redact
+
+# Reads the records of a dataset entry; none where they can't be read here.
+ReadRecords = Callable[[dict[str, Any]], Iterable[Mapping[str, Any]]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -47,6 +47,10 @@ INFO = {
     "no_answer": {"file_name": "i.json", "columns": {"prompt": "text"}},
 }  # fmt: skip
 
+SAMPLES: dict[str, Any] = {
+    "messages": [{"role": "user", "content": "a"}], "conversations": [{"from": "x", "value": "a"}],
+}  # fmt: skip
+
 
 @pytest.fixture(autouse=True)
 def _data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,12 +64,16 @@ def convert(
     trainer: Trainer | None = None,
     *,
     columns: Collection[str] | None = ("messages",),
+    first: Mapping[str, Any] | None = None,
     records: int | None = 10,
     format_of_data: Any = None,
 ) -> Conversion:
+    if first is None:
+        first = {name: SAMPLES.get(name, "a") for name in columns or ()}
+    found = [first] * (records or 0) if first else []
     return convert_values(
         values, trainer=trainer or find_trainer(values), file="old.yaml",
-        columns=lambda _: columns, count=lambda _: records, format_of_data=format_of_data,
+        records=lambda _: found, format_of_data=format_of_data,
     )  # fmt: skip
 
 
@@ -284,12 +292,68 @@ def test_the_columns_of_trl_decide_on_the_type(
 
 def test_a_dataset_that_is_not_here_needs_its_format() -> None:
     assert "--dataset-format" in refused(TRL, columns=None)["dataset_name"]
-    assert "--dataset-format" in refused(TRL, columns=["text2"])["dataset_name"]
+    assert "dataset_text_field" in refused(TRL, columns=["text2"])["dataset_name"]
+    assert converted({**TRL, "dataset_text_field": "text2"}, columns=["text2"])
+    both = {"messages": SAMPLES["messages"], "text": "a"}
+    assert "messages" in refused(TRL, first=both, format_of_data="text")["dataset_name"]
+    assert converted(TRL, first=both, format_of_data="messages") == converted(TRL)
     found = converted(TRL, columns=None, format_of_data="prompt-completion")
     assert found["datasets"][0]["type"]["field_output"] == "completion"
     assert converted({**TRL, "dataset_text_field": "body"}, columns=None)["datasets"] == [
         {"path": "chat.jsonl", "type": "completion", "field": "body"}
     ]
+
+
+CHAT = {"messages": SAMPLES["messages"]}
+
+
+@pytest.mark.parametrize("column", [
+    "chat_template_kwargs", "image", "images", "input_ids", "labels", "seq_lengths",
+    "assistant_masks", "completion_mask", "chosen", "rejected", "prompt", "system",
+])  # fmt: skip
+def test_a_column_that_trl_reads_otherwise_is_refused(column: str) -> None:
+    assert "dataset_name" in refused(TRL, first={**CHAT, column: {"enable_thinking": False}})
+    later = convert_values(
+        TRL, trainer="trl", file="old.yaml", records=lambda _: [CHAT, {**CHAT, column: [1]}]
+    )
+    assert [error.key for error in later.errors] == ["dataset_name"]
+    assert converted(TRL, first={**CHAT, column: None}) == converted(TRL)
+
+
+def test_columns_that_neither_reads_are_kept() -> None:
+    assert converted(TRL, first={**CHAT, "tools": "[]", "id": 7, "text": "a"}) == converted(TRL)
+    pair = {"prompt": "a", "completion": "b", "score": 1, "messages": CHAT["messages"]}
+    assert converted(TRL, first=pair) == converted(TRL, columns=["prompt", "completion"])
+    other = {**CHAT, "conversations": [{"role": "user", "content": "b"}]}
+    assert converted(TRL, first=other) == converted(TRL)
+    other = {**CHAT, "conversations": SAMPLES["conversations"]}
+    assert converted(TRL, first=other) == converted(TRL, columns=["conversations"])
+
+
+@pytest.mark.parametrize("first", [
+    {"prompt": CHAT["messages"], "completion": CHAT["messages"]},
+    {"prompt": "a", "completion": CHAT["messages"]},
+    {"messages": "[]"},
+    {"messages": [{"from": "a", "value": "b"}]},
+    {"messages": []},
+    {"conversations": [{"role": "a", "content": "b"}]},
+    {"text": ["a"]},
+    {"text": 5},
+])  # fmt: skip
+def test_the_values_of_the_first_record_decide_too(first: dict[str, Any]) -> None:
+    assert "messages" in refused(TRL, first=first)["dataset_name"]
+
+
+@pytest.mark.parametrize("most", [0, -1, 0.5, "5", True])
+def test_max_samples_that_are_no_number_of_records(most: Any) -> None:
+    assert "max_samples" in refused({**FACTORY, "max_samples": most})
+
+
+def test_an_input_without_an_instruction_is_refused() -> None:
+    alone = {"instruction": "", "input": "a", "output": "b"}
+    assert "instruction" in refused(FACTORY, first=alone)["dataset"]
+    for right in ({**alone, "instruction": "c"}, {**alone, "input": ""}, {"instruction": "a"}):
+        assert converted(FACTORY, first=right) == converted(FACTORY)
 
 
 # What can't be converted, and the key that is named. The advice is applied to the old config.
