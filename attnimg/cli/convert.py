@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -42,8 +42,7 @@ def convert(
         values,
         trainer=trainer or conversion.find_trainer(values),  # type: ignore[arg-type]  # one of argparse's choices
         file=file,
-        columns=_columns,
-        count=_count,
+        records=_records,
         format_of_data=dataset_format,  # type: ignore[arg-type]  # one of argparse's choices
     )
     if output is not None and not found.errors:
@@ -137,18 +136,6 @@ def _write(path: Path, text: str) -> None:
             do="pass --output with a name in a folder that you can write to",
             code="file-missing",
         ) from error
-
-
-def _columns(entry: dict[str, Any]) -> Collection[str] | None:
-    """Return the columns of the first record of a dataset; None if it is not on this machine."""
-    for record in _records(entry):
-        return list(record)
-    return None
-
-
-def _count(entry: dict[str, Any]) -> int | None:
-    """Return the number of records of a dataset; None if it is not on this machine."""
-    return sum(1 for _ in _records(entry)) or None
 
 
 def _records(entry: dict[str, Any]) -> Iterator[Mapping[str, Any]]:

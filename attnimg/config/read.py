@@ -23,7 +23,7 @@ _MAX_DEPTH = 50
 _MAX_BITS = 256
 
 # In YAML 1.1 a float needs a dot, so 1e-4 would be a string. Here it is a float.
-_FLOAT = re.compile(
+FLOAT = re.compile(
     r"""[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?
     |[0-9][0-9_]*[eE][-+]?[0-9]+
     |\.[0-9_]+(?:[eE][-+]?[0-9]+)?
@@ -62,7 +62,7 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
         raise yaml.constructor.ConstructorError(None, None, text, node.start_mark)
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789."))
 
 
 class _Duplicate(yaml.YAMLError):

@@ -123,3 +123,16 @@ def test_foreign_text_is_refused(text: str, words: str, capsys: pytest.CaptureFi
     assert (code, out) == (2, "")
     assert words in err or "not text" in err
     assert "\x1b" not in err
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_a_secret_is_never_printed(
+    options: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    write("old.yaml", f"{OLD}env: {{WANDB_API_KEY: s3cr3t}}\n"
+          "model_init_kwargs: {token: s3cr3t, url: 'https://bob:s3cr3t@h'}\n")  # fmt: skip
+    code, out, err = run(capsys, "convert", "old.yaml", "--output", "new.yaml", *options)
+    assert code == 2
+    assert "s3cr3t" not in out + err
+    assert "WANDB_API_KEY" in out + err
+    assert not Path("new.yaml").exists()

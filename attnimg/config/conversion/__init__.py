@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from attnimg.config import check_values
 from attnimg.config.attention import LEGACY
 from attnimg.config.conversion.axolotl import convert_axolotl
-from attnimg.config.conversion.draft import Draft, KeyAnswer
+from attnimg.config.conversion.draft import Draft, KeyAnswer, ReadRecords
 from attnimg.config.conversion.llama_factory import convert_llama_factory
-from attnimg.config.conversion.llama_factory_data import CountRecords
 from attnimg.config.conversion.tables import NAMES, KeyTable, Trainer, key_table
-from attnimg.config.conversion.trl import FORMATS, FindColumns, Format, convert_trl
+from attnimg.config.conversion.trl import FORMATS, Format, convert_trl
 from attnimg.config.conversion.write import config_yaml
 from attnimg.config.keys import key_answers
 from attnimg.config.other_names import OTHER_NAMES
+from attnimg.config.read import parse_value
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import Finding
+from attnimg.redact import MASK, mask_secrets
 
 __all__ = ["FORMATS", "NAMES", "Conversion", "Format", "Trainer", "convert_values", "find_trainer"]
 
@@ -32,7 +34,7 @@ class Conversion:
     Attributes:
         trainer: the trainer that the old config is for.
         values: the new config.
-        text: the new config as YAML.
+        text: the new config as YAML; "" if there are errors.
         answers: what happened to each key of the old config, in its order.
         added: keys of the new config that are the trainer's defaults.
         errors: why it can't be converted; all of them.
@@ -85,8 +87,7 @@ def convert_values(
     *,
     trainer: Trainer,
     file: str,
-    columns: FindColumns,
-    count: CountRecords,
+    records: ReadRecords,
     format_of_data: Format | None = None,
 ) -> Conversion:
     """Convert one mapping of keys.
@@ -95,13 +96,13 @@ def convert_values(
         values: the old config.
         trainer: the trainer that it is for.
         file: its path, for messages, and to find files in the same folder.
-        columns: finds the columns of a dataset.
-        count: counts the records of a dataset.
-        format_of_data: the format of TRL's datasets, where their columns can't be read.
+        records: reads the records of a dataset.
+        format_of_data: the format of TRL's datasets, where they can't be read.
     """
     table = key_table(trainer) if trainer != "axolotl" else KeyTable(
         keys={}, renamed={}, templates={}
     )  # fmt: skip
+    values, secrets = _mask(values)
     names = {key: table.name(key) for key in values}
     doubled = [key for key, name in names.items() if name != key and name in values]
     names |= {key: key for key in doubled}
@@ -119,15 +120,19 @@ def convert_values(
         checked_warnings: tuple[Finding, ...] = ()
     else:
         if trainer == "trl":
-            convert_trl(draft, columns=columns, format_of_data=format_of_data)
+            convert_trl(draft, records=records, format_of_data=format_of_data)
         else:
-            convert_llama_factory(draft, file=file, count=count)
+            convert_llama_factory(draft, file=file, records=records)
         draft.finish()
         checked_warnings = _check(draft, file=file)
+    for key, path in secrets:
+        draft.refuse_secret(names[key], path)
     assert draft.answers.keys() == draft.old.keys()
     head = f"Converted from a config of {draft.name} by attnimg convert."
     added = {key: f"{draft.name}'s default" for key in draft.added}
-    text = config_yaml(draft.values, head=head, comments=draft.comments, added=added)
+    text = ""
+    if not draft.errors:
+        text = config_yaml(draft.values, head=head, comments=draft.comments, added=added)
     return Conversion(
         trainer=trainer,
         values=draft.values,
@@ -137,6 +142,21 @@ def convert_values(
         errors=tuple(dict.fromkeys(draft.errors)),
         warnings=checked_warnings,
     )
+
+
+def _mask(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Return the values with MASK in place of secrets, and the key and path of each secret."""
+    masked, secrets = {}, []
+    for key, value in values.items():
+        found: list[str] = []
+        masked[key] = mask_secrets(value, found, key=key, path=key)
+        if isinstance(value, str) and value.lstrip().startswith(("{", "[")):
+            # TRL and LLaMA-Factory read mappings from JSON text too.
+            with suppress(AttnimgError):
+                mask_secrets(parse_value(value), found, key=key, path=key)
+            masked[key] = MASK if found else value
+        secrets += [(key, path) for path in found]
+    return masked, secrets
 
 
 def _check(draft: Draft, *, file: str) -> tuple[Finding, ...]:

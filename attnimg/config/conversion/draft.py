@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
@@ -11,7 +11,10 @@ from attnimg.config.conversion.tables import NAMES, Answer, KeyTable, SourceKey,
 from attnimg.config.schema import Config, make_error
 from attnimg.errors import shortened
 from attnimg.facts import Finding
-from attnimg.redact import is_secret, redact
+from attnimg.redact import MASK, is_secret_key, redact
+
+# Reads the records of a dataset entry; none where they can't be read here.
+ReadRecords = Callable[[dict[str, Any]], Iterable[Mapping[str, Any]]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,7 +23,7 @@ class KeyAnswer:
 
     Attributes:
         key: the key, as it is written there.
-        value: its value; None in place of a secret.
+        value: its value; None in place of a secret, and MASK in place of one inside it.
         answer: one of the four answers.
         to: attnimg's keys that have the value now.
         reason: how the value changed, or why the key has another answer than done.
@@ -42,7 +45,7 @@ class Draft:
     Attributes:
         trainer: the trainer that the old config is for.
         table: the trainer's keys.
-        old: the old config, by the present names of its keys.
+        old: the old config, by the present names of its keys, with MASK in place of secrets.
         written: present name -> the name in the old config.
         values: the new config.
         comments: attnimg's key -> the comment above it.
@@ -133,7 +136,7 @@ class Draft:
         name = self.written.get(key, key)
         found = _short(self.get(key) if key in self.table.keys else self.old.get(key))
         set_by = f"found {found}" if self.given(key) else f"{self.name}'s default is {found}"
-        if is_secret(key, self.old.get(key)):
+        if self.old.get(key) == MASK:
             set_by = "found a value that is not printed, since it is a secret"
         what = f"{name} can't be converted"
         self.errors.append(make_error(code, name, what, f"{set_by}; {why}", do))
@@ -142,11 +145,27 @@ class Draft:
     def _record(
         self, key: str, answer: Answer, *, to: tuple[str, ...], reason: str, do: str = ""
     ) -> None:
-        value = None if is_secret(key, self.old[key]) else self.old[key]
+        value = None if self.old[key] == MASK else self.old[key]
         name = self.written.get(key, key)
         self.answers[key] = KeyAnswer(
             key=name, value=value, answer=answer, to=to, reason=reason, do=do
         )
+
+    def refuse_secret(self, key: str, path: str) -> None:
+        """Refuse a key with a secret, unless it is left out or refused for another reason.
+
+        Args:
+            key: the key.
+            path: of the secret, such as "datasets[0].token".
+        """
+        is_done = self.answers[key].answer == "done"
+        if not is_done or any(error.key == path for error in self.errors):
+            return
+        name = path.rpartition(".")[2].partition("[")[0]
+        do = "write it without a user, a password or a token"
+        if is_secret_key(name):
+            do = f"remove {path}"
+        self.refuse(key, why=f"{path} is a secret, which can't be in a config", do=do)
 
     def finish(self) -> None:
         """Answer every key of the old config that no rule has read."""

@@ -5,21 +5,21 @@ The meaning of each key is in data/convert/llama-factory.toml.
 
 from __future__ import annotations
 
-from attnimg.config.conversion.draft import Draft
-from attnimg.config.conversion.llama_factory_data import CountRecords, convert_datasets, listed
+from attnimg.config.conversion.draft import Draft, ReadRecords
+from attnimg.config.conversion.llama_factory_data import convert_datasets, listed
 from attnimg.config.conversion.training import convert_precision, convert_training
 
 _ATTENTION = {"auto": None, "disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2",
               "fa3": "flash_attention_3"}  # fmt: skip
 
 
-def convert_llama_factory(draft: Draft, *, file: str, count: CountRecords) -> None:
+def convert_llama_factory(draft: Draft, *, file: str, records: ReadRecords) -> None:
     """Convert the keys of LLaMA-Factory whose value is not simply that of one of our keys.
 
     Args:
         draft: the conversion.
         file: the path of the config, beside which dataset_info.json may be.
-        count: counts the records of a dataset.
+        records: reads the records of a dataset.
     """
     stage, method = draft.get("stage"), draft.get("finetuning_type")
     if stage not in ("sft", "pt"):
@@ -49,7 +49,7 @@ def convert_llama_factory(draft: Draft, *, file: str, count: CountRecords) -> No
     draft.put("gradient_checkpointing", not draft.get("disable_gradient_checkpointing"),
               "disable_gradient_checkpointing", "gradient_checkpointing")  # fmt: skip
     _lengths(draft, stage=stage)
-    convert_datasets(draft, file=file, count=count)
+    convert_datasets(draft, file=file, records=records)
 
 
 def _adapter(draft: Draft, *, lora: bool) -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from attnimg.config.conversion.draft import Draft
+from attnimg.config.conversion.draft import Draft, ReadRecords
 from attnimg.config.schema import ROLES, make_error
 from attnimg.files import read_regular
 
@@ -28,20 +29,18 @@ _ENTRY = {"file_name", "hf_hub_url", "formatting", "subset", "split", "columns",
 _NONE = "(none)"
 # LLaMA-Factory's keys with names of datasets -> attnimg's keys.
 _OURS = {"dataset": "datasets", "eval_dataset": "test_datasets"}
-# Returns the number of records of a dataset entry; None where they can't be read here.
-CountRecords = Callable[[dict[str, Any]], "int | None"]
 # The names in braces of a template.
 _NAMES = re.compile(r"(\{(?:content|bos|eos)\})")
 
 
-def convert_datasets(draft: Draft, *, file: str, count: CountRecords) -> None:
+def convert_datasets(draft: Draft, *, file: str, records: ReadRecords) -> None:
     """Convert the datasets of a config, and its template; see convert_llama_factory."""
     folder, stage = draft.get("dataset_dir"), str(draft.get("stage"))
     template = _template(draft)
     info, root = _read_info(draft, str(folder), file=file)
     if info is None:
         return
-    most = draft.get("max_samples")
+    most = _max_samples(draft)
     chats = False
     for key, ours in _OURS.items():
         specs = []
@@ -57,9 +56,12 @@ def convert_datasets(draft: Draft, *, file: str, count: CountRecords) -> None:
             if spec is None:
                 continue
             chats = chats or spec["type"] == "chat_template"
-            if type(most) is int:
-                records = count({k: v for k, v in spec.items() if k != "type"})
-                if records is None or records > most:
+            source = {k: v for k, v in spec.items() if k != "type"}
+            if isinstance(spec["type"], dict):
+                _refuse_joined(draft, key, name, spec["type"], islice(records(source), most))
+            if most is not None:
+                count = sum(1 for _ in islice(records(source), most + 1))
+                if not count or count > most:
                     spec["split"] = f"{spec.get('split', 'train')}[:{most}]"
             specs.append(spec)
         if specs:
@@ -92,6 +94,35 @@ def convert_datasets(draft: Draft, *, file: str, count: CountRecords) -> None:
                 f"LLaMA-Factory's template {draft.get('template')} makes it the end token"
             )
             draft.answer("template", to=("special_tokens",))
+
+
+def _max_samples(draft: Draft) -> int | None:
+    """Return the most records of each dataset; None for all of them."""
+    most = draft.get("max_samples")
+    if most is None or (type(most) is int and most > 0):
+        return most
+    why = "needed a number of records"
+    if type(most) is int:
+        why = "LLaMA-Factory trains no record then"
+    draft.refuse("max_samples", why=why, do="remove it")
+    return None
+
+
+def _refuse_joined(
+    draft: Draft, key: str, name: str, kind: Mapping[str, str], records: Iterable[Mapping[str, Any]]
+) -> None:
+    """Refuse records with an input alone: LLaMA-Factory puts no newline before it.
+
+    Source: LLaMA-Factory, src/llamafactory/data/converter.py, AlpacaDatasetConverter (2026-11-27)
+    """
+    prompt, query = kind["field_instruction"], kind["field_input"]
+    for number, record in enumerate(records, start=1):
+        if not record.get(prompt) and record.get(query):
+            why = f"record {number} of {name} has {query} and an empty {prompt}; attnimg puts a "
+            why += "newline between the two, LLaMA-Factory does not"
+            do = f"move the text of {query} to {prompt} in such records"
+            draft.refuse(key, why=why, do=do)
+            return
 
 
 def _read_info(draft: Draft, folder: str, *, file: str) -> tuple[dict[str, Any] | None, str]:
@@ -300,7 +331,7 @@ def chat_template(texts: Mapping[str, str]) -> str:
     lines = [_expression(texts.get("prefix", ""), "")]
     lines.append("{%- if messages[0]['role'] == 'system' -%}" + system)
     if default := texts.get("default_system"):
-        lines.append("{%- else -%}" + _expression(texts["system"], json.dumps(default)))
+        lines.append("{%- else -%}" + _expression(texts["system"], _literal(default)))
     lines.append("{%- endif -%}")
     lines.append("{%- for message in messages -%}")
     user = _expression(texts["user"], "message['content']")
@@ -317,5 +348,10 @@ def _expression(text: str, content: str) -> str:
     """Return the Jinja expression of a text with {content}, {bos} and {eos} in it."""
     names = {"{content}": content, "{bos}": "bos_token", "{eos}": "eos_token"}
     parts = (part for part in _NAMES.split(text) if part)
-    joined = " + ".join(names.get(part) or json.dumps(part) for part in parts)
+    joined = " + ".join(names.get(part) or _literal(part) for part in parts)
     return f"{{{{- {joined} -}}}}" if joined else ""
+
+
+def _literal(text: str) -> str:
+    """Return a text as a literal of Jinja, which reads the two escapes of an emoji wrongly."""
+    return json.dumps(text, ensure_ascii=False)

@@ -5,28 +5,33 @@ The meaning of each key is in data/convert/trl.toml.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from attnimg.config.conversion.draft import Draft
+from attnimg.config.conversion.draft import Draft, ReadRecords
 from attnimg.config.conversion.training import convert_precision, convert_training, evaluates
 
 # The formats of TRL's datasets, which it finds from the columns.
 # Source: https://huggingface.co/docs/trl/dataset_formats (2026-11-27)
 Format = Literal["messages", "conversations", "text", "prompt-completion"]
 FORMATS: tuple[Format, ...] = ("messages", "conversations", "text", "prompt-completion")
-# Returns the columns of a dataset entry; None where they can't be read here.
-FindColumns = Callable[[dict[str, Any]], "Collection[str] | None"]
+# The columns that TRL reads, besides those of the formats and tools.
+# Source: TRL 1.16, trainer/sft_trainer.py, _prepare_dataset and _set_signature_columns_if_needed,
+# and data_utils.py, is_conversational (2026-11-27)
+_NOT_CONVERTED = {"chat_template_kwargs", "image", "images", "input_ids", "labels", "seq_lengths",
+                  "assistant_masks", "completion_mask", "chosen", "rejected"}  # fmt: skip
+# The key of the first message from which TRL recognizes a conversation.
+_ROLES: dict[Format, str] = {"messages": "role", "conversations": "from"}
 
 _ENTRY = ("path", "name", "data_files", "split")
 
 
-def convert_trl(draft: Draft, *, columns: FindColumns, format_of_data: Format | None) -> None:
+def convert_trl(draft: Draft, *, records: ReadRecords, format_of_data: Format | None) -> None:
     """Convert the keys of TRL whose value is not simply that of one of our keys.
 
     Args:
         draft: the conversion.
-        columns: finds the columns of a dataset.
+        records: reads the records of a dataset.
         format_of_data: the format of the datasets, where their columns can't be read.
     """
     draft.put("base_model", draft.get("model_name_or_path"), "model_name_or_path")
@@ -39,7 +44,7 @@ def convert_trl(draft: Draft, *, columns: FindColumns, format_of_data: Format | 
     _precision(draft)
     _tokens(draft)
     _lengths(draft)
-    _datasets(draft, columns=columns, format_of_data=format_of_data)
+    _datasets(draft, records=records, format_of_data=format_of_data)
     loss = draft.get("loss_type")
     if loss in ("nll", "chunked_nll"):
         draft.answer("loss_type", reason="the loss of every run of attnimg")
@@ -156,7 +161,7 @@ def _lengths(draft: Draft) -> None:
     draft.answer("eval_packing", reason="" if evaluates(draft) else "the run does not evaluate")
 
 
-def _datasets(draft: Draft, *, columns: FindColumns, format_of_data: Format | None) -> None:
+def _datasets(draft: Draft, *, records: ReadRecords, format_of_data: Format | None) -> None:
     entries = draft.get("datasets")
     sources: tuple[str, ...] = ("datasets",)
     if not entries:
@@ -189,7 +194,7 @@ def _datasets(draft: Draft, *, columns: FindColumns, format_of_data: Format | No
         if spec.get("split") == "train":
             del spec["split"]
         specs.append(spec)
-    types = [_type(draft, spec, columns=columns, format_of_data=format_of_data) for spec in specs]
+    types = [_type(draft, spec, records=records, format_of_data=format_of_data) for spec in specs]
     written = [{**spec, **found} for spec, found in zip(specs, types, strict=True) if found]
     if len(written) != len(specs):
         return
@@ -203,18 +208,29 @@ def _datasets(draft: Draft, *, columns: FindColumns, format_of_data: Format | No
 
 
 def _type(
-    draft: Draft, spec: dict[str, Any], *, columns: FindColumns, format_of_data: Format | None
+    draft: Draft, spec: dict[str, Any], *, records: ReadRecords, format_of_data: Format | None
 ) -> dict[str, Any] | None:
     """Return the entry's type and what belongs to it; None if it can't be converted."""
-    found = columns(spec)
-    kind = format_of_data or _format(draft, found)
     key = "datasets" if draft.given("datasets") else "dataset_name"
+    first, columns = _columns(records(spec))
+    kind = _format(draft, first)
+    if first is None:
+        kind = format_of_data or kind
+    elif format_of_data not in (None, kind) and kind is not None:
+        why = f"TRL finds the format {kind} in the first record, not {format_of_data}"
+        draft.refuse(key, why=why, do=f"pass --dataset-format {kind}")
+        return None
     if kind is None:
         why = "its columns decide what is trained, and they can't be read here"
-        if found is not None:
-            why = f"found the columns {', '.join(sorted(found))}; needed messages, conversations, "
-            why += f"{draft.get('dataset_text_field')}, or prompt and completion"
         do = f"pass --dataset-format with one of {', '.join(FORMATS)}"
+        if first is not None:
+            why = f"found the columns {', '.join(sorted(first))}; needed messages, conversations, "
+            why += f"{draft.get('dataset_text_field')}, or prompt and completion"
+            do = "set dataset_text_field to the column of the text"
+        draft.refuse(key, why=why, do=do)
+        return None
+    if first is not None and (problem := _problem(draft, kind, first, columns)):
+        why, do = problem
         draft.refuse(key, why=why, do=do)
         return None
     whole = not draft.get("assistant_only_loss")
@@ -240,10 +256,6 @@ def _type(
         draft.answer("completion_only_loss", reason="the records have no completion")
         field = draft.get("dataset_text_field")
         return {"type": "completion", **({"field": field} if field != "text" else {})}
-    if found and "system" in found:
-        why = "the records have a column system, which TRL does not read"
-        draft.refuse(key, why=why, do="rename that column")
-        return None
     everywhere = draft.get("completion_only_loss") is False
     draft.put("train_on_inputs", everywhere, "completion_only_loss")
     # Prompt and completion, joined without changes.
@@ -251,21 +263,69 @@ def _type(
                      "format": "{instruction}", "no_input_format": "{instruction}"}}  # fmt: skip
 
 
-def _format(draft: Draft, columns: Collection[str] | None) -> Format | None:
-    """Return the format that TRL finds from the columns of a dataset, or that a key needs."""
+def _columns(
+    records: Iterable[Mapping[str, Any]],
+) -> tuple[Mapping[str, Any] | None, set[str]]:
+    """Return the first record, and the columns that have a value in any record."""
+    first, columns = None, set[str]()
+    for record in records:
+        first = record if first is None else first
+        columns |= {name for name, value in record.items() if value is not None}
+    return first, columns
+
+
+def _format(draft: Draft, first: Mapping[str, Any] | None) -> Format | None:
+    """Return the format that TRL finds from the columns of a record, or that a key needs."""
     text = draft.get("dataset_text_field")
-    if columns is None:
+    if first is None:
         if draft.get("completion_only_loss") is True:
             return "prompt-completion"
         return "text" if draft.given("dataset_text_field") and text != "messages" else None
-    if "input_ids" in columns:
-        return None
-    if {"prompt", "completion"} <= set(columns):
+    if {"prompt", "completion"} <= first.keys():
         return "prompt-completion"
-    for name in ("messages", "conversations"):
-        if name in columns:
+    # TRL renames conversations to messages, and so replaces a column of that name.
+    if _is_chat(first.get("conversations"), "from"):
+        return "conversations"
+    for name in _ROLES:
+        if name in first:
             return name
-    return "text" if text in columns else None
+    return "text" if text in first else None
+
+
+def _problem(
+    draft: Draft, kind: Format, first: Mapping[str, Any], columns: set[str]
+) -> tuple[str, str] | None:
+    """Return why records of a format can't be converted, and what to do; None if they can."""
+    if found := sorted(columns & _NOT_CONVERTED):
+        why = f"the records have {', '.join(found)}, which TRL reads and attnimg does not"
+        return why, "remove the columns from the data, if the run may be trained without them"
+    if "prompt" in columns and kind != "prompt-completion":
+        why = "the records have a column prompt, which TRL reads together with completion"
+        return why, "rename that column"
+    if "system" in columns and kind != "text":
+        return "the records have a column system, which TRL does not read", "rename that column"
+    names: tuple[str, ...] = ("prompt", "completion")
+    if kind in _ROLES:
+        names = (kind,)
+        is_right = _is_chat(first.get(kind), _ROLES[kind])
+        needed = f"needed a list of messages, each with {_ROLES[kind]}"
+    else:
+        if kind == "text":
+            names = (str(draft.get("dataset_text_field")),)
+        is_right = all(isinstance(first.get(name), str) for name in names)
+        needed = "needed text"
+    if is_right:
+        return None
+    why = f"{' and '.join(names)} of the first record: {needed}"
+    if kind == "prompt-completion":
+        why += "; attnimg has no type in which two columns of messages are one conversation"
+    return why, "write each record as one conversation, in a column messages"
+
+
+def _is_chat(value: object, role: str) -> bool:
+    """Return whether TRL reads a value as a conversation: the first message has a role."""
+    return bool(isinstance(value, list) and value
+                and isinstance(value[0], Mapping) and role in value[0])  # fmt: skip
 
 
 def _missing(key: str) -> Any:

@@ -8,8 +8,9 @@ from typing import Any
 
 import yaml
 
+from attnimg.config.read import FLOAT, parse_yaml
 from attnimg.config.schema import Config
-from attnimg.errors import printable
+from attnimg.errors import AttnimgError, printable
 
 # The first key of each section of the schema, and what the section is called.
 _SECTIONS = {
@@ -30,11 +31,19 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    style = "|" if "\n" in text and not text.startswith((" ", "\n")) else None
+    style = None
+    # PyYAML ends a block that closes with an empty line by "...", the end of the document, and
+    # changes Unicode's own line ends outside double quotes.
+    if text.endswith("\n\n") or any(end in text for end in "\x85\u2028\u2029"):
+        style = '"'
+    elif "\n" in text and not text.startswith((" ", "\n")):
+        style = "|"
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
 _Dumper.add_representer(str, _text)
+# The text "1e-4" needs quotes: it is a number where attnimg reads it.
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789."))
 
 
 def config_yaml(
@@ -47,6 +56,9 @@ def config_yaml(
         head: a comment for the top of the file.
         comments: key -> the comment above it.
         added: keys that are the old trainer's defaults, with its name in the comment.
+
+    Raises:
+        RuntimeError: the text does not have these values, which is a fault of this module.
     """
     lines = [*_comment(head)]
     section = ""
@@ -66,7 +78,20 @@ def config_yaml(
         if name in added and "\n" not in written:
             written += f"  # {added[name]}"
         lines.append(written)
-    return "\n".join(lines) + "\n"
+    text = "\n".join(lines) + "\n"
+    _require_same(text, values)
+    return text
+
+
+def _require_same(text: str, values: Mapping[str, Any]) -> None:
+    """Raise unless a text has the values; repr tells true from 1, and compares NaN."""
+    try:
+        found = parse_yaml(text, name="the new config")
+    except AttnimgError as error:
+        raise RuntimeError(f"the new config is not YAML: {error.why}") from error
+    differing = [key for key, value in values.items() if repr(found.get(key)) != repr(value)]
+    if differing or found.keys() != values.keys():
+        raise RuntimeError(f"the new config has other values of {', '.join(differing)}")
 
 
 def _comment(text: str) -> Iterator[str]:

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from attnimg.config import check_values
 from attnimg.config.conversion import Conversion, Trainer, convert_values, find_trainer
 from attnimg.config.conversion.llama_factory_data import chat_template
 from attnimg.config.conversion.tables import key_table
+from attnimg.config.conversion.write import config_yaml
 from attnimg.config.read import parse_value, parse_yaml
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
@@ -45,6 +47,10 @@ INFO = {
     "no_answer": {"file_name": "i.json", "columns": {"prompt": "text"}},
 }  # fmt: skip
 
+SAMPLES: dict[str, Any] = {
+    "messages": [{"role": "user", "content": "a"}], "conversations": [{"from": "x", "value": "a"}],
+}  # fmt: skip
+
 
 @pytest.fixture(autouse=True)
 def _data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,12 +64,16 @@ def convert(
     trainer: Trainer | None = None,
     *,
     columns: Collection[str] | None = ("messages",),
+    first: Mapping[str, Any] | None = None,
     records: int | None = 10,
     format_of_data: Any = None,
 ) -> Conversion:
+    if first is None:
+        first = {name: SAMPLES.get(name, "a") for name in columns or ()}
+    found = [first] * (records or 0) if first else []
     return convert_values(
         values, trainer=trainer or find_trainer(values), file="old.yaml",
-        columns=lambda _: columns, count=lambda _: records, format_of_data=format_of_data,
+        records=lambda _: found, format_of_data=format_of_data,
     )  # fmt: skip
 
 
@@ -205,6 +215,50 @@ def test_values_become(name: str) -> None:
     assert {key: found.get(key) for key in expected} == expected
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["Be brief.\n\n", "a\n\n\n", "\n\n", "a\n", "a", "a\n ", "a \nb\n\n", "\ta\n\n", "1e-4",
+     "2026-11-27", "null", "\U0001f600\n\n", "a\u2028b\x85\n\n", "# a\n\n", "...\n", "---\na\n\n"],
+)  # fmt: skip
+def test_any_text_is_read_again_as_it_was(text: str) -> None:
+    found = converted({**FACTORY, "dataset": "chats, alpaca", "default_system": text})
+    assert found["datasets"][1]["type"]["system_prompt"] == text
+    old = {"base_model": "m", "learning_rate": 1e-4, "datasets": [{"path": "a", "type": "alpaca"}],
+           "micro_batch_size": 1, "chat_template_jinja": f"{{{{ messages }}}}{text}"}  # fmt: skip
+    found_of_axolotl = convert({**old, "chat_template": "jinja"}, "axolotl")
+    assert found_of_axolotl.errors == ()
+    assert parse_yaml(found_of_axolotl.text, name="new.yaml") == found_of_axolotl.values
+
+
+@pytest.mark.parametrize("template", ["alpaca", "vicuna", "chatml", "llama3", "phi", "phi4"])
+def test_each_template_is_written_as_yaml(template: str) -> None:
+    converted({**FACTORY, "dataset": "alpaca, chats", "template": template})
+
+
+def test_a_text_that_would_be_read_as_something_else_is_a_fault(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert "# a" in config_yaml({"base_model": "m"}, head="a", comments={}, added={})
+    monkeypatch.setattr(yaml, "dump", lambda *_, **__: "base_model: 1")
+    with pytest.raises(RuntimeError, match="other values of base_model"):
+        config_yaml({"base_model": "m"}, head="a", comments={}, added={})
+    monkeypatch.setattr(yaml, "dump", lambda *_, **__: "a: |+\n...\nb")
+    with pytest.raises(RuntimeError, match="not YAML"):
+        config_yaml({"base_model": "m"}, head="a", comments={}, added={})
+
+
+def test_characters_outside_the_bmp_stay(tmp_path: Path) -> None:
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    values = {**FACTORY, "dataset": "chats", "default_system": 'Be "kind" \U0001f600\\ \u2028{{ x'}
+    text = converted(values)["chat_template_jinja"]
+    found = ImmutableSandboxedEnvironment().from_string(text).render(
+        messages=[{"role": "user", "content": "\U0001f680"}]
+    )  # fmt: skip
+    assert found.startswith(f"<|im_start|>system\n{values['default_system']}<|im_end|>")
+    assert "\U0001f680" in found
+
+
 def test_max_samples_are_the_first_records_of_a_longer_dataset() -> None:
     values = {**FACTORY, "max_samples": 5}
     assert converted(values)["datasets"][0]["split"] == "train[:5]"
@@ -238,12 +292,68 @@ def test_the_columns_of_trl_decide_on_the_type(
 
 def test_a_dataset_that_is_not_here_needs_its_format() -> None:
     assert "--dataset-format" in refused(TRL, columns=None)["dataset_name"]
-    assert "--dataset-format" in refused(TRL, columns=["text2"])["dataset_name"]
+    assert "dataset_text_field" in refused(TRL, columns=["text2"])["dataset_name"]
+    assert converted({**TRL, "dataset_text_field": "text2"}, columns=["text2"])
+    both = {"messages": SAMPLES["messages"], "text": "a"}
+    assert "messages" in refused(TRL, first=both, format_of_data="text")["dataset_name"]
+    assert converted(TRL, first=both, format_of_data="messages") == converted(TRL)
     found = converted(TRL, columns=None, format_of_data="prompt-completion")
     assert found["datasets"][0]["type"]["field_output"] == "completion"
     assert converted({**TRL, "dataset_text_field": "body"}, columns=None)["datasets"] == [
         {"path": "chat.jsonl", "type": "completion", "field": "body"}
     ]
+
+
+CHAT = {"messages": SAMPLES["messages"]}
+
+
+@pytest.mark.parametrize("column", [
+    "chat_template_kwargs", "image", "images", "input_ids", "labels", "seq_lengths",
+    "assistant_masks", "completion_mask", "chosen", "rejected", "prompt", "system",
+])  # fmt: skip
+def test_a_column_that_trl_reads_otherwise_is_refused(column: str) -> None:
+    assert "dataset_name" in refused(TRL, first={**CHAT, column: {"enable_thinking": False}})
+    later = convert_values(
+        TRL, trainer="trl", file="old.yaml", records=lambda _: [CHAT, {**CHAT, column: [1]}]
+    )
+    assert [error.key for error in later.errors] == ["dataset_name"]
+    assert converted(TRL, first={**CHAT, column: None}) == converted(TRL)
+
+
+def test_columns_that_neither_reads_are_kept() -> None:
+    assert converted(TRL, first={**CHAT, "tools": "[]", "id": 7, "text": "a"}) == converted(TRL)
+    pair = {"prompt": "a", "completion": "b", "score": 1, "messages": CHAT["messages"]}
+    assert converted(TRL, first=pair) == converted(TRL, columns=["prompt", "completion"])
+    other = {**CHAT, "conversations": [{"role": "user", "content": "b"}]}
+    assert converted(TRL, first=other) == converted(TRL)
+    other = {**CHAT, "conversations": SAMPLES["conversations"]}
+    assert converted(TRL, first=other) == converted(TRL, columns=["conversations"])
+
+
+@pytest.mark.parametrize("first", [
+    {"prompt": CHAT["messages"], "completion": CHAT["messages"]},
+    {"prompt": "a", "completion": CHAT["messages"]},
+    {"messages": "[]"},
+    {"messages": [{"from": "a", "value": "b"}]},
+    {"messages": []},
+    {"conversations": [{"role": "a", "content": "b"}]},
+    {"text": ["a"]},
+    {"text": 5},
+])  # fmt: skip
+def test_the_values_of_the_first_record_decide_too(first: dict[str, Any]) -> None:
+    assert "messages" in refused(TRL, first=first)["dataset_name"]
+
+
+@pytest.mark.parametrize("most", [0, -1, 0.5, "5", True])
+def test_max_samples_that_are_no_number_of_records(most: Any) -> None:
+    assert "max_samples" in refused({**FACTORY, "max_samples": most})
+
+
+def test_an_input_without_an_instruction_is_refused() -> None:
+    alone = {"instruction": "", "input": "a", "output": "b"}
+    assert "instruction" in refused(FACTORY, first=alone)["dataset"]
+    for right in ({**alone, "instruction": "c"}, {**alone, "input": ""}, {"instruction": "a"}):
+        assert converted(FACTORY, first=right) == converted(FACTORY)
 
 
 # What can't be converted, and the key that is named. The advice is applied to the old config.
@@ -332,6 +442,62 @@ def test_what_would_train_something_else_is_refused(name: str) -> None:
     assert key in {error.key for error in found.errors}
     assert {answer.key for answer in found.answers} == set(values)
     assert "hf_abcdefghijklmnopq" not in repr(found.errors) + repr(found.answers)
+
+
+AXOLOTL: dict[str, Any] = {
+    "base_model": "m", "learning_rate": 1e-4, "datasets": [{"path": "a", "type": "alpaca"}],
+    "micro_batch_size": 1,
+}  # fmt: skip
+SECRET = "s3cr3t-and-long"
+SECRETS: dict[str, tuple[dict[str, Any], str]] = {
+    "a variable": ({**TRL, "env": {"WANDB_API_KEY": SECRET}}, "env"),
+    "a token of a model": (
+        {**TRL, "model_init_kwargs": {"token": SECRET, "url": f"https://bob:{SECRET}@h"}},
+        "model_init_kwargs"),
+    "a token of a dataset": (
+        {"model_name_or_path": "m", "test_split_size": 0.1,
+         "datasets": [{"path": "a.jsonl", "token": SECRET}]}, "datasets"),
+    "a password in a path": (
+        {"model_name_or_path": "m", "test_split_size": 0.1,
+         "datasets": [{"path": f"https://bob:{SECRET}@h/a.jsonl"}]}, "datasets"),
+    "a password in the model's path": (
+        {**TRL, "model_name_or_path": f"https://bob:{SECRET}@h"}, "model_name_or_path"),
+    "an argument of the schedule": (
+        {**TRL, "lr_scheduler_type": "cosine_with_min_lr",
+         "lr_scheduler_kwargs": {"min_lr": 0.1, "token": SECRET}}, "lr_scheduler_kwargs"),
+    "arguments as JSON text": (
+        {**TRL, "lr_scheduler_type": "cosine_with_min_lr",
+         "lr_scheduler_kwargs": f'{{"min_lr": 0.1, "token": "{SECRET}"}}'}, "lr_scheduler_kwargs"),
+    "an unknown key": ({**TRL, "my_api_key": SECRET}, "my_api_key"),
+    "a token": ({**TRL, "hub_token": SECRET}, "hub_token"),
+    "LLaMA-Factory's token": ({**FACTORY, "hf_hub_token": SECRET}, "hf_hub_token"),
+    "LLaMA-Factory's targets": ({**FACTORY, "additional_target": [f"https://u:{SECRET}@h"]},
+                                "additional_target"),
+    "axolotl's variable": ({**AXOLOTL, "env": {"WANDB_API_KEY": SECRET}}, "env"),
+    "axolotl's dataset": (
+        {**AXOLOTL, "datasets": [{"path": f"s3://k:{SECRET}@b/x", "type": "alpaca"}]}, "datasets"),
+    "axolotl's unknown key": ({**AXOLOTL, "wubble": {"hub_token": SECRET}}, "wubble"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_a_secret_is_refused_and_never_shown(name: str) -> None:
+    values, key = SECRETS[name]
+    found = convert(values, None if "axolotl" not in name else "axolotl")
+    assert SECRET not in repr(found)
+    assert any(re.split(r"[.\[]", error.key or "")[0] == key for error in found.errors)
+    assert found.text == ""
+
+
+def test_texts_that_only_look_like_secrets_are_kept() -> None:
+    system = "Write to bob@example.com. Your token budget: 5. {json} [https://example.com/a?b=c]"
+    found = converted({**FACTORY, "dataset": "chats", "default_system": system})
+    assert system in found["chat_template_jinja"]
+    tokens = converted({**TRL, "eos_token": "<|im_end|>", "hub_token": None})
+    assert tokens["special_tokens"] == {"eos_token": "<|im_end|>"}
+    path = "https://example.com/data.jsonl"
+    found = converted({**TRL, "dataset_name": path}, columns=["text"])
+    assert found["datasets"][0]["path"] == path
 
 
 def edits(do: str, key: str) -> list[dict[str, Any]]:
