@@ -12,6 +12,7 @@ from attnimg.cli.progress import TaskProgress, exit_on_sigterm
 from attnimg.errors import AttnimgError, printable
 from attnimg.runs.folder import RunFolder, find_run
 from attnimg.runs.merge import merge as merge_run
+from attnimg.runs.merge import size_text
 from attnimg.train.environment import silence_libraries
 from attnimg.train.packages import require_trainer
 
@@ -66,22 +67,17 @@ def default_output(run: RunFolder) -> Path:
     return run.folder / "merged"
 
 
-def size_text(size: int) -> str:
-    """Return a number of bytes in MiB or GiB."""
-    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
-
-
 def parse_size(text: str) -> int:
     """Return a number of bytes, such as 5GB or 500MB.
 
     Raises:
         AttnimgError: code bad-value.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B|)", text.strip().upper())
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?I?B|)", text.strip().upper())
     size = int(float(match[1]) * _UNITS.get(match[2], 0)) if match else 0
     if size < 1:
         raise AttnimgError(
-            f"--max-shard-size {text} is not a size",
+            f"--max-shard-size {text[:40]} is not a size",
             why="needed a number of bytes with a unit, such as 5GB or 500MB",
             do="pass --max-shard-size 5GB",
             code="bad-value",
