@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from attnimg import application
-from attnimg.config.schema import Config
+from attnimg.config.schema import Config, trains_preferences
 from attnimg.errors import AttnimgError
 from attnimg.facts import Machine
 from attnimg.pipeline import Applied, Selected, select, select_verify_apply
@@ -123,11 +123,14 @@ def evaluate(
         advance: receives the progress.
 
     Raises:
-        AttnimgError: there is no evaluation data (missing-key), or what training raises.
+        AttnimgError: there is no evaluation data (missing-key), it is preference data
+            (unsupported-key), or what training raises.
     """
     from attnimg.train.environment import silence_libraries
 
     config = target.config.model_copy(update=WITHOUT_TRAINING)
+    if trains_preferences(config):
+        raise _of_preferences(target)
     if not config.test_datasets and not config.val_set_size:
         raise _nothing_to_evaluate(target)
     silence_libraries()
@@ -145,6 +148,19 @@ def evaluate(
         folder = undo.enter_context(TemporaryDirectory())
         config = config.model_copy(update={"output_dir": folder})
         return _evaluate_parts(config, machine, applied, **inputs, report=report, advance=advance)
+
+
+def _of_preferences(target: Target) -> AttnimgError:
+    """Return the error for preference data, whose loss depends on a reference model."""
+    return AttnimgError(
+        "attnimg evaluate does not evaluate preference data",
+        why=f"found rl: {target.config.rl}; needed texts, whose loss is that of each token",
+        do="read metrics.eval_loss in the receipt.json of the run; for the loss on texts, pass a "
+        "YAML file without rl, with test_datasets and the trained model as base_model (merge an "
+        "adapter first, with attnimg merge)",
+        code="unsupported-key",
+        key="rl",
+    )
 
 
 def _nothing_to_evaluate(target: Target) -> AttnimgError:

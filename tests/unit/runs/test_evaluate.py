@@ -130,6 +130,32 @@ def test_data_comes_from_the_config_file(folder: Path, capsys: pytest.CaptureFix
     assert "the folder has no receipt.json" in capsys.readouterr().err
 
 
+def test_preference_data_are_refused_before_the_model_is_loaded(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*_: Any) -> None:
+        raise AssertionError("the model is loaded")
+
+    pair = {"prompt": "Is it?", "chosen": "Yes.", "rejected": "No."}
+    (folder / "pairs.jsonl").write_text(json.dumps(pair))
+    data = [{"path": str(folder / "pairs.jsonl"), "type": "chatml.prompt_pairs"}]
+    for rl in ("dpo", "orpo"):
+        if rl == "orpo":
+            data = [{**data[0], "type": "chat_template.argilla"}]
+        path = write_config(
+            folder, rl, rl=rl, datasets=data, test_datasets=data, sample_packing=False
+        )
+        with monkeypatch.context() as patch:
+            patch.setattr("attnimg.runs.evaluate._load_weights", loaded)
+            for options in ((), ("--base",)):
+                assert command("evaluate", str(path), *options) == 2
+                said = capsys.readouterr().err
+                assert f"found rl: {rl}" in said
+                assert "eval_loss in the receipt.json" in said
+    texts = write_config(folder, "texts", base_model=str(folder / "full"))
+    assert printed(capsys, str(texts))[-1]["documents"] == 26, "the advice helps"
+
+
 def test_several_processes_are_refused(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
