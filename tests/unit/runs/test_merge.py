@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -189,6 +190,33 @@ def test_a_small_adapter_that_is_lost_is_refused(
         merged(found, tmp_path / "merged")
     assert "has 0% of the adapter's effect" in caught.value.why
     assert "--dtype float32" in caught.value.do
+
+
+def test_an_adapter_that_rounding_loses_is_reported(tmp_path: Path) -> None:
+    from attnimg.cli.merge import logits_lines
+
+    base = make_base(tmp_path / "model", dtype="bfloat16")
+    said = {}
+    for scale in (0.0, 0.0002, 0.05):
+        folder = tmp_path / f"out-{scale}"
+        found, _ = write_adapter(base, folder, dtype="bfloat16", scale=scale)
+        logits = merged(found, folder / "merged").logits
+        said[scale] = logits_lines(logits, dtype="bfloat16")
+        assert (logits.kept is None) == (scale == 0)
+    assert "the adapter has no effect" in said[0.0][-1]
+    assert "equal the adapter's" not in "".join(said[0.0002])
+    assert re.fullmatch(
+        r"warning: \d+\.\d% of the adapter's effect survives in bfloat16; pass --dtype float32",
+        said[0.0002][-1],
+    )
+    (line,) = said[0.05]
+    assert "equal the adapter's" in line
+    finer = merged(
+        write_adapter(base, tmp_path / "out", dtype="bfloat16", scale=0.0002)[0],
+        tmp_path / "merged", dtype="float32",
+    )  # fmt: skip
+    assert len(logits_lines(finer.logits, dtype="float32")) == 1, "the advice helps"
+    assert finer.logits.kept == pytest.approx(1, abs=0.02)
 
 
 def test_what_is_refused_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
