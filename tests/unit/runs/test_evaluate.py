@@ -130,6 +130,55 @@ def test_data_comes_from_the_config_file(folder: Path, capsys: pytest.CaptureFix
     assert "the folder has no receipt.json" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("change", ["a new line", "seed", "val_set_size", "other data"])
+def test_documents_that_were_trained_are_not_evaluated(
+    folder: Path, change: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / "train.jsonl"
+    written = path.read_text()
+    keys: dict[str, Any] = {"val_set_size": 0.2}
+    if change == "a new line":
+        path.write_text(json.dumps({"text": "One more."}) + "\n" + written)
+    elif change == "seed":
+        keys["seed"] = 7
+    elif change == "val_set_size":
+        keys["val_set_size"] = 0.5
+    else:
+        keys["datasets"] = [{"path": str(folder / "one.jsonl"), "type": "completion"}]
+    other = write_config(
+        folder, "split", output_dir=str(folder / "full"), test_datasets=None,
+        eval_sample_packing=False, **keys,
+    )  # fmt: skip
+    try:
+        assert command("evaluate", str(other)) == 2
+    finally:
+        path.write_text(written)
+    said = capsys.readouterr().err
+    assert "that the run trained on" in said
+    assert "in place of val_set_size" in said
+    same = write_config(
+        folder, "split", output_dir=str(folder / "full"), test_datasets=None,
+        eval_sample_packing=False, val_set_size=0.2, micro_batch_size=1,
+    )  # fmt: skip
+    assert printed(capsys, str(same))[0]["documents"] == 12
+
+
+def test_changed_test_data_are_reported(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = folder / "two.jsonl"
+    written = path.read_text()
+    assert command("evaluate", str(folder / "lora")) == 0
+    assert "other documents" not in capsys.readouterr().err
+    path.write_text(written + "\n" + json.dumps({"text": "One more."}))
+    try:
+        assert command("evaluate", str(folder / "lora")) == 0
+    finally:
+        path.write_text(written)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "warning: test_datasets[1]" in said
+    assert "has other documents than in training" in said
+    assert "test_datasets[0] (" + str(folder / "one.jsonl") + ") has other" not in said
+
+
 def test_preference_data_are_refused_before_the_model_is_loaded(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
