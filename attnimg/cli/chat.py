@@ -60,7 +60,7 @@ class Conversation:
     Args:
         model: the loaded model.
         settings: how to generate.
-        system: the system message; None for that of the chat template.
+        system: the system message; None for that of training, or of the chat template.
         raw: whether each line is a text to complete, without history.
         as_json_lines: whether to print one JSON object for each answer.
     """
@@ -76,6 +76,7 @@ class Conversation:
     ) -> None:
         self.model, self.settings, self.raw = model, settings, raw
         self.as_json_lines = as_json_lines
+        system = system or model.system
         self.begin: list[Message] = [{"role": "system", "content": system}] if system else []
         self.messages = list(self.begin)
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from attnimg import application
+from attnimg.config.schema import dataset_entries, is_chat, type_name
 from attnimg.errors import AttnimgError
 from attnimg.facts import Machine
 from attnimg.pipeline import Selected, select, select_verify_apply
@@ -46,12 +47,16 @@ class ChatModel:
         tokenizer: its tokenizer.
         stops: the tokens that end an answer.
         limit: the number of positions of the model; None where it is not known.
+        template_kwargs: variables of the chat template in training.
+        system: the system message that training added to conversations without one.
     """
 
     model: Any
     tokenizer: Any
     stops: tuple[int, ...]
     limit: int | None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    system: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,6 +116,9 @@ def load_chat(
             key="chat_template",
         )
 
+    if not raw and (text := _other_prompt(run)) is not None:
+        report.log(f"warning: {text}")
+
     def load(selected: Selected) -> Any:
         return load_trained(
             run, tokens=len(tokenizer), implementation=selected.implementation,
@@ -130,7 +138,21 @@ def load_chat(
             tokenizer=tokenizer,
             stops=tuple(sorted(ends - {None})),
             limit=_positions(model.config),
+            template_kwargs=config.chat_template_kwargs or {},
+            system=config.default_system_message,
         )
+
+
+def _other_prompt(run: RunFolder) -> str | None:
+    """Return the warning for a run without conversations: it trained other prompts than chat's."""
+    specs = [spec for _, spec, trains in dataset_entries(run.config) if trains]
+    if run.receipt is None or not specs or any(is_chat(spec) for spec in specs):
+        return None
+    types = ", ".join(dict.fromkeys(type_name(spec) for spec in specs))
+    return (
+        f"the chat template writes another prompt than training, whose data have type {types}; "
+        "--raw continues a prompt that is written as in training"
+    )
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -285,8 +307,9 @@ def _encode(chat: ChatModel, prompt: Sequence[Message] | str) -> Any:
         return chat.tokenizer(prompt, return_tensors="pt")["input_ids"]
     try:
         return chat.tokenizer.apply_chat_template(
-            list(prompt), add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )["input_ids"]
+            list(prompt), add_generation_prompt=True, return_tensors="pt", return_dict=True,
+            **chat.template_kwargs,
+        )["input_ids"]  # fmt: skip
     except TemplateError as error:
         raise AttnimgError(
             "the chat template does not accept this conversation",

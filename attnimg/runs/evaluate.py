@@ -6,7 +6,7 @@ select a backend -> verify -> tokenizer, documents -> model -> rows -> the engin
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from attnimg import application
-from attnimg.config.schema import Config
+from attnimg.config.schema import Config, trains_preferences
 from attnimg.errors import AttnimgError
 from attnimg.facts import Machine
 from attnimg.pipeline import Applied, Selected, select, select_verify_apply
@@ -25,7 +25,7 @@ from attnimg.train.run import TrainReport, read_checked_task, with_model_config
 if TYPE_CHECKING:
     import torch
 
-    from attnimg.train.data import Documents
+    from attnimg.train.data import Documents, SourceFigures
     from attnimg.train.fit import Session
 
 # Keys that an evaluation takes from a config file; all others come from the trained run.
@@ -38,6 +38,12 @@ DATA_KEYS = (
     "chat_template_kwargs", "default_system_message", "micro_batch_size", "eval_batch_size",
     "attn_implementation", "attn_backends", "attn_known_bad", "bf16", "fp16", "tf32", "seed",
     "max_steps",
+)  # fmt: skip
+
+# Keys that decide which documents val_set_size splits off.
+_SPLIT_KEYS = (
+    "val_set_size", "seed", "shuffle_merged_datasets", "shuffle_before_merging_datasets",
+    "dataset_exact_deduplication",
 )  # fmt: skip
 
 
@@ -123,18 +129,21 @@ def evaluate(
         advance: receives the progress.
 
     Raises:
-        AttnimgError: there is no evaluation data (missing-key), or what training raises.
+        AttnimgError: there is no evaluation data (missing-key), it is preference data
+            (unsupported-key), or what training raises.
     """
     from attnimg.train.environment import silence_libraries
 
     config = target.config.model_copy(update=WITHOUT_TRAINING)
+    if trains_preferences(config):
+        raise _of_preferences(target)
     if not config.test_datasets and not config.val_set_size:
         raise _nothing_to_evaluate(target)
     silence_libraries()
     inputs: dict[str, Any] = {}
 
     def load(selected: Selected) -> Any:
-        inputs["tokenizer"], inputs["parts"] = _load_data(config, report)
+        inputs["tokenizer"], inputs["parts"] = _load_data(config, target.run, report)
         return _load_weights(config, target.run, selected, inputs["tokenizer"], report.log)
 
     with ExitStack() as undo:
@@ -145,6 +154,19 @@ def evaluate(
         folder = undo.enter_context(TemporaryDirectory())
         config = config.model_copy(update={"output_dir": folder})
         return _evaluate_parts(config, machine, applied, **inputs, report=report, advance=advance)
+
+
+def _of_preferences(target: Target) -> AttnimgError:
+    """Return the error for preference data, whose loss depends on a reference model."""
+    return AttnimgError(
+        "attnimg evaluate does not evaluate preference data",
+        why=f"found rl: {target.config.rl}; needed texts, whose loss is that of each token",
+        do="read metrics.eval_loss in the receipt.json of the run; for the loss on texts, pass a "
+        "YAML file without rl, with test_datasets and the trained model as base_model (merge an "
+        "adapter first, with attnimg merge)",
+        code="unsupported-key",
+        key="rl",
+    )
 
 
 def _nothing_to_evaluate(target: Target) -> AttnimgError:
@@ -165,7 +187,9 @@ def _nothing_to_evaluate(target: Target) -> AttnimgError:
     )
 
 
-def _load_data(config: Config, report: TrainReport) -> tuple[Any, dict[str, Documents]]:
+def _load_data(
+    config: Config, run: RunFolder | None, report: TrainReport
+) -> tuple[Any, dict[str, Documents]]:
     """Load the tokenizer and the evaluation documents, and report their statistics."""
     from attnimg.train.data import load_evaluation_documents, summary_line
     from attnimg.train.tokenizer import load_tokenizer
@@ -177,7 +201,70 @@ def _load_data(config: Config, report: TrainReport) -> tuple[Any, dict[str, Docu
             report.log(summary_line(figures))
         for warning in documents.warnings:
             report.log(f"warning: {warning}")
+        if run is not None and run.receipt is not None:
+            _compare_data(documents.figures, config, run)
+            for text in _changed_tests(documents.figures, run):
+                report.log(f"warning: {text}")
     return tokenizer, parts
+
+
+def _compare_data(figures: tuple[SourceFigures, ...], config: Config, run: RunFolder) -> None:
+    """Raise if val_set_size may split off documents that the run trained on.
+
+    Raises:
+        AttnimgError: code data-differs.
+    """
+    if not config.val_set_size:
+        return
+    changed = [
+        f"{key}: found {getattr(config, key)}, trained with {getattr(run.config, key)}"
+        for key in _SPLIT_KEYS
+        if getattr(config, key) != getattr(run.config, key)
+    ]
+    before = [found for found in _trained_figures(run) if not found["key"].startswith("test_")]
+    if len(before) != len(figures):
+        changed.append(f"found {len(figures)} datasets, trained on {len(before)}")
+    changed += [
+        f"{now.key} ({now.path}): found {now.documents:,} documents, SHA-256 {now.content[:12]}; "
+        f"trained on {then.get('documents')}, {str(then.get('content'))[:12]}"
+        for now, then in zip(figures, before, strict=False)
+        if not _has_same_split(now, then, config)
+    ]
+    if changed:
+        raise AttnimgError(
+            "val_set_size would split off documents that the run trained on",
+            why="\n".join(changed),
+            do="restore what has changed, or list data that the run was not trained on in "
+            "test_datasets of a YAML file in place of val_set_size",
+            code="data-differs",
+            key="val_set_size",
+        )
+
+
+def _has_same_split(now: SourceFigures, then: Mapping[str, Any], config: Config) -> bool:
+    """Return whether a source has the documents of training, even if rendered differently."""
+    if now.content == then.get("content"):
+        return True
+    is_same = now.read and (now.read, now.documents) == (then.get("read"), then.get("documents"))
+    return bool(is_same) and not config.dataset_exact_deduplication
+
+
+def _changed_tests(figures: tuple[SourceFigures, ...], run: RunFolder) -> Iterator[str]:
+    """Yield a warning for each source of test_datasets that has changed since training."""
+    before = [found for found in _trained_figures(run) if found["key"].startswith("test_")]
+    for now in figures:
+        contents = [found.get("content") for found in before if found.get("path") == now.path]
+        if now.key.startswith("test_") and contents and now.content not in contents:
+            yield (
+                f"{now.key} ({now.path}) has other documents than in training (SHA-256 "
+                f"{now.content[:12]}, in training {str(contents[0])[:12]}): the loss is not "
+                "comparable with the run's eval_loss"
+            )
+
+
+def _trained_figures(run: RunFolder) -> list[Mapping[str, Any]]:
+    """Return the statistics of the sources in a run's receipt."""
+    return list((run.receipt or {}).get("data", ()))
 
 
 def _load_weights(

@@ -32,6 +32,9 @@ _SHARE = 0.9
 # models in bfloat16: 0.997 to 1.004 at an effect of 0.06, 0.93 at 0.012 (2026-11-27).
 _KEPT = 0.1
 
+# Smaller effects are the rounding of float32.
+_SMALLEST_EFFECT = 1e-6
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LogitsComparison:
@@ -41,7 +44,7 @@ class LogitsComparison:
         difference: relative difference of a token's logits; 90 % of the tokens have at most this.
         tolerance: the largest allowed difference.
         effect: relative difference between the adapter's logits and the base model's.
-        kept: the merged model's share of that effect; None where it is too small to be measured.
+        kept: the merged model's share of that effect; None where there is no effect.
         tokens: number of compared tokens.
     """
 
@@ -54,8 +57,16 @@ class LogitsComparison:
     @property
     def agrees(self) -> bool:
         """Return whether the merged model computes what the adapter computes."""
-        kept = self.kept is None or abs(self.kept - 1) <= self.kept_tolerance
+        # Rounding may lose a smaller effect: the user is warned.
+        if self.kept is None or self.effect <= self.tolerance / 8:
+            return self.difference <= self.tolerance
+        kept = abs(self.kept - 1) <= self.kept_tolerance
         return self.difference <= self.tolerance and kept
+
+    @property
+    def is_rounded_off(self) -> bool:
+        """Return whether the merged weights have lost a tenth of the adapter's effect or more."""
+        return self.kept is not None and self.kept < 1 - _KEPT
 
     @property
     def kept_tolerance(self) -> float:
@@ -139,7 +150,7 @@ def compare_logits(
     size = trained.square().sum()
     effect = float(size.sqrt() / adapter.norm())
     kept = None
-    if effect > tolerance / 8:  # a merged model without the adapter is refused
+    if effect > _SMALLEST_EFFECT:
         kept = float(((merged - base) * trained).sum() / size)
     difference = float(relative.nan_to_num(torch.inf).flatten().quantile(_SHARE))
     return LogitsComparison(

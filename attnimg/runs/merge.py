@@ -11,6 +11,7 @@ import fcntl
 import gc
 import json
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Iterator
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
     from attnimg.runs.logits import LogitsComparison
 
 RECORD_FILE = "merge.json"
+
+# In a folder that a merge has not finished. Folders without it are never removed.
+_MARKER = ".attnimg-merge"
 
 # Quantizations whose weights PEFT cannot dequantize.
 # Source: peft 0.21.2, utils/integrations.py, dequantize_module_weight (2026-11-27).
@@ -101,7 +105,7 @@ def merge(
     """
     began = time.monotonic()
     stored = _require_mergeable(run)
-    _require_free_name(output)
+    output = _require_free_name(output)
     saved = _choose_dtype(run, dtype, quantized=stored is not None)
     with _staging_folder(output) as staging:
         with write_errors(staging, kept="nothing was merged", do="free space, and run it again"):
@@ -122,8 +126,7 @@ def merge(
             dtype=saved,
             dequantized=stored,
             size=sum((staging / name).stat().st_size for name in weights),
-            files=(*weights, *sorted(p.name for p in staging.iterdir() if p.name not in weights),
-                   RECORD_FILE),
+            files=(*weights, *_other_names(staging, weights), RECORD_FILE),
             logits=found,
             seconds=round(time.monotonic() - began, 1),
         )  # fmt: skip
@@ -132,10 +135,18 @@ def merge(
             set_default_permissions(staging)
             for path in (*staging.iterdir(), staging):
                 flush(path)
+            _require_free_name(output)
             if output.is_dir():
                 output.rmdir()
             staging.rename(output)
+            (output / _MARKER).unlink()
     return result
+
+
+def _other_names(staging: Path, weights: list[str]) -> list[str]:
+    """Return the names of the merged model's files that are not weights."""
+    names = {path.name for path in staging.iterdir()}
+    return sorted(names - {*weights, _MARKER})
 
 
 def _require_mergeable(run: RunFolder) -> str | None:
@@ -177,20 +188,36 @@ def _not_mergeable(why: str, *, do: str) -> AttnimgError:
     return AttnimgError(what, why=why, do=do, code="not-mergeable")
 
 
-def _require_free_name(output: Path) -> None:
-    """Raise if the output path is a file, or a folder with files."""
-    if not os.path.lexists(output) or (output.is_dir() and not any(output.iterdir())):
-        return
+def _require_free_name(output: Path) -> Path:
+    """Return the absolute path of the output, without symbolic links.
+
+    Raises:
+        AttnimgError: it is a file or a folder with files (output-dir-not-empty), or an empty folder
+            that can't be replaced (output-dir).
+    """
+    if not os.path.lexists(output):
+        return Path(os.path.realpath(output))
     names = sorted(entry.name for entry in output.iterdir()) if output.is_dir() else []
-    merged = f"; its {RECORD_FILE} is from an earlier merge" if RECORD_FILE in names else ""
-    raise AttnimgError(
-        f"{output} is in use",
-        why=f"found {', '.join(names[:4])}{merged}; it is not overwritten"
-        if names
-        else "found a file, needed a folder that does not exist",
-        do="remove it, or pass --output with another folder",
-        code="output-dir-not-empty",
-    )
+    if names or not output.is_dir():
+        merged = f"; its {RECORD_FILE} is from an earlier merge" if RECORD_FILE in names else ""
+        raise AttnimgError(
+            f"{output} is in use",
+            why=f"found {', '.join(names[:4])}{merged}; it is not overwritten"
+            if names
+            else "found a file, needed a folder that does not exist",
+            do="remove it, or pass --output with another folder",
+            code="output-dir-not-empty",
+        )
+    real = Path(os.path.realpath(output))
+    if os.path.ismount(real) or real == Path.cwd():
+        found = "a mount point" if os.path.ismount(real) else "the current folder"
+        raise AttnimgError(
+            f"{output} can't be replaced by the merged model",
+            why=f"found {found}; the merge writes a folder beside it, and renames that at the end",
+            do=f"pass --output {output / 'merged'}",
+            code="output-dir",
+        )
+    return real
 
 
 def _choose_dtype(run: RunFolder, dtype: str | None, *, quantized: bool) -> DType:
@@ -214,39 +241,68 @@ def _staging_folder(output: Path) -> Iterator[Path]:
     """Create and lock the folder in which a merge is written; remove it if the block raises.
 
     Raises:
-        AttnimgError: another merge writes to it (output-dir-busy), or it can't be created.
+        AttnimgError: another merge writes to `output` (output-dir-busy), or no folder can be
+            created beside it (output-dir).
     """
-    staging = output.with_name(f"{output.name}.partial")
+    prefix = f".{output.name}.partial-"
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        staging.mkdir(exist_ok=True)
-        handle = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        _remove_leftovers(output, prefix)
+        # mkdtemp would make a folder that only this user may read.
+        staging = output.with_name(prefix + secrets.token_hex(4))
+        staging.mkdir()
+        handle = _lock(staging)
     except OSError as error:
         raise AttnimgError(
             f"{output} can't be written",
-            why=f"{error.filename or staging}: {error.strerror}",
+            why=f"{error.filename or output.parent}: {error.strerror}",
             do="pass --output with a folder that this user may write to",
             code="output-dir",
         ) from error
     try:
+        # Locked before it is marked: a marked folder without a lock is a leftover.
+        (staging / _MARKER).touch()
+        yield staging
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    finally:
+        os.close(handle)
+
+
+def _remove_leftovers(output: Path, prefix: str) -> None:
+    """Remove the folders of merges that were killed.
+
+    Raises:
+        AttnimgError: another merge writes to one of them (output-dir-busy).
+    """
+    for path in output.parent.iterdir():
+        if not path.name.startswith(prefix) or path.is_symlink() or not (path / _MARKER).is_file():
+            continue
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            handle = _lock(path)
         except BlockingIOError:
             raise AttnimgError(
                 f"another merge writes to {output}",
-                why=f"{staging} is locked by it",
+                why=f"{path} is locked by it",
                 do="wait for it, or pass --output with another folder",
                 code="output-dir-busy",
             ) from None
-        for leftover in staging.iterdir():  # left by a merge that was killed
-            leftover.unlink()
         try:
-            yield staging
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
-    finally:
+            shutil.rmtree(path)
+        finally:
+            os.close(handle)
+
+
+def _lock(folder: Path) -> int:
+    """Return a locked file descriptor of a folder; BlockingIOError if another process has it."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
         os.close(handle)
+        raise
+    return handle
 
 
 def _write_merged(
@@ -322,11 +378,16 @@ def _require_space(run: RunFolder, folder: Path, *, dtype: DType) -> None:
     if free < needed:
         raise AttnimgError(
             "the disk has too little space for the merged model",
-            why=f"found {free / 2**30:,.2f} GiB free in {folder.parent}; needed "
-            f"{needed / 2**30:,.2f} for its weights in {dtype}",
+            why=f"found {size_text(free)} free in {folder.parent}; needed {size_text(needed)} "
+            f"for its weights in {dtype}",
             do="free space, or pass --output with a folder on another disk",
             code="disk-full",
         )
+
+
+def size_text(size: int) -> str:
+    """Return a number of bytes in MiB or GiB."""
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
 
 
 def _count_bytes(tensor: Any, dtype: DType) -> int:

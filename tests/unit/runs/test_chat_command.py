@@ -108,6 +108,59 @@ def test_raw_text_is_continued_without_a_template(
     assert json.loads(capsys.readouterr().out)["text"] == expected
 
 
+def write_receipt(folder: Path, **keys: Any) -> None:
+    """Write the receipt of a finished run on the folder's adapter."""
+    values = {"base_model": str(folder.parent / "model"), "adapter": "lora", "bf16": False,
+              "learning_rate": 1e-3, "output_dir": str(folder), **keys}  # fmt: skip
+    receipt = {"status": "done", "config": values, "dtype": "float32"}
+    (folder / "receipt.json").write_text(json.dumps(receipt))
+
+
+def test_the_prompt_is_that_of_training(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    import shutil
+
+    from transformers import AutoTokenizer
+
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    tokenizer.chat_template = "{{ mood }}|" + TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "out")
+    prompts: list[str] = []
+    generate = answer
+
+    def seen(chat: ChatModel, prompt: Any, *rest: Any, **options: Any) -> Any:
+        from attnimg.runs.chat import _encode
+
+        prompts.append(tokenizer.decode(_encode(chat, prompt)[0]))
+        return generate(chat, prompt, *rest, **options)
+
+    monkeypatch.setattr("attnimg.cli.chat.answer", seen)
+    arguments = (str(tmp_path / "out"), "--max-new-tokens", "2")
+    chats = [{"path": "talk.jsonl", "type": "chat_template"}]
+    write_receipt(
+        tmp_path / "out", datasets=chats, chat_template_kwargs={"mood": "calm"},
+        default_system_message="Be kind.",
+    )  # fmt: skip
+    assert command(monkeypatch, "hi\n", *arguments) == 0
+    assert "another prompt" not in capsys.readouterr().err
+    assert command(monkeypatch, "hi\n", *arguments, "--system", "Be brief.") == 0
+    assert prompts == [
+        "calm|system: Be kind.\nuser: hi\nassistant: ",
+        "calm|system: Be brief.\nuser: hi\nassistant: ",
+    ]
+    capsys.readouterr()
+    write_receipt(tmp_path / "out", datasets=[{"path": "x.jsonl", "type": "alpaca"}])
+    assert command(monkeypatch, "hi\n", *arguments) == 0
+    said = capsys.readouterr().err
+    assert "type alpaca" in said
+    assert "--raw" in said
+    assert command(monkeypatch, "hi\n", *arguments, "--raw") == 0
+    assert "another prompt" not in capsys.readouterr().err
+
+
 def test_a_seed_gives_the_same_samples(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -130,6 +130,81 @@ def test_data_comes_from_the_config_file(folder: Path, capsys: pytest.CaptureFix
     assert "the folder has no receipt.json" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("change", ["a new line", "seed", "val_set_size", "other data"])
+def test_documents_that_were_trained_are_not_evaluated(
+    folder: Path, change: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / "train.jsonl"
+    written = path.read_text()
+    keys: dict[str, Any] = {"val_set_size": 0.2}
+    if change == "a new line":
+        path.write_text(json.dumps({"text": "One more."}) + "\n" + written)
+    elif change == "seed":
+        keys["seed"] = 7
+    elif change == "val_set_size":
+        keys["val_set_size"] = 0.5
+    else:
+        keys["datasets"] = [{"path": str(folder / "one.jsonl"), "type": "completion"}]
+    other = write_config(
+        folder, "split", output_dir=str(folder / "full"), test_datasets=None,
+        eval_sample_packing=False, **keys,
+    )  # fmt: skip
+    try:
+        assert command("evaluate", str(other)) == 2
+    finally:
+        path.write_text(written)
+    said = capsys.readouterr().err
+    assert "that the run trained on" in said
+    assert "in place of val_set_size" in said
+    same = write_config(
+        folder, "split", output_dir=str(folder / "full"), test_datasets=None,
+        eval_sample_packing=False, val_set_size=0.2, micro_batch_size=1,
+    )  # fmt: skip
+    assert printed(capsys, str(same))[0]["documents"] == 12
+
+
+def test_changed_test_data_are_reported(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = folder / "two.jsonl"
+    written = path.read_text()
+    assert command("evaluate", str(folder / "lora")) == 0
+    assert "other documents" not in capsys.readouterr().err
+    path.write_text(written + "\n" + json.dumps({"text": "One more."}))
+    try:
+        assert command("evaluate", str(folder / "lora")) == 0
+    finally:
+        path.write_text(written)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "warning: test_datasets[1]" in said
+    assert "has other documents than in training" in said
+    assert "test_datasets[0] (" + str(folder / "one.jsonl") + ") has other" not in said
+
+
+def test_preference_data_are_refused_before_the_model_is_loaded(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*_: Any) -> None:
+        raise AssertionError("the model is loaded")
+
+    pair = {"prompt": "Is it?", "chosen": "Yes.", "rejected": "No."}
+    (folder / "pairs.jsonl").write_text(json.dumps(pair))
+    data = [{"path": str(folder / "pairs.jsonl"), "type": "chatml.prompt_pairs"}]
+    for rl in ("dpo", "orpo"):
+        if rl == "orpo":
+            data = [{**data[0], "type": "chat_template.argilla"}]
+        path = write_config(
+            folder, rl, rl=rl, datasets=data, test_datasets=data, sample_packing=False
+        )
+        with monkeypatch.context() as patch:
+            patch.setattr("attnimg.runs.evaluate._load_weights", loaded)
+            for options in ((), ("--base",)):
+                assert command("evaluate", str(path), *options) == 2
+                said = capsys.readouterr().err
+                assert f"found rl: {rl}" in said
+                assert "eval_loss in the receipt.json" in said
+    texts = write_config(folder, "texts", base_model=str(folder / "full"))
+    assert printed(capsys, str(texts))[-1]["documents"] == 26, "the advice helps"
+
+
 def test_several_processes_are_refused(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

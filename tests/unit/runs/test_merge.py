@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +192,33 @@ def test_a_small_adapter_that_is_lost_is_refused(
     assert "--dtype float32" in caught.value.do
 
 
+def test_an_adapter_that_rounding_loses_is_reported(tmp_path: Path) -> None:
+    from attnimg.cli.merge import logits_lines
+
+    base = make_base(tmp_path / "model", dtype="bfloat16")
+    said = {}
+    for scale in (0.0, 0.0002, 0.05):
+        folder = tmp_path / f"out-{scale}"
+        found, _ = write_adapter(base, folder, dtype="bfloat16", scale=scale)
+        logits = merged(found, folder / "merged").logits
+        said[scale] = logits_lines(logits, dtype="bfloat16")
+        assert (logits.kept is None) == (scale == 0)
+    assert "the adapter has no effect" in said[0.0][-1]
+    assert "equal the adapter's" not in "".join(said[0.0002])
+    assert re.fullmatch(
+        r"warning: \d+\.\d% of the adapter's effect survives in bfloat16; pass --dtype float32",
+        said[0.0002][-1],
+    )
+    (line,) = said[0.05]
+    assert "equal the adapter's" in line
+    finer = merged(
+        write_adapter(base, tmp_path / "out", dtype="bfloat16", scale=0.0002)[0],
+        tmp_path / "merged", dtype="float32",
+    )  # fmt: skip
+    assert len(logits_lines(finer.logits, dtype="float32")) == 1, "the advice helps"
+    assert finer.logits.kept == pytest.approx(1, abs=0.02)
+
+
 def test_what_is_refused_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = make_base(tmp_path / "model")
     found, _ = write_adapter(base, tmp_path / "out")
@@ -207,10 +236,20 @@ def test_what_is_refused_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "file").touch()
     assert refused(tmp_path / "file").code == "output-dir-not-empty"
     assert refused(tmp_path / "file/below").code == "output-dir"
+    (tmp_path / "current").mkdir()
+    monkeypatch.chdir(tmp_path / "current")
+    for current in (Path(), tmp_path / "current"):
+        error = refused(current)
+        assert (error.code, error.do) == ("output-dir", f"pass --output {current / 'merged'}")
+    monkeypatch.undo()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    assert refused(tmp_path / "dangling").code == "output-dir-not-empty"
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     error = refused(tmp_path / "merged")
     assert (error.code, error.exit_code) == ("disk-full", 2)
+    assert "found 0.0 MiB free" in error.why
+    assert "needed 0.00" not in error.why
     monkeypatch.undo()
 
     def fails(*_: Any, **__: Any) -> None:
@@ -226,6 +265,11 @@ def test_what_is_refused_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.undo()
     (tmp_path / "merged").mkdir()
     assert merged(found, tmp_path / "merged").files, "an empty folder is used"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    merged(found, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "empty/model.safetensors.index.json").is_file()
 
 
 def test_a_killed_merge_leaves_nothing_that_looks_complete(tmp_path: Path) -> None:
@@ -250,18 +294,49 @@ def test_a_killed_merge_leaves_nothing_that_looks_complete(tmp_path: Path) -> No
         while not (tmp_path / "written").exists():
             time.sleep(0.05)
             assert process.poll() is None
-        left = {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()}
-        assert left == {"merged.partial"}
+        assert len(partial_folders(tmp_path / "out")) == 1
         process.send_signal(number)
         assert process.wait(30) == exit_code
         assert not (tmp_path / "out/merged").exists()
-        assert (tmp_path / "out/merged.partial").exists() == (number == signal.SIGKILL)
+        left = partial_folders(tmp_path / "out")
+        assert len(left) == (number == signal.SIGKILL)
+        if left:
+            (left[0] / "additional_chat_templates").mkdir()
         (tmp_path / "written").unlink()
-    (tmp_path / "out/merged.partial").mkdir()
-    (tmp_path / "out/merged.partial/shard-0.safetensors").touch()
     result = merged(found, tmp_path / "out/merged")
-    assert not (tmp_path / "out/merged.partial").exists()
+    assert not partial_folders(tmp_path / "out")
     assert "shard-0.safetensors" not in result.files
+    assert sorted(result.files) == sorted(p.name for p in (tmp_path / "out/merged").iterdir())
+
+
+def partial_folders(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if ".partial-" in path.name]
+
+
+def test_a_leftover_of_a_killed_merge_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    from attnimg.runs.merge import _lock, _staging_folder
+
+    victim = tmp_path / "victim"
+    for folder in (tmp_path / "mine.partial", tmp_path / ".mine.partial-1", victim):
+        folder.mkdir()
+        (folder / "thesis.tex").write_text("x")
+    (victim / ".attnimg-merge").touch()
+    (tmp_path / ".mine.partial-2").symlink_to(victim)
+    left = tmp_path / ".mine.partial-3"
+    (left / "additional_chat_templates").mkdir(parents=True)
+    (left / ".attnimg-merge").touch()
+    before = set(tmp_path.rglob("*"))
+    handle = _lock(left)
+    with pytest.raises(AttnimgError) as caught, _staging_folder(tmp_path / "mine"):
+        pass
+    assert caught.value.code == "output-dir-busy"
+    os.close(handle)
+    with suppress(ZeroDivisionError), _staging_folder(tmp_path / "mine") as staging:
+        (staging / "shard").touch()
+        assert staging.stat().st_mode == victim.stat().st_mode, "others may read the model"
+        raise ZeroDivisionError
+    assert set(tmp_path.rglob("*")) == before - {left, *before.intersection(
+        [left / ".attnimg-merge", left / "additional_chat_templates"])}  # fmt: skip
 
 
 MEMORY = """
@@ -359,3 +434,5 @@ def test_the_command_refuses_what_it_can_not_merge(
     assert "it has a whole model" in capsys.readouterr().err
     assert command(str(trained / "lora"), "--max-shard-size", "5 apples") == 2
     assert "5GB" in capsys.readouterr().err
+    assert command(str(trained / "lora"), "--max-shard-size", "9" * 400) == 2
+    assert "is not a size" in capsys.readouterr().err
