@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnimg.cli import Styled, findings_text, json_line
 from attnimg.cli.check import print_styled
-from attnimg.errors import AttnimgError, shortened
+from attnimg.errors import AttnimgError, printable, shortened
 
 if TYPE_CHECKING:
     from attnimg.config.conversion import Conversion
@@ -53,7 +53,8 @@ def convert(
         for text in _report(found, file=file, output=output):
             print_styled(text, sys.stderr)
         if output is None and not found.errors:
-            print(found.text, end="")
+            is_terminal = sys.stdout.isatty()
+            print(printable(found.text) if is_terminal else found.text, end="")
     raise SystemExit(2 if found.errors else 0)
 
 

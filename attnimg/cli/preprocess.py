@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from attnimg import config
 from attnimg.cli import as_text, json_line
 from attnimg.config.schema import Config
-from attnimg.errors import printable
+from attnimg.errors import AttnimgError, printable
 from attnimg.train.distributed import rank, require_group
 from attnimg.train.environment import require_parsable
 from attnimg.train.packages import require_trainer
@@ -44,7 +44,14 @@ def preprocess(
     require_trainer()
     require_parsable(os.environ)
     require_group()
-    page = Path(html) if html else None
+    page = None if html is None else Path(html)
+    if html == "":
+        raise AttnimgError(
+            "--html has no file name",
+            why='found "", needed the name of the page',
+            do="pass a file name with --html, such as samples.html, or leave --html out",
+            code="bad-value",
+        )
     if page is not None:
         from attnimg.cli.samples_html import require_page
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from attnimg.cli.samples_text import WITHOUT_LOSS, dropped_texts, facts
 from attnimg.errors import AttnimgError
 from attnimg.files import data_file
+from attnimg.train.checkpoint import write_errors
 from attnimg.train.samples import SPACES, Omitted, Sample, SampledRow, Token, visible
 
 if TYPE_CHECKING:
@@ -73,8 +74,17 @@ def write_page(
         samples: documents to show.
         row: a packed row to show; None for none.
         seed: of the choice of samples.
+
+    Raises:
+        AttnimgError: it could not be written (disk-full, not-written).
     """
     text = "".join(_page(prepared, name, samples, row, seed))
+    do = "free space, or pass a file on another disk with --html"
+    with write_errors(path, kept="the cached documents are kept", do=do, key=None):
+        _write(path, text)
+
+
+def _write(path: Path, text: str) -> None:
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:

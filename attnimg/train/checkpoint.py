@@ -346,6 +346,7 @@ def write_errors(
     *,
     kept: str,
     do: str = "free space, then run again with resume_from_checkpoint: true",
+    key: str | None = "output_dir",
 ) -> Iterator[None]:
     """Turn errors while `path` is written into an AttnimgError.
 
@@ -353,6 +354,7 @@ def write_errors(
         path: the file or folder that is being written.
         kept: for the error message, what is kept nevertheless.
         do: the advice.
+        key: the key of the config that names the path; None for none.
 
     Raises:
         AttnimgError: code disk-full or not-written, exit code 1.
@@ -380,7 +382,7 @@ def write_errors(
             why=f"{path}: {reason}\n{_free_bytes(path) / 2**20:,.1f} MiB free there; {kept}",
             do=do,
             code="disk-full" if full else "not-written",
-            key="output_dir",
+            key=key,
             exit_code=1,
         ) from error
 

@@ -97,6 +97,7 @@ def test_it_prints_figures_and_samples_and_writes_a_page(home: Path, tmp_path: P
         pytest.param(["--seed", "x"], {}, "--seed", id="a seed that is no number"),
         pytest.param(["--html", "{run}"], {}, "cannot be written by --html", id="another file"),
         pytest.param(["--html", "no/such/x.html"], {}, "no such file", id="no such folder"),
+        pytest.param(["--html", ""], {}, "--html has no file name", id="no name"),
         pytest.param(["sequence_le=5"], {}, "sequence_len", id="an unknown key"),
         pytest.param([], {"base_model": "no/such/folder"}, "no folder", id="no such model"),
         pytest.param([], {"dataset_prepared_path": "~nobody-here/x"}, "without ~", id="no home"),

@@ -136,3 +136,16 @@ def test_a_secret_is_never_printed(
     assert "s3cr3t" not in out + err
     assert "WANDB_API_KEY" in out + err
     assert not Path("new.yaml").exists()
+
+
+def test_a_terminal_gets_no_characters_that_reorder_text(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write("old.yaml", f'{OLD}run_name: "a\u202eb"\nreport_to: wandb\n')
+    code, out, _ = run(capsys, "convert", "old.yaml")
+    assert (code, parse_yaml(out, name="out")["wandb_name"]) == (0, "a\u202eb")
+    monkeypatch.setattr(type(sys.stdout), "isatty", lambda _: True)
+    code, out, _ = run(capsys, "convert", "old.yaml")
+    assert code == 0
+    assert "wandb_name: a\\u202eb" in out
+    assert "\u202e" not in out

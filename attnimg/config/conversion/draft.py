@@ -134,8 +134,10 @@ class Draft:
     def refuse(self, key: str, *, why: str, do: str, code: str = "unsupported-key") -> None:
         """Record that a value can't be converted, whether it is written or a default."""
         name = self.written.get(key, key)
-        found = _short(self.get(key) if key in self.table.keys else self.old.get(key))
-        set_by = f"found {found}" if self.given(key) else f"{self.name}'s default is {found}"
+        if key in self.old:
+            set_by = f"found {_short(self.old[key])}"
+        else:
+            set_by = f"{self.name}'s default is {_short(self.get(key))}"
         if self.old.get(key) == MASK:
             set_by = "found a value that is not printed, since it is a secret"
         what = f"{name} can't be converted"

@@ -229,9 +229,7 @@ def _type(
             do = "set dataset_text_field to the column of the text"
         draft.refuse(key, why=why, do=do)
         return None
-    if first is not None and (problem := _problem(draft, kind, first, columns)):
-        why, do = problem
-        draft.refuse(key, why=why, do=do)
+    if first is not None and not _is_readable(draft, key, kind, first, columns):
         return None
     whole = not draft.get("assistant_only_loss")
     if kind in ("messages", "conversations"):
@@ -292,34 +290,36 @@ def _format(draft: Draft, first: Mapping[str, Any] | None) -> Format | None:
     return "text" if text in first else None
 
 
-def _problem(
-    draft: Draft, kind: Format, first: Mapping[str, Any], columns: set[str]
-) -> tuple[str, str] | None:
-    """Return why records of a format can't be converted, and what to do; None if they can."""
+def _is_readable(
+    draft: Draft, key: str, kind: Format, first: Mapping[str, Any], columns: set[str]
+) -> bool:
+    """Return whether attnimg reads records as TRL does; refuse the key that names them if not."""
     if found := sorted(columns & _NOT_CONVERTED):
         why = f"the records have {', '.join(found)}, which TRL reads and attnimg does not"
-        return why, "remove the columns from the data, if the run may be trained without them"
-    if "prompt" in columns and kind != "prompt-completion":
+        do = "remove the columns from the data, if the run may be trained without them"
+        draft.refuse(key, why=why, do=do)
+    elif "prompt" in columns and kind != "prompt-completion":
         why = "the records have a column prompt, which TRL reads together with completion"
-        return why, "rename that column"
-    if "system" in columns and kind != "text":
-        return "the records have a column system, which TRL does not read", "rename that column"
-    names: tuple[str, ...] = ("prompt", "completion")
-    if kind in _ROLES:
-        names = (kind,)
-        is_right = _is_chat(first.get(kind), _ROLES[kind])
-        needed = f"needed a list of messages, each with {_ROLES[kind]}"
+        draft.refuse(key, why=why, do="rename that column")
+    elif "system" in columns and kind != "text":
+        why = "the records have a column system, which TRL does not read"
+        draft.refuse(key, why=why, do="rename that column")
+    elif kind in _ROLES:
+        if _is_chat(first.get(kind), _ROLES[kind]):
+            return True
+        why = f"{kind} of the first record is not a list of messages, each with {_ROLES[kind]}"
+        do = "write each record as one conversation, in a column messages"
+        draft.refuse(key, why=why, do=do)
     else:
+        names: tuple[str, ...] = ("prompt", "completion")
         if kind == "text":
             names = (str(draft.get("dataset_text_field")),)
-        is_right = all(isinstance(first.get(name), str) for name in names)
-        needed = "needed text"
-    if is_right:
-        return None
-    why = f"{' and '.join(names)} of the first record: {needed}"
-    if kind == "prompt-completion":
-        why += "; attnimg has no type in which two columns of messages are one conversation"
-    return why, "write each record as one conversation, in a column messages"
+        if all(isinstance(first.get(name), str) for name in names):
+            return True
+        why = f"needed text in {' and '.join(names)} of the first record"
+        do = "write each record as one conversation, in a column messages"
+        draft.refuse(key, why=why, do=do)
+    return False
 
 
 def _is_chat(value: object, role: str) -> bool:

@@ -500,6 +500,13 @@ def test_texts_that_only_look_like_secrets_are_kept() -> None:
     assert found["datasets"][0]["path"] == path
 
 
+def test_null_that_is_written_is_not_called_a_default() -> None:
+    (error,) = convert({**TRL, "max_length": None}).errors
+    assert error.why.startswith("found null; ")
+    (error,) = convert({**TRL, "use_peft": True}).errors
+    assert error.why.startswith("TRL's default is null; ")
+
+
 def edits(do: str, key: str) -> list[dict[str, Any]]:
     """Return the edits of the old config that advice names: keys to set, or null to remove."""
     found = []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import re
+import resource
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -248,6 +250,35 @@ def test_a_conversation_without_a_trained_turn_is_noted(
     for text in (raw.getvalue().decode(), page.read_text()):
         assert ("1 dropped: no trained token (data.jsonl, line 2)" in text) is not answers
     assert ("<span class=note>" in page.read_text()) is not answers
+
+
+def test_a_page_that_does_not_fit_on_the_disk_is_an_error_of_the_disk(
+    run_on: Run, json_lines: Write, tokenizer: Any, tmp_path: Path
+) -> None:
+    prepared = prepare_data(run_on(json_lines({"text": "a"}), "completion"), tokenizer)
+    page = tmp_path / "page" / "a.html"
+    page.parent.mkdir()
+
+    def write() -> None:
+        write_page(page, prepared, name="a", samples=(), row=None, seed=0)
+
+    write()
+    before = page.read_text()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
+    try:
+        with pytest.raises(AttnimgError, match="the disk is full") as caught:
+            write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (caught.value.code, caught.value.key) == ("disk-full", None)
+    assert "--html" in caught.value.do
+    assert list(page.parent.iterdir()) == [page]
+    assert page.read_text() == before
+    shutil.rmtree(page.parent)
+    with pytest.raises(AttnimgError, match="could not be written") as caught:
+        write()
+    assert caught.value.code == "not-written"
 
 
 SEGMENTS = [{"label": False, "text": "Ask. "}, {"label": True, "text": "Answer."}]
