@@ -144,6 +144,21 @@ def test_damaged_weights_are_refused(copied: Path, damage: str) -> None:
     assert refused(copied).code == "damaged-run"
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"identity": "x"}, {"identity": {"model": {"x": 1}}}, {"identity": {"model": 3}},
+        {"identity": {"model": {"files": {"a": 1}}}}, {"files": 5}, {"files": [1]},
+        {"status": ["done"]}, {"data": 5}, {"dtype": {}}, {"config": []},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_receipt_with_wrong_types_is_refused(copied: Path, values: dict[str, Any]) -> None:
+    receipt = json.loads((copied / "receipt.json").read_text())
+    (copied / "receipt.json").write_text(json.dumps(receipt | values))
+    assert refused(copied).code == "damaged-run"
+
+
 def test_folders_of_other_programs_are_accepted(trained: Path, copied: Path) -> None:
     (copied / "receipt.json").unlink()
     for path in copied.glob("checkpoint-*"):
