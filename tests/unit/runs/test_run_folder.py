@@ -70,6 +70,7 @@ def test_a_moved_base_model_is_found_by_its_content(trained: Path, tmp_path: Pat
     found = find_run(str(trained / "out"), command="merge", base_model=str(moved))
     assert found.config.base_model == str(moved)
     shutil.rmtree(moved)
+    assert "pw12" not in str(refused(trained / "out", base_model="https://bob:pw12@host/x"))
     error = refused(trained / "out", base_model=str(moved))
     assert error.code == "base-model-differs"
     assert "--base-model" in error.do
