@@ -287,10 +287,10 @@ def _run_command(arguments: Sequence[str]) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are safe to print on a terminal."""
+    """A parser whose errors have no secrets and are safe to print on a terminal."""
 
     def _print_message(self, message: str, file: object = None) -> None:
-        super()._print_message(printable(message), file)  # type: ignore[arg-type]  # argparse's own
+        super()._print_message(printable(redact(message)), file)  # type: ignore[arg-type]  # argparse's own
 
 
 def _top_parser() -> argparse.ArgumentParser:

@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
+from attnimg.redact import redact
+
 # Control characters of ASCII and Latin-1, and bidirectional ones, which reorder text.
 # Source: Unicode 17, categories Cc and Cf (Bidi_Control), less tab and newline (2026-11-27).
 _CONTROL_CHARACTERS = re.compile(
@@ -74,10 +76,10 @@ class AttnimgError(Exception):
         return partial(type(self), **rest), (self.what,)
 
     def __str__(self) -> str:
-        """Return what, why and do, aligned and safe to print on a terminal."""
-        parts = [f"attnimg: {printable(shortened(self.what))}"]
+        """Return what, why and do, aligned, without secrets and safe to print on a terminal."""
+        parts = [f"attnimg: {printable(shortened(redact(self.what)))}"]
         for label, text in (("why", self.why), ("do", self.do)):
-            first, *rest = printable(shortened(text)).splitlines() or [""]
+            first, *rest = printable(shortened(redact(text))).splitlines() or [""]
             parts.append(f"  {label + ':':<4} {first}")
             parts.extend(f"       {line}" for line in rest)
         return "\n".join(parts)

@@ -13,6 +13,8 @@ MASK = "***"
 # A user or a password in a URI: https://user:password@host, postgresql://user@host. Passwords with
 # "/", "?" or "#" are found too, unless they look like a port and a path.
 _CREDENTIALS = re.compile(r"(?<=://)([^/?#\s'\"]*|[^/?#@:\s'\"]*:(?!\d{1,5}[/?#])[^@\s'\"]*)@")
+# The same in a path: pathlib writes https://user:password@host as https:/user:password@host.
+_CREDENTIALS_IN_PATH = re.compile(r"(?<=\w:/)[^/?#@:\s'\"]*:[^/@\s'\"]+@")
 _QUERY_SECRET = re.compile(
     r"(?<=[?&])([\w.-]*(?:token|sig|signature|key|password|secret|credential)=)[^&#\s'\"]+",
     re.IGNORECASE,
@@ -90,7 +92,8 @@ def redact(text: str, environ: Mapping[str, str] = os.environ) -> str:
         environ: the variables; those with a name such as WANDB_API_KEY are secret, and the
             passwords of those that are URIs.
     """
-    text = _QUERY_SECRET.sub(rf"\1{MASK}", _CREDENTIALS.sub(f"{MASK}@", text))
+    text = _CREDENTIALS_IN_PATH.sub(f"{MASK}@", _CREDENTIALS.sub(f"{MASK}@", text))
+    text = _QUERY_SECRET.sub(rf"\1{MASK}", text)
     text = _HUB_TOKEN.sub(MASK, text)
     for secret in _secret_values(environ):
         text = text.replace(secret, MASK)

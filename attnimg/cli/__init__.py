@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from attnimg.errors import shortened
+from attnimg.redact import redact
 
 if TYPE_CHECKING:
     from attnimg.facts import Finding
@@ -23,16 +25,22 @@ def json_line(value: dict[str, Any]) -> str:
     return re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found.group()):04x}", text)
 
 
+def finding_json(finding: Finding) -> dict[str, Any]:
+    """Return an error or a warning as JSON, without secrets."""
+    values = asdict(finding)
+    return values | {name: redact(values[name]) for name in ("what", "why", "do") if values[name]}
+
+
 def findings_text(findings: Iterable[Finding], kind: str) -> Iterator[Styled]:
     """Yield the lines of each error or warning: what happened, why, what to do."""
     for finding in findings:
         text = [
             (f"  {kind}", "red" if kind == "error" else "yellow"),
             (f" {finding.code}:", "dim"),
-            (f" {shortened(finding.what)}", ""),
+            (f" {shortened(redact(finding.what))}", ""),
         ]
         for label, part in (("why:", finding.why), ("do:", finding.do)):
             if part:
                 text.append((f"\n    {label:<4} ", "dim"))
-                text.append((shortened(part).replace("\n", "\n" + " " * 9), ""))
+                text.append((shortened(redact(part)).replace("\n", "\n" + " " * 9), ""))
         yield text

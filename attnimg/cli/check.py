@@ -8,12 +8,12 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import IO, TYPE_CHECKING, Any
 
-from attnimg.cli import Styled, findings_text, json_line
+from attnimg.cli import Styled, finding_json, findings_text, json_line
 from attnimg.errors import printable
 from attnimg.facts import Finding
+from attnimg.redact import redact
 
 if TYPE_CHECKING:
     from attnimg.config.schema import CheckResult
@@ -67,18 +67,18 @@ def checked_json(checked: CheckResult) -> dict[str, Any]:
         config |= flags
         attn = {"requested": checked.requested} | flags
     return {
-        "file": checked.file,
+        "file": redact(checked.file),
         "ok": checked.ok,
         "on": checked.on,
         "attn": attn,
         "config": config,
-        "errors": [asdict(finding) for finding in checked.errors],
+        "errors": [finding_json(finding) for finding in checked.errors],
         "warnings": [_warning(finding) for finding in checked.warnings],
     }
 
 
 def _warning(finding: Finding) -> dict[str, Any]:
-    values = asdict(finding)
+    values = finding_json(finding)
     del values["why"]
     return values
 
@@ -104,7 +104,7 @@ def _summary(checked: CheckResult) -> Styled:
     name = checked.config.attn_implementation if checked.config else None
     backend = name or ("-" if checked.errors else "auto")
     mark = ("ok", "green") if checked.ok else ("no", "red")
-    return [mark, (f"  {checked.file}  ", ""), (backend, "cyan"), (f"  {counts}", "")]
+    return [mark, (f"  {redact(checked.file)}  ", ""), (backend, "cyan"), (f"  {counts}", "")]
 
 
 def print_styled(text: Styled, file: IO[str]) -> None:

@@ -12,9 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attnimg.cli import Styled, findings_text, json_line
+from attnimg.cli import Styled, finding_json, findings_text, json_line
 from attnimg.cli.check import print_styled
 from attnimg.errors import AttnimgError, printable, shortened
+from attnimg.redact import redact
 
 if TYPE_CHECKING:
     from attnimg.config.conversion import Conversion
@@ -62,7 +63,7 @@ def _as_json(found: Conversion, *, file: str, output: str | None) -> dict[str, A
     """Return the object that `convert --json` prints."""
     ok = not found.errors
     written = {
-        "file": file,
+        "file": redact(file),
         "from": found.trainer,
         "ok": ok,
         "output": output if ok else None,
@@ -70,8 +71,8 @@ def _as_json(found: Conversion, *, file: str, output: str | None) -> dict[str, A
         "added": dict(found.added),
         "config": dict(found.values) if ok else None,
         "yaml": found.text if ok else None,
-        "errors": [asdict(finding) for finding in found.errors],
-        "warnings": [asdict(finding) for finding in found.warnings],
+        "errors": [finding_json(finding) for finding in found.errors],
+        "warnings": [finding_json(finding) for finding in found.warnings],
     }
     # NaN and infinity, which JSON does not have, are refused, but are in the report.
     loaded: dict[str, Any] = json.loads(

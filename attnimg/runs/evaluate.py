@@ -264,7 +264,7 @@ def _changed_tests(figures: tuple[SourceFigures, ...], run: RunFolder) -> Iterat
 
 def _trained_figures(run: RunFolder) -> list[Mapping[str, Any]]:
     """Return the statistics of the sources in a run's receipt."""
-    return list((run.receipt or {}).get("data", ()))
+    return list((run.receipt or {}).get("data") or ())
 
 
 def _load_weights(

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from attnimg import config as configs
 from attnimg.config.schema import Config
@@ -49,7 +49,7 @@ WITHOUT_TRAINING: dict[str, Any] = {
 }  # fmt: skip
 
 # The largest files that are read, in bytes; a receipt is large because it has the run's proofs.
-_RECEIPT_BYTES, _CONFIG_BYTES = 256 << 20, 16 << 20
+_RECEIPT_BYTES, CONFIG_BYTES = 256 << 20, 16 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -185,7 +185,7 @@ def _of_other_program(folder: Path) -> RunFolder:
     """Return the weights in a folder without a receipt: a PEFT adapter, or a model."""
     note = f"{folder} has no {RECEIPT_FILE}: its training config is unknown"
     if (folder / ADAPTER_CONFIG).is_file():
-        settings = _read_json(folder / ADAPTER_CONFIG, _CONFIG_BYTES)
+        settings = read_json(folder / ADAPTER_CONFIG, CONFIG_BYTES)
         base, saved = settings.get("base_model_name_or_path"), settings.get("modules_to_save")
         config = Config(
             base_model=base if isinstance(base, str) and base else None,
@@ -247,7 +247,7 @@ def _require_weights(run: RunFolder) -> None:
     folder = run.folder
     files = [folder / ADAPTER_WEIGHTS] if run.kind == "adapter" else list_weight_files(folder)
     needed = ADAPTER_CONFIG if run.kind == "adapter" else "config.json"
-    listed = {Path(name).name for name in (run.receipt or {}).get("files", ())}
+    listed = {Path(name).name for name in (run.receipt or {}).get("files") or ()}
     if folder.name.startswith("checkpoint-"):
         listed = set()
     names = {path.name for path in files} | {needed}
@@ -310,11 +310,52 @@ def _require_base(run: RunFolder, *, command: str) -> None:
 
 
 def _read_receipt(folder: Path) -> Mapping[str, Any]:
-    """Return a run's receipt."""
-    return _read_json(folder / RECEIPT_FILE, _RECEIPT_BYTES)
+    """Return a run's receipt.
+
+    Raises:
+        AttnimgError: it can't be read, or a value of it has another type (damaged-run).
+    """
+    path = folder / RECEIPT_FILE
+    receipt = read_json(path, _RECEIPT_BYTES)
+    try:
+        _Receipt.model_validate(receipt, strict=True)
+    except ValidationError as error:
+        found = error.errors(include_url=False)[0]
+        place = ".".join(map(str, found["loc"]))
+        raise _unreadable(path, why=f"{place}: {found['msg']}") from error
+    return receipt
 
 
-def _read_json(path: Path, at_most: int) -> dict[str, Any]:
+class _Model(BaseModel):
+    """The base model in a receipt."""
+
+    files: dict[str, str]
+
+
+class _Identity(BaseModel):
+    """What a receipt's identity must have, where it is present."""
+
+    model: _Model | None = None
+
+
+class _Source(BaseModel):
+    """A data set in a receipt."""
+
+    key: str
+    path: str | None = None
+
+
+class _Receipt(BaseModel):
+    """The values of a receipt that are read, other than its config."""
+
+    status: str | None = None
+    dtype: str | None = None
+    identity: _Identity | None = None
+    files: list[str] | None = None
+    data: list[_Source] | None = None
+
+
+def read_json(path: Path, at_most: int) -> dict[str, Any]:
     """Return a JSON object.
 
     Raises:
@@ -325,13 +366,17 @@ def _read_json(path: Path, at_most: int) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise ValueError(f"found a JSON {type(content).__name__}, needed an object")
     except (OSError, ValueError, RecursionError) as error:
-        raise AttnimgError(
-            f"{path} can't be read",
-            why=getattr(error, "strerror", None) or str(error)[:200],
-            do="copy the folder again from where it was written",
-            code="damaged-run",
-        ) from error
+        raise _unreadable(path, why=getattr(error, "strerror", None) or str(error)[:200]) from error
     return content
+
+
+def _unreadable(path: Path, *, why: str) -> AttnimgError:
+    return AttnimgError(
+        f"{path} can't be read",
+        why=why,
+        do="copy the folder again from where it was written",
+        code="damaged-run",
+    )
 
 
 def _names(folder: Path) -> list[str]:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, get_args
 
 from attnimg.errors import AttnimgError
 from attnimg.facts import DType, RunContext
-from attnimg.runs.folder import RunFolder
+from attnimg.runs.folder import ADAPTER_CONFIG, CONFIG_BYTES, RunFolder, read_json
 from attnimg.selection.model_types import find_quantization, quantization_method
 from attnimg.train.checkpoint import flush, set_default_permissions, write_errors
 from attnimg.train.model_files import (
@@ -46,6 +46,13 @@ _MARKER = ".attnimg-merge"
 # Quantizations whose weights PEFT cannot dequantize.
 # Source: peft 0.21.2, utils/integrations.py, dequantize_module_weight (2026-11-27).
 _NOT_DEQUANTIZED = frozenset({"gptq", "awq", "aqlm"})
+
+# Source: peft 0.21.2, utils/peft_types.py and PeftConfig.is_prompt_learning; the tuner of
+# ADAPTION_PROMPT has no merge either (2026-11-27).
+_WITHOUT_WEIGHTS = frozenset(
+    {"PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT",
+     "ADAPTION_PROMPT"}
+)  # fmt: skip
 
 
 class MergeReport(Protocol):
@@ -167,6 +174,17 @@ def _require_mergeable(run: RunFolder) -> str | None:
     if config.quantize_moe_experts:
         raise _not_mergeable(
             "quantize_moe_experts quantized the base model's experts, which PEFT cannot dequantize",
+            do=f"load {config.base_model} and the adapter with PEFT, without merging",
+        )
+    adapter = read_json(run.folder / ADAPTER_CONFIG, CONFIG_BYTES)
+    if (kind := str(adapter.get("peft_type"))) in _WITHOUT_WEIGHTS:
+        raise _not_mergeable(
+            f"its peft_type {kind} adds vectors to the input, and changes no weight",
+            do=f"load {config.base_model} and the adapter with PEFT, without merging",
+        )
+    if adapter.get("layer_replication"):
+        raise _not_mergeable(
+            "its layer_replication uses the weights of a layer several times, with other adapters",
             do=f"load {config.base_model} and the adapter with PEFT, without merging",
         )
     folder = find_model_folder(config.base_model, config, containing="config.json")
@@ -314,7 +332,7 @@ def _write_merged(
         The logits with the adapter, those without, and the config as a dictionary.
     """
     from attnimg.runs.logits import compute_logits, sample_ids
-    from attnimg.runs.merged_weights import Shards, merge_weights
+    from attnimg.runs.merged_weights import Shards, merge_weights, why_not_mergeable
     from attnimg.runs.weights import load_trained
     from attnimg.train.tokenizer import load_tokenizer
 
@@ -331,6 +349,10 @@ def _write_merged(
         needs_dtype_cast=False,
         log=report.log,
     )
+    if (why := why_not_mergeable(model)) is not None:
+        raise _not_mergeable(
+            why, do=f"load {config.base_model} and the adapter with PEFT, without merging"
+        )
     ids = sample_ids(len(model.get_input_embeddings().weight))
     adapter = compute_logits(model, ids)
     with model.disable_adapter():

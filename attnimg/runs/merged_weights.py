@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.layer import Linear, LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import save_file
@@ -62,6 +62,29 @@ def _layer_of(name: str) -> str:
     """Return the part of a weight's name up to the number of its layer, or the whole name."""
     layer = re.match(r"(.*?\.\d+)\.", name)
     return layer[1] if layer else name
+
+
+def why_not_mergeable(adapted: Any) -> str | None:
+    """Return why an adapter can't be merged into the weights of its base model; None if it can."""
+    base = adapted.get_base_model()
+    for name, module in base.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        if (
+            any(module.lora_bias.values())
+            and getattr(module.get_base_layer(), "bias", None) is None
+        ):
+            return f"its lora_bias trained a bias of {name}, which has none in the base model"
+    both = base.get_input_embeddings(), base.get_output_embeddings()
+    weights = [
+        (module.get_base_layer() if isinstance(module, BaseTunerLayer) else module).weight
+        for module in both
+        if module is not None
+    ]
+    adapts = any(isinstance(module, LoraLayer) for module in both)
+    if adapts and len(weights) == 2 and weights[0] is weights[1]:
+        return "it adapts embed_tokens or lm_head, whose weights are tied: one of both would change"
+    return None
 
 
 def merge_weights(adapted: Any, *, dtype: DType) -> MergedWeights:

@@ -274,7 +274,8 @@ def _write_failure(folder: Path, receipt: Mapping[str, object], *, error: BaseEx
     status: Status = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
     details: dict[str, object] = {"code": type(error).__name__, "what": redact(str(error))}
     if isinstance(error, AttnimgError):
-        details = {"code": error.code, "what": error.what, "why": error.why, "do": error.do}
+        parts = {"what": error.what, "why": error.why, "do": error.do}
+        details = {"code": error.code, **{name: redact(text) for name, text in parts.items()}}
     # The error being raised matters more than a failure to write it to a full disk.
     with suppress(AttnimgError):
         write_receipt(folder, {**receipt, "error": details}, status=status)

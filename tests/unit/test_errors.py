@@ -83,3 +83,39 @@ def test_json_has_no_character_that_a_terminal_acts_on() -> None:
     assert json.loads(text) == value
     assert not re.search("[\x00-\x1f\x7f-\x9f]", text)
     assert "é" in text
+
+
+URI = "https://bob:pw12@host/x"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("merge", URI), ("chat", URI), ("evaluate", URI), ("explain", URI), ("check", URI),
+        ("explain", "--json", URI), ("check", "--json", URI), ("convert", URI), ("merge", "x", URI),
+        ("train", "FILE", "hf_AbCdEfGhIjKlMnOpQrSt=1"), ("train", "FILE", URI),
+        ("explain", "FILE", "hf_AbCdEfGhIjKlMnOpQrSt=1"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_secrets_in_arguments_are_not_printed(
+    arguments: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("base_model: m\nlearning_rate: 1e-4\ndatasets: [{path: x, type: completion}]\n")
+    run([str(file) if argument == "FILE" else argument for argument in arguments])
+    said = capsys.readouterr()
+    text = said.out + said.err
+    assert "pw12" not in text
+    assert "hf_AbC" not in text
+    assert "***" in text
+
+
+def test_what_is_no_secret_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a@b:c@d" / "https:" / "host" / "x@y.yaml"
+    run(["check", "--json", str(path)])
+    assert json.loads(capsys.readouterr().out)["file"] == str(path)
+    error = AttnimgError("no https://host/a@b", why="found hf_use_auth_token", do="see C:/a@b")
+    assert "no https://host/a@b" in str(error)
+    assert "hf_use_auth_token" in str(error)
+    assert "C:/a@b" in str(error)

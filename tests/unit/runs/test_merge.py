@@ -219,6 +219,61 @@ def test_an_adapter_that_rounding_loses_is_reported(tmp_path: Path) -> None:
     assert finer.logits.kept == pytest.approx(1, abs=0.02)
 
 
+def write_peft(base: Path, folder: Path, config: Any) -> Any:
+    """Write an adapter as other programs do, and return its folder."""
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from attnimg.runs.folder import find_run
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns of what can't be merged
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+        torch.manual_seed(1)
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.data += torch.randn_like(weight) * 0.05
+        model.save_pretrained(folder)
+    return find_run(str(folder), command="merge")
+
+
+@pytest.mark.parametrize(
+    ("kind", "named", "keys"),
+    [
+        ("llama", "lora_bias", {"target_modules": ["q_proj"], "lora_bias": True}),
+        ("gpt2", "", {"target_modules": ["c_attn"], "lora_bias": True}),
+        ("llama", "layer_replication", {"layer_replication": [[0, 2], [1, 2]]}),
+        ("tied", "tied", {"target_modules": ["embed_tokens"]}),
+        ("tied", "tied", {"target_modules": ["lm_head", "q_proj"]}),
+        ("tied", "", {"target_modules": ["q_proj"]}),
+        ("llama", "", {"target_modules": ["lm_head", "embed_tokens"]}),
+        ("llama", "PREFIX_TUNING", None),
+    ],
+)
+def test_adapters_of_other_programs(
+    tmp_path: Path, kind: str, named: str, keys: dict[str, Any] | None
+) -> None:
+    from peft import LoraConfig, PrefixTuningConfig
+
+    sizes = {"tie_word_embeddings": True} if kind == "tied" else {}
+    base = make_base(tmp_path / "model", "llama" if kind == "tied" else kind, **sizes)
+    config = (
+        LoraConfig(r=4, task_type="CAUSAL_LM", **keys)
+        if keys is not None
+        else PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    )
+    found = write_peft(base, tmp_path / "out", config)
+    if not named:
+        assert merged(found, tmp_path / "merged").logits.agrees
+        return
+    with pytest.raises(AttnimgError) as caught:
+        merged(found, tmp_path / "merged")
+    assert caught.value.code == "not-mergeable"
+    assert named in caught.value.why
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+
+
 def test_what_is_refused_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = make_base(tmp_path / "model")
     found, _ = write_adapter(base, tmp_path / "out")

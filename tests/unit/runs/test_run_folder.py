@@ -70,6 +70,7 @@ def test_a_moved_base_model_is_found_by_its_content(trained: Path, tmp_path: Pat
     found = find_run(str(trained / "out"), command="merge", base_model=str(moved))
     assert found.config.base_model == str(moved)
     shutil.rmtree(moved)
+    assert "pw12" not in str(refused(trained / "out", base_model="https://bob:pw12@host/x"))
     error = refused(trained / "out", base_model=str(moved))
     assert error.code == "base-model-differs"
     assert "--base-model" in error.do
@@ -141,6 +142,21 @@ def test_damaged_weights_are_refused(copied: Path, damage: str) -> None:
         (copied / "receipt.json").write_text("{")
     else:
         weights.write_bytes(weights.read_bytes()[:-8])
+    assert refused(copied).code == "damaged-run"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"identity": "x"}, {"identity": {"model": {"x": 1}}}, {"identity": {"model": 3}},
+        {"identity": {"model": {"files": {"a": 1}}}}, {"files": 5}, {"files": [1]},
+        {"status": ["done"]}, {"data": 5}, {"dtype": {}}, {"config": []},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_receipt_with_wrong_types_is_refused(copied: Path, values: dict[str, Any]) -> None:
+    receipt = json.loads((copied / "receipt.json").read_text())
+    (copied / "receipt.json").write_text(json.dumps(receipt | values))
     assert refused(copied).code == "damaged-run"
 
 
