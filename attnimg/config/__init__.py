@@ -263,7 +263,7 @@ def _literal_error(key: str, item: Any, *, flag: bool) -> Finding:
     do = f"set {key}: {nearest}"
     if value in keys.other_values(key):
         why = f"axolotl has {value}, attnimg does not; {needed}"
-        return make_error("unsupported-key", key, f"{key}: {value} is not implemented", why, do)
+        return make_error("bad-value", key, f"{key}: {value} is not implemented", why, do)
     why = f"found {_short(item['input'])}; {needed}"
     return make_error("bad-value", key, f"{key} has an invalid value", why, do)
 

@@ -247,7 +247,7 @@ CASES: dict[str, Case] = {
     "a key of nobody": Case(code="unknown-key", values={"zzzzz": 1}),
     "a wrong value": Case(code="bad-value", values={"micro_batch_size": "two"}),
     "a number in quotes": Case(code="bad-value", values={"weight_decay": "0.1"}),
-    "an optimizer of axolotl": Case(code="unsupported-key", values={"optimizer": "muon"}),
+    "an optimizer of axolotl": Case(code="bad-value", values={"optimizer": "muon"}),
     "a wrong value in an entry": Case(code="bad-value", entry={"ds_type": "xml"}),
     "an adapter's unknown key": Case(code="unsupported-key", values={"lora_rx": 8}),
     "s2 packed": Case(code="s2-with-packing", options=3,

@@ -111,8 +111,8 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
         {"embedding_lr": 1e-5, "embedding_lr_scale": 0.5}, "bad-value", "embedding_lr_scale"),
     "a rate of embeddings with LoRA+": (
         LORA | {"embedding_lr": 1e-5, "loraplus_lr_ratio": 16}, "bad-value", "embedding_lr"),
-    "an optimizer of axolotl": ({"optimizer": "muon"}, "unsupported-key", "optimizer"),
-    "a schedule of axolotl": ({"lr_scheduler": "rex"}, "unsupported-key", "lr_scheduler"),
+    "an optimizer of axolotl": ({"optimizer": "muon"}, "bad-value", "optimizer"),
+    "a schedule of axolotl": ({"lr_scheduler": "rex"}, "bad-value", "lr_scheduler"),
     "an optimizer of nobody": ({"optimizer": "adamm"}, "bad-value", "optimizer"),
     "a share of the run above 1": ({"save_steps": 1.5}, "bad-value", "save_steps"),
     "a number in quotes": ({"adam_epsilon": "1e-8"}, "bad-value", "adam_epsilon"),
@@ -151,7 +151,7 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "a list of layers without numbers": (
         LORA | {"peft_layers_pattern": ["layers"]}, "bad-value", "peft_layers_pattern"),
     "an adapter that starts with changes of the model": (
-        LORA | {"peft_init_lora_weights": "pissa"}, "unsupported-key", "peft_init_lora_weights"),
+        LORA | {"peft_init_lora_weights": "pissa"}, "bad-value", "peft_init_lora_weights"),
     "new tokens for mistral-common": (
         {"tokenizer_use_mistral_common": True, "tokens": ["<a>"]}, "bad-value", "tokens"),
     "other roles in mistral-common": (
