@@ -630,7 +630,7 @@ def test_a_model_of_the_hub_with_pickled_weights_alone_is_refused(
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     config = Config(base_model="org/old", learning_rate=1e-3)
     with pytest.raises(AttnimgError) as caught:
-        load_model(config, tokenizer=None, implementation="sdpa", context=CONTEXT,
+        load_model(config, tokenizer=(), implementation="sdpa", context=CONTEXT,
                    needs_dtype_cast=False)  # fmt: skip
     assert caught.value.code == "pickled-weights"
     assert "hf download org/old --local-dir old" in caught.value.do
