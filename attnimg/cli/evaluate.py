@@ -32,7 +32,7 @@ def evaluate(run: str, base: bool, base_model: str | None, as_json_lines: bool) 
         results = evaluate_target(target, machine, report=report, advance=progress.advance)
     for result in results:
         if as_json_lines:
-            print(json_line(asdict(result)))
+            print(json_line({"weights": target.weights, **asdict(result)}))
         else:
             text = result_text(result)
             print(printable(text) if sys.stdout.isatty() else text)

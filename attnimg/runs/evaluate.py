@@ -61,6 +61,11 @@ class Target:
     run: RunFolder | None
     notes: tuple[str, ...] = ()
 
+    @property
+    def weights(self) -> str | None:
+        """Return the folder of the trained weights, or the name of the base model."""
+        return str(self.run.folder) if self.run else self.config.base_model
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:

@@ -162,7 +162,7 @@ def _require_mergeable(run: RunFolder) -> str | None:
     if run.kind == "model":
         raise AttnimgError(
             f"{run.folder} has no adapter to merge",
-            why="it has a whole model: the run trained all weights",
+            why="it has a whole model: all weights were trained, or the adapter is merged",
             do=f"use {run.folder} as it is, with from_pretrained",
             code="nothing-to-merge",
         )

@@ -90,6 +90,7 @@ def test_the_loss_is_that_at_the_end_of_training(
         "test_datasets[0]", "test_datasets[1]", "all",
     ]  # fmt: skip
     assert (one["path"], one["documents"], two["documents"]) == (str(folder / "one.jsonl"), 17, 9)
+    assert {part["weights"] for part in (one, two, both)} == {str(folder / "lora")}
     for key in ("documents", "tokens", "trained_tokens"):
         assert one[key] + two[key] == both[key]
     total = sum(part["loss"] * part["trained_tokens"] for part in (one, two))
