@@ -236,7 +236,7 @@ def check(**keys: Any) -> list[tuple[str | None, str]]:
         ({"shards": 0}, {}, None),
         ({"shards": True}, {}, "datasets[0].shards"),
         ({"drop_system_message": "yes"}, {}, "datasets[0].drop_system_message"),
-        ({}, {"min_sample_len": 0}, "min_sample_len"),
+        ({}, {"min_sample_len": -1}, "min_sample_len"),
         ({}, {"min_sample_len": 2}, None),
         ({}, {"dataset_exact_deduplication": 3}, "dataset_exact_deduplication"),
     ],
