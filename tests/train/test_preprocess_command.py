@@ -82,7 +82,7 @@ def test_it_prints_figures_and_samples_and_writes_a_page(home: Path, tmp_path: P
     page = tmp_path / "page.html"
     done = run("preprocess", write(home, tmp_path), "--show", "1", "--html", str(page))
     assert done.returncode == 0, done.stderr
-    for text in ("datasets[0]", "training ", "rows ", "steps ", "dataset_prepared_path: prepared",
+    for text in ("datasets[0]", "training ", "rows ", "steps ", "set dataset_prepared_path",
                  "\u27e6", "data.jsonl, line", "row "):  # fmt: skip
         assert text in done.stdout, text
     assert done.stdout.splitlines()[-1] == str(page)
