@@ -301,7 +301,7 @@ def _packing_with_rl(settings: AttentionSettings) -> Iterator[Finding]:
     if settings.config.sample_packing and settings.config.rl:
         what = "sample_packing and rl cannot be combined"
         why = f"found rl: {settings.config.rl}; preference pairs are not packed"
-        yield make_error("packing-with-rl", "rl", what, why, "remove rl")
+        yield make_error("packing-with-rl", "rl", what, why, "set sample_packing: false")
 
 
 def _flex_uncompiled(settings: AttentionSettings) -> Iterator[Finding]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from difflib import get_close_matches
 from typing import get_args
 
@@ -95,7 +95,7 @@ def _dataset_types(config: Config) -> Iterator[Finding]:
     for entry, spec, _ in dataset_entries(config):
         key = f"{entry}.type"
         if isinstance(spec.type, PromptFormat):
-            yield from _placeholders(spec.type, key=key)
+            yield from placeholder_errors(spec.type, _PLACEHOLDERS, key=key)
         if isinstance(spec.type, PreferenceFormat):
             what = f"{key} describes preference data"
             why = f"found {', '.join(sorted(spec.type.model_fields_set))}, and no rl"
@@ -122,10 +122,18 @@ def _dataset_types(config: Config) -> Iterator[Finding]:
         yield bad_value(key, f"unknown dataset type {spec.type!r}", why, do)
 
 
-def _placeholders(found: PromptFormat, *, key: str) -> Iterator[Finding]:
-    """Yield an error for each text of a prompt with other names in braces than it may have."""
-    for name, allowed in _PLACEHOLDERS.items():
-        text = getattr(found, name) or ""
+def placeholder_errors(
+    found: PromptFormat | PreferenceFormat, placeholders: Mapping[str, Collection[str]], *, key: str
+) -> Iterator[Finding]:
+    """Yield an error for each text of a mapping with other names in braces than it may have.
+
+    Args:
+        found: the mapping as `type` of a dataset entry.
+        placeholders: the key of each text -> the names that it may have.
+        key: the key of the mapping in the config, such as "datasets[0].type".
+    """
+    for name, allowed in placeholders.items():
+        text = getattr(found, name, None) or ""
         named = " and ".join(f"{{{one}}}" for one in allowed)
         try:
             fields = [field[1:] for field in string.Formatter().parse(text) if field[1] is not None]

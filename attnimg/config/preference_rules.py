@@ -5,11 +5,10 @@ Only the config is read. Which values of rl exist is in data/keys.toml.
 
 from __future__ import annotations
 
-import string
 from collections.abc import Iterator
 from difflib import get_close_matches
 
-from attnimg.config.dataset_rules import Rule, bad_value
+from attnimg.config.dataset_rules import Rule, bad_value, placeholder_errors
 from attnimg.config.schema import (
     PREFERENCE_METHODS,
     Config,
@@ -185,18 +184,7 @@ def _format(
     for name in sorted(found.model_fields_set - read):
         why = f"found rl: {config.rl}, which reads {', '.join(sorted(read))}"
         yield bad_value(f"{key}.{name}", f"{key}.{name} is not read", why, f"remove {key}.{name}")
-    for name, allowed in _PLACEHOLDERS.items():
-        text = getattr(found, name, None) or ""
-        named = " and ".join(f"{{{one}}}" for one in allowed)
-        try:
-            fields = [field[1:] for field in string.Formatter().parse(text) if field[1] is not None]
-            wrong = [one for one, *more in fields if one not in allowed or any(more)]
-            why = f"found {{{wrong[0]}}} in it, needed {named}" if wrong else ""
-        except ValueError as error:
-            why = f"{error}; needed {named}, and {{{{ for a brace in the text"
-        if why:
-            do = f"remove {key}.{name}"
-            yield bad_value(f"{key}.{name}", f"{key}.{name} cannot be filled", why, do)
+    yield from placeholder_errors(found, _PLACEHOLDERS, key=key)
 
 
 # Each rule, and the keys that it depends on.

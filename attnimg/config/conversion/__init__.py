@@ -51,7 +51,9 @@ class Conversion:
 
 
 def find_trainer(values: Mapping[str, Any]) -> Trainer:
-    """Return the trainer that a config is for: the only one with keys that the others do not have.
+    """Return the trainer that a config is for: the only one that knows all of its keys.
+
+    If there is none, it is the only one with keys that the others do not have.
 
     Raises:
         AttnimgError: none, or more than one (code ambiguous-config).
@@ -66,9 +68,10 @@ def find_trainer(values: Mapping[str, Any]) -> Trainer:
         for trainer, keys in known.items()
     }
     found = [trainer for trainer, keys in own.items() if keys]
-    complete = [trainer for trainer in found if known[trainer] >= set(values)]
-    if len(complete) == 1 or len(found) == 1:
-        return (complete or found)[0]
+    complete = [trainer for trainer in NAMES if known[trainer] >= set(values)]
+    for only in (complete, found):
+        if len(only) == 1:
+            return only[0]
     why = "found no key that only one of these trainers has"
     names = " or ".join(NAMES[trainer] for trainer in found or NAMES)
     if found:

@@ -586,6 +586,8 @@ def test_the_trainer_is_found_from_its_keys() -> None:
     assert find_trainer(TRL) == "trl"
     assert find_trainer(FACTORY) == "llama-factory"
     assert find_trainer({"base_model": "m", "datasets": []}) == "axolotl"
+    # No key is TRL's alone, but neither of the others has them all.
+    assert find_trainer({"model_name_or_path": "m", "datasets": [], "max_length": 8}) == "trl"
     for values, names in (
         ({"model_name_or_path": "m", "learning_rate": 1}, "TRL or LLaMA-Factory"),
         ({"stage": "sft", "use_peft": True}, "TRL or LLaMA-Factory"),
