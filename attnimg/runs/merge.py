@@ -188,7 +188,7 @@ def _require_mergeable(run: RunFolder) -> str | None:
             do=f"load {config.base_model} and the adapter with PEFT, without merging",
         )
     folder = find_model_folder(config.base_model, config, containing="config.json")
-    raw = json.loads((folder / "config.json").read_bytes()) if folder else {}
+    raw = read_json(folder / "config.json", CONFIG_BYTES) if folder else {}
     stored = find_quantization(raw)
     method = quantization_method(stored) if stored is not None else None
     if method in _NOT_DEQUANTIZED:

@@ -12,8 +12,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+from safetensors import SafetensorError
+
 from attnimg.config.schema import Config, has_reference
-from attnimg.errors import AttnimgError, bad_value
+from attnimg.errors import AttnimgError, bad_value, exception_text
 from attnimg.files import read_regular
 from attnimg.train.model_files import hash_files
 from attnimg.train.pickled_weights import require_safetensors
@@ -38,13 +41,14 @@ def with_saved_adapter(config: Config) -> Config:
     """Return a config with the settings of the adapter that it continues.
 
     Raises:
-        AttnimgError: there is no such adapter (bad-model) or its weights are pickled
-            (pickled-weights); a key contradicts it, or it is not a LoRA adapter (bad-value).
+        AttnimgError: there is no such adapter, or its settings can't be read (bad-model), or its
+            weights are pickled (pickled-weights); a key contradicts it, or it is not a LoRA adapter
+            (bad-value).
     """
     if config.lora_model_dir is None or config.adapter is None:
         return config
     folder = _find_folder(config.lora_model_dir)
-    saved = json.loads(read_regular(folder / "adapter_config.json", at_most=_MAX_BYTES))
+    saved = _read_settings(folder)
     needed = {"peft_type": "LORA", "bias": "none", "trainable_token_indices": None}
     found = {name: saved.get(name, value) for name, value in needed.items()}
     if found != needed:
@@ -66,7 +70,41 @@ def with_saved_adapter(config: Config) -> Config:
                 why=f"found {given}; the adapter in {config.lora_model_dir} has {value}",
                 do=f"remove {key}, which is then taken from the adapter",
             )
-    return Config.model_validate(config.model_dump(exclude_unset=True) | update)
+    try:
+        return Config.model_validate(config.model_dump(exclude_unset=True) | update)
+    except ValidationError as error:
+        raise _unreadable(folder, exception_text(error)) from error
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    """Return the settings of an adapter; those that its file does not have are PEFT's defaults.
+
+    Raises:
+        AttnimgError: code bad-model.
+    """
+    from peft import LoraConfig
+
+    try:
+        saved = json.loads(read_regular(folder / "adapter_config.json", at_most=_MAX_BYTES))
+        if not isinstance(saved, dict):
+            raise TypeError(f"found a {type(saved).__name__}, needed a mapping")
+        for name in ("target_modules", "modules_to_save", "target_parameters"):
+            if not isinstance(value := saved.get(name), list | str | None):
+                raise TypeError(f"{name} is {value!r}, needed names")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise _unreadable(folder, exception_text(error)) from error
+    defaults = LoraConfig()
+    return {name: getattr(defaults, name) for name in _SETTINGS} | saved
+
+
+def _unreadable(folder: Path, why: str) -> AttnimgError:
+    return AttnimgError(
+        f"{folder / 'adapter_config.json'} can't be used",
+        why=why,
+        do=f"copy the adapter again, or remove {KEY}",
+        code="bad-model",
+        key=KEY,
+    )
 
 
 def _comparable(value: Any) -> Any:
@@ -131,7 +169,7 @@ def load_saved_weights(model: Any, config: Config) -> None:
     folder = _find_folder(config.lora_model_dir or "")
     try:
         loaded = model.load_adapter(str(folder), "default", is_trainable=True)
-    except RuntimeError as error:
+    except (RuntimeError, SafetensorError) as error:
         raise _unfit(config, "\n".join(str(error).splitlines()[:3]), model) from error
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
     wrong = [*loaded.unexpected_keys, *(trained & set(loaded.missing_keys))]

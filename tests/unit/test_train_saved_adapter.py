@@ -130,6 +130,32 @@ def test_another_kind_of_adapter_is_refused(
     assert (error.code, error.key) == ("bad-value", "lora_model_dir")
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", '{"r": "x"}', '{"target_modules": 5}', '{"lora_alpha": null, "r": -1}', "\xff"],
+)
+def test_settings_that_cannot_be_read_are_refused(tiny: Path, tmp_path: Path, text: str) -> None:
+    shutil.copytree(tiny / "first", tmp_path / "damaged")
+    (tmp_path / "damaged/adapter_config.json").write_bytes(text.encode("latin-1"))
+    error = refused(tiny, lora_model_dir=str(tmp_path / "damaged"))
+    assert (error.code, error.key) == ("bad-model", "lora_model_dir")
+
+
+def test_settings_without_an_entry_have_pefts_default(tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny / "first", tmp_path / "older")
+    path = tmp_path / "older/adapter_config.json"
+    saved = json.loads(path.read_text())
+    del saved["lora_dropout"], saved["use_dora"], saved["fan_in_fan_out"]
+    path.write_text(json.dumps(saved))
+    assert load(tiny, lora_model_dir=str(path.parent)).peft_config["default"].lora_dropout == 0
+
+
+def test_damaged_weights_are_refused(tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny / "first", tmp_path / "damaged")
+    (tmp_path / "damaged/adapter_model.safetensors").write_bytes(b"")
+    assert refused(tiny, lora_model_dir=str(tmp_path / "damaged")).key == "lora_model_dir"
+
+
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])

@@ -639,8 +639,9 @@ NEEDS = {
         _not_free bad_value, rename_tokens _not_free, rename_tokens bad_value
     """,
     "a saved adapter": """
-        _find_folder bad-model, _require_adaptable_loss bad_value, _unfit bad_value,
-        load_saved_weights _unfit x2, require_same_layers bad_value, with_saved_adapter
+        _find_folder bad-model, _read_settings _unreadable, _require_adaptable_loss bad_value,
+        _unfit bad_value, _unreadable bad-model, load_saved_weights _unfit x2,
+        require_same_layers bad_value, with_saved_adapter _unreadable, with_saved_adapter
         bad_value x2
     """,
     "tokenizer": """

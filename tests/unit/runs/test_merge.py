@@ -299,6 +299,10 @@ def test_what_is_refused_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.undo()
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     assert refused(tmp_path / "dangling").code == "output-dir-not-empty"
+    settings = (base / "config.json").read_bytes()
+    (base / "config.json").write_text("{")
+    assert refused(tmp_path / "merged").code == "damaged-run"
+    (base / "config.json").write_bytes(settings)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     error = refused(tmp_path / "merged")
