@@ -139,16 +139,21 @@ bench/memory: .venv/ready ## Compare the forecast of memory with the peaks of ru
 	@mkdir -p build
 	$(BIN)/python benchmarks/memory.py
 
+# UPGRADE=PACKAGE takes the newest version of one package.
+LOCK_UPGRADE = $(addprefix --upgrade-package ,$(UPGRADE))
+
 lock: .venv/ready ## Resolve requirements/ again, from pyproject.toml and recipes/
 	$(BIN)/uv pip compile -q --python-version 3.11 --generate-hashes --no-emit-index-url \
 	  $(addprefix --find-links ,$(PIP_FIND_LINKS)) `# pip's CPU build of torch: the index's needs CUDA` \
-	  --no-emit-package torch -c requirements/torch.txt --extra train --group dev \
+	  --no-emit-package torch -c requirements/torch.txt --extra train --group dev $(LOCK_UPGRADE) \
 	  --custom-compile-command "make lock" -o requirements/lock.txt pyproject.toml
 	$(BIN)/uv pip compile -q --python-version 3.11 --generate-hashes --no-emit-index-url \
 	  --custom-compile-command "make lock" -o requirements/docs.txt requirements/docs.in
+	$(BIN)/uv pip compile -q --python-version 3.11 --generate-hashes --no-emit-index-url $(LOCK_UPGRADE) \
+	  --custom-compile-command "make lock" -o requirements/audit.txt requirements/audit.in
 	$(BIN)/uv pip compile -q --python-version 3.11 --generate-hashes --no-emit-index-url \
 	  $(addprefix --find-links ,$(PIP_FIND_LINKS)) --no-emit-package torch -c requirements/torch.txt \
-	  --excludes requirements/axolotl-excluded.txt --custom-compile-command "make lock" \
+	  --excludes requirements/axolotl-excluded.txt --custom-compile-command "make lock" $(LOCK_UPGRADE) \
 	  -o requirements/axolotl.txt requirements/axolotl.in
 	$(BIN)/python -m recipes lock
 	$(BIN)/python -m recipes render
@@ -254,6 +259,23 @@ gate/%: .venv/ready ## Check attnimg:% by all gates, or ARCHIVE=file or folder, 
 	$(BIN)/python -m recipes gate $* $(if $(WHEELS),--wheels "$$WHEELS") $(GATE_ARGS) \
 	  $(if $(or $(ARCHIVE),$(if $(WHEELS),,1)),--archive "$${ARCHIVE:-build/$*.tar}")
 
+scan/%: .venv/ready build/audit/ready ## Scan the Python packages of attnimg:% for known vulnerabilities
+	@$(BIN)/python -m recipes scan $* --pip-audit build/audit/bin/pip-audit
+
+scan-config: .venv/ready ## Write the answers of recipes/cves.toml for grype into build/grype.yaml
+	@mkdir -p build
+	@$(BIN)/python -m recipes grype-config >build/grype.yaml
+
+test/scan: .venv/ready build/audit/ready ## Test the scan against a server on this machine; 20 seconds
+	PIP_AUDIT=build/audit/bin/pip-audit $(BIN)/pytest tests/scan
+
+.PHONY: bump scan-config
+bump: .venv/ready ## Make a commit of each pin that has a newer release; DRY_RUN=1 lists them; PIN=PACKAGE
+	@$(BIN)/python -m recipes bump $(PIN) $(if $(DRY_RUN),--dry-run)
+
+index/%: .venv/ready ## Write dist/% as a package index into dist/index/%; BASE_URL=where its files will be
+	@$(BIN)/python -m recipes index $* --wheels dist/$* --to dist/index/$* $(if $(BASE_URL),--base-url "$(BASE_URL)")
+
 run/%: ## Run attnimg:% on this folder: make run/cpu ARGS="train config.yaml"
 	@docker run --rm --user "$$(id -u):$$(id -g)" -v "$$PWD:/workspace" attnimg:$* $(ARGS)
 
@@ -305,6 +327,12 @@ build/docs/ready: requirements/docs.txt
 	@echo "docs: making build/docs with MkDocs, 10 seconds"
 	@$(PYTHON) -m venv build/docs
 	@build/docs/bin/pip install -qq --disable-pip-version-check --require-hashes --no-deps -r requirements/docs.txt
+	@touch $@
+
+build/audit/ready: requirements/audit.txt
+	@echo "scan: installing pip-audit into build/audit, 10 seconds"
+	@$(PYTHON) -m venv build/audit
+	@build/audit/bin/pip install -qq --disable-pip-version-check --require-hashes --no-deps -r requirements/audit.txt
 	@touch $@
 
 # Packages that a machine with a GPU is likely to have: no attnimg, older libraries; trl and datasets for `train`.

@@ -1,8 +1,10 @@
-"""`python -m recipes`: render files from the recipes, solve, check, lock, gate, publish."""
+"""`python -m recipes`: render files from the recipes, solve, check, lock, gate, scan, publish."""
 
 from __future__ import annotations
 
 import datetime
+import json
+import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
@@ -10,16 +12,21 @@ from pathlib import Path
 
 from attnimg.errors import AttnimgError
 from attnimg.files import data_file
+from recipes.bump import commit_bumps, find_bumps
+from recipes.cves import grype_config, refuse_expired, refuse_wrong_cves
 from recipes.facts import ImagePlan
 from recipes.files import write_all
+from recipes.package_index import PackageIndex
 from recipes.pages import built, gpu_runs
 from recipes.pages.model_pages import FAMILIES_RECORD, RELOAD_RECORD
 from recipes.read import read_recipes
 from recipes.render.transformers_models import model_lists
 from recipes.render_all import outdated_files, render_files
-from recipes.solve.lock import lock_all, read_locks
+from recipes.scan import refuse_findings, scan
+from recipes.solve.lock import lock_all, pinned_versions, read_locks
 from recipes.solve.plan import refuse_unresolved, solve, solve_all
 from recipes.solve.sources import fetch_sources
+from recipes.wheel_index import write_index
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -39,6 +46,13 @@ def check(arguments: Namespace) -> None:
             code="drift",
             exit_code=1,
         )
+    recipes = read_recipes(arguments.root)
+    plans = solve_all(recipes)
+    locks = read_locks(plans, root=arguments.root)
+    pins = {
+        pin for plan in plans for pin in pinned_versions(plan, lock=locks[plan.image.name]).items()
+    }
+    refuse_wrong_cves(recipes.cves, pins=pins)
 
 
 def classes(arguments: Namespace) -> None:
@@ -114,6 +128,76 @@ def record_build(arguments: Namespace) -> None:
     )
     _write(arguments, {f"{built.FOLDER}/{name}.json": text})
     render(arguments)
+
+
+def scan_packages(arguments: Namespace) -> None:
+    """Scan an image's Python packages for known vulnerabilities; exit with 3 if that can't be."""
+    plan, root = _plan(arguments.name, arguments.root), arguments.root
+    findings = scan(
+        plan,
+        read_recipes(root).cves,
+        lock=read_locks((plan,), root=root)[arguments.name],
+        pip_audit=arguments.pip_audit,
+        today=datetime.date.today(),
+    )
+    for finding in findings:
+        if cve := finding.answer:
+            _print(f"  {finding}\n    {cve.status} until {cve.expires}: {cve.reason}")
+    refuse_findings(arguments.name, findings)
+    _print(f"scan: {arguments.name} has no known vulnerability without an answer")
+
+
+def print_grype_config(arguments: Namespace) -> None:
+    """Print the configuration with which grype accepts what recipes/cves.toml answers."""
+    cves = read_recipes(arguments.root).cves
+    refuse_expired(cves, today=datetime.date.today())
+    _print(json.dumps(grype_config(cves), indent=1))
+
+
+def bump(arguments: Namespace) -> None:
+    """Make a commit of each pin that has a newer release on the package index."""
+    root, today = arguments.root, datetime.date.today()
+    lock = (root / "requirements/lock.txt").read_text(encoding="utf-8")
+    bumps = find_bumps(read_recipes(root), PackageIndex(), lock=lock, pin=arguments.pin)
+    if arguments.dry_run or not bumps:
+        for found in bumps:
+            _print(f"bump: {found}, in {found.file}")
+        _print(f"bump: {len(bumps)} pins have a newer release")
+        return
+    failed = []
+    for subject, error in commit_bumps(bumps, root, relock=_make_lock, today=today):
+        _print(f"bump: {'left out: ' if error else ''}{subject}")
+        failed += [f"{subject}: {error}"] if error else []
+    if failed:
+        raise AttnimgError(
+            f"{len(failed)} of {len(bumps)} pins were not bumped",
+            why="\n".join(failed),
+            do="bump them by hand: correct the recipe, and make lock",
+            code="not-bumped",
+            exit_code=1,
+        )
+
+
+def _make_lock(root: Path, package: str) -> None:
+    # -o: a changed pyproject.toml must not install .venv again.
+    command = ["make", "-C", str(root), "-o", ".venv/ready", "lock"]
+    command += [*([f"UPGRADE={package}"] if package else [])]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise AttnimgError(
+            "make lock failed",
+            why="\n".join(process.stderr.strip().splitlines()[-5:]),
+            do="make lock, and correct what it reports",
+            code="no-lock",
+            exit_code=1,
+        )
+
+
+def index(arguments: Namespace) -> None:
+    """Write a wheelhouse as a package index of static files."""
+    _plan(arguments.name, arguments.root)
+    found = write_index(arguments.name, arguments.wheels, arguments.to, base_url=arguments.base_url)
+    _print(f"index: {len(found)} wheels in {arguments.to}/simple")
 
 
 def gpu_run(arguments: Namespace) -> None:
@@ -216,6 +300,16 @@ def _parser() -> ArgumentParser:
     command.add_argument(
         "--all-right", action="store_true", help="refuse a run in which a unit failed"
     )
+    command = add("scan", scan_packages, image=True)
+    command.add_argument("--pip-audit", type=Path, required=True, help="the program")
+    add("grype-config", print_grype_config)
+    command = add("bump", bump)
+    command.add_argument("pin", metavar="PIN", nargs="?", default="", help="one package only")
+    command.add_argument("--dry-run", action="store_true", help="list newer releases only")
+    command = add("index", index, image=True)
+    command.add_argument("--wheels", type=Path, required=True, help="the wheelhouse")
+    command.add_argument("--to", type=Path, required=True, help="the folder of the index")
+    command.add_argument("--base-url", default="", help="where the files will be, with its slash")
     add("publish", publish, image=True)
     return parser
 

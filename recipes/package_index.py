@@ -1,0 +1,128 @@
+"""Look up releases on the package index of pip's configuration (the JSON of PEP 691)."""
+
+from __future__ import annotations
+
+import json
+import os
+import ssl
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from packaging.tags import compatible_tags, cpython_tags
+from packaging.utils import (
+    InvalidSdistFilename,
+    InvalidWheelFilename,
+    canonicalize_name,
+    parse_sdist_filename,
+    parse_wheel_filename,
+)
+from packaging.version import InvalidVersion, Version
+
+from attnimg.errors import AttnimgError
+from recipes.facts import Form
+
+_TYPE = "application/vnd.pypi.simple.v1+json"
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """A release on the index: its version, and the hash of the file that an image would use."""
+
+    version: str
+    sha256: str
+
+
+class PackageIndex:
+    """A package index.
+
+    Args:
+        url: of the index, ".../simple"; empty for that of UV_DEFAULT_INDEX or PIP_INDEX_URL, else
+            pip's own.
+        python: the Python of the images, (3, 11).
+    """
+
+    def __init__(self, url: str = "", *, python: tuple[int, int] = (3, 11)) -> None:
+        self._url = (url or _configured_url()).rstrip("/")
+        # In the order in which an installer would choose.
+        platforms = [f"manylinux_2_{minor}_x86_64" for minor in range(36, 4, -1)]
+        platforms += ["manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64"]
+        tags = [*cpython_tags(python, platforms=platforms)]
+        tags += compatible_tags(python, f"cp{python[0]}{python[1]}", platforms)
+        self._rank = {tag: rank for rank, tag in enumerate(tags)}
+
+    def newest(self, package: str, *, form: Form, prereleases: bool = False) -> Release:
+        """Return the newest release that is not yanked and has a file of this form.
+
+        Args:
+            package: its name.
+            form: "sdist", or a wheel that an image can install.
+            prereleases: count them too; for a package that is pinned to one.
+
+        Raises:
+            AttnimgError: the index does not answer, or has no such release (code "no-release").
+        """
+        releases = sorted(
+            self._releases(package, form, prereleases), key=lambda item: (item[0], -item[1])
+        )
+        if not releases:
+            raise AttnimgError(
+                f"the index has no release of {package}",
+                why=f"needed one with {'an sdist' if form == 'sdist' else 'a wheel'} "
+                f"for the images' Python, found none at {self._url}",
+                do="check the name, and the index of pip's configuration",
+                code="no-release",
+                exit_code=1,
+            )
+        version, _, sha256 = releases[-1]
+        return Release(str(version), sha256)
+
+    def _releases(
+        self, package: str, form: Form, prereleases: bool
+    ) -> Iterator[tuple[Version, int, str]]:
+        """Yield (version, rank of the file, sha256) of each file that can be used."""
+        for file in self._files(package):
+            try:
+                if form == "sdist":
+                    _, version = parse_sdist_filename(file["filename"])
+                    rank = 0
+                else:
+                    _, version, _, tags = parse_wheel_filename(file["filename"])
+                    rank = min(self._rank.get(tag, len(self._rank)) for tag in tags)
+            except (InvalidSdistFilename, InvalidWheelFilename, InvalidVersion):
+                continue
+            if file.get("yanked") or rank == len(self._rank):
+                continue
+            if version.is_prerelease and not prereleases:
+                continue
+            if sha256 := file.get("hashes", {}).get("sha256"):
+                yield version, rank, sha256
+
+    def _files(self, package: str) -> list[dict[str, Any]]:
+        address = f"{self._url}/{canonicalize_name(package)}/"
+        bundle = os.environ.get("PIP_CERT") or os.environ.get("SSL_CERT_FILE")
+        request = urllib.request.Request(address, headers={"Accept": _TYPE})
+        try:
+            context = ssl.create_default_context(cafile=bundle)
+            with urllib.request.urlopen(request, timeout=60, context=context) as answer:
+                files: list[dict[str, Any]] = json.load(answer)["files"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise AttnimgError(
+                f"{package} can't be looked up on the package index",
+                why=f"{type(error).__name__}: {error}; needed the JSON of PEP 691 from {self._url}",
+                do="check the network, or set PIP_INDEX_URL to an index that has it",
+                code="no-index",
+                exit_code=1,
+            ) from error
+        return files
+
+
+def _configured_url() -> str:
+    for name in ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "PIP_INDEX_URL"):
+        if url := os.environ.get(name):
+            return url
+    from pip._internal.models.index import PyPI
+
+    return PyPI.simple_url

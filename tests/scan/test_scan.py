@@ -1,0 +1,143 @@
+"""The scan with the real pip-audit, against a server on this machine that speaks OSV's protocol."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+from loopback import serve_json
+
+from attnimg.errors import AttnimgError
+from recipes.read import read_recipes
+from recipes.scan import _CONTROL, scan
+from recipes.solve.lock import pinned_versions, read_locks
+from recipes.solve.plan import solve
+
+ROOT = Path(__file__).parents[2]
+PIP_AUDIT = Path(os.environ.get("PIP_AUDIT", "build/audit/bin/pip-audit")).absolute()
+RECIPES = read_recipes(ROOT)
+CONTROL_NAME, CONTROL_VERSION, CONTROL_ID = _CONTROL
+
+Answer = Callable[[str, dict[str, Any]], Any]
+
+
+def vulnerability(name: str, *ids: str, fixed: str = "99") -> dict[str, Any]:
+    """Return an entry in OSV's format."""
+    events = [{"introduced": "0"}, {"fixed": fixed}]
+    affected = {
+        "package": {"name": name, "ecosystem": "PyPI"},
+        "ranges": [{"type": "ECOSYSTEM", "events": events}],
+    }
+    return {"id": ids[0], "aliases": list(ids[1:]), "summary": "wrong", "affected": [affected]}
+
+
+def database(*entries: dict[str, Any]) -> Answer:
+    """A database with these entries and the one that each must have."""
+    control = vulnerability(CONTROL_NAME, "PYSEC-2018-28", CONTROL_ID)
+
+    def answer(_: str, query: dict[str, Any]) -> Any:
+        name, version = query["package"]["name"], query["version"]
+        found = [entry for entry in entries if entry["affected"][0]["package"]["name"] == name]
+        if (name, version) == (CONTROL_NAME, CONTROL_VERSION):
+            found.append(control)
+        return {"vulns": found} if found else {}
+
+    return answer
+
+
+def run(answer: Answer, image: str = "cpu") -> subprocess.CompletedProcess[str]:
+    with serve_json(answer) as url:
+        env = {**os.environ, "PIP_AUDIT_OSV_URL": f"{url}/v1/query"}
+        command = [sys.executable, "-m", "recipes", "scan", image, "--pip-audit", str(PIP_AUDIT)]
+        return subprocess.run(
+            command, cwd=ROOT, env=env, capture_output=True, text=True, check=False
+        )
+
+
+def test_an_image_without_known_vulnerabilities_passes_and_each_pin_was_asked_for() -> None:
+    asked = set()
+
+    def answer(path: str, query: dict[str, Any]) -> Any:
+        asked.add((query["package"]["name"], query["version"]))
+        return database()(path, query)
+
+    done = run(answer)
+    assert done.returncode == 0, done.stderr
+    assert "cpu has no known vulnerability without an answer" in done.stdout
+    plan = solve(RECIPES.images["cpu"], RECIPES)
+    pins = pinned_versions(plan, lock=read_locks((plan,), root=ROOT)["cpu"])
+    assert set(pins.items()) <= asked
+    assert ("torch", "2.13.0") in asked
+
+
+def test_a_vulnerability_is_refused_with_the_version_that_has_it_not() -> None:
+    done = run(database(vulnerability("transformers", "GHSA-aaaa-bbbb-cccc", "CVE-2030-1234")))
+    assert done.returncode == 1
+    assert "CVE-2030-1234 (GHSA-aaaa-bbbb-cccc), fixed in 99" in done.stderr
+    assert "do:  make bump PIN=PACKAGE" in done.stderr
+
+
+def test_one_with_an_answer_passes_and_is_shown() -> None:
+    done = run(
+        database(vulnerability("flash-attn", "GHSA-7g5w-pq96-8c5w", "CVE-2026-31253")), "hopper"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "CVE-2026-31253" in done.stdout
+    assert "not_affected until" in done.stdout
+
+
+def test_another_vulnerability_of_that_package_is_refused() -> None:
+    done = run(database(vulnerability("flash-attn", "CVE-2026-31254")), "hopper")
+    assert done.returncode == 1
+    assert "CVE-2026-31254" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(lambda _, query: {}, id="an empty database"),
+        pytest.param(lambda _, query: None, id="not found"),
+        pytest.param(lambda _, query: b"<html>log in</html>", id="the page of a proxy"),
+        pytest.param(
+            lambda path, query: (
+                database()(path, query) if query["package"]["name"] == CONTROL_NAME else b"<html>"
+            ),
+            id="no answer after the first",
+        ),
+        pytest.param(
+            database({**vulnerability("transformers", "CVE-2030-1"), "schema_version": "2.0.0"}),
+            id="an entry that pip-audit can not read",
+        ),
+    ],
+)
+def test_a_scan_that_was_not_made_has_its_own_exit_code(answer: Answer) -> None:
+    done = run(answer)
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert "the packages were not scanned" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_server_that_can_not_be_reached_has_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_AUDIT_OSV_URL", "http://127.0.0.1:9/v1/query")
+    command = [sys.executable, "-m", "recipes", "scan", "cpu", "--pip-audit", str(PIP_AUDIT)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    assert "refused" in done.stderr
+
+
+def test_an_answer_that_has_expired_is_refused_before_anything_is_asked() -> None:
+    plan = solve(RECIPES.images["hopper"], RECIPES)
+    with pytest.raises(AttnimgError, match="not in force"):
+        scan(
+            plan,
+            RECIPES.cves,
+            lock=read_locks((plan,), root=ROOT)["hopper"],
+            pip_audit=Path("/nowhere"),
+            today=date(2030, 1, 1),
+        )
