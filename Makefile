@@ -91,7 +91,7 @@ check: .venv/ready ## Format, lint, types, import layers
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python -m recipes check
 	$(BIN)/hadolint -c docker/hadolint.yaml docker/Dockerfile
-	$(BIN)/shellcheck docker/*.sh docker/install/*.sh .ci/run
+	$(BIN)/shellcheck docker/*.sh docker/install/*.sh .github/*.sh .ci/run
 	$(BIN)/actionlint .github/workflows/*.yml
 	$(BIN)/zizmor --offline --quiet .github
 
@@ -196,6 +196,18 @@ wheels/%: ## Compile the kernels of attnimg:% into dist/%; hours; TRIM=1 makes s
 	$(NEEDS_BASE)
 	@PROGRESS=plain docker/build.py $* --wheels-to dist/$*
 
+kernels/%: ## Compile the kernels of attnimg:% that CACHE=host/namespace lacks, into it; KERNEL=one of them
+	$(NEEDS_BASE)
+	@[ -n "$(CACHE)" ] || { printf 'kernels: %s\n  why: %s\n  do:  %s\n' "no cache is given" \
+	  "found no CACHE" "make $@ CACHE=host/namespace, or make wheels/$* for this machine" >&2; exit 2; }
+	@CACHE="$(CACHE)" PROGRESS=plain docker/build.py $* --to-cache $(if $(KERNEL),--kernel "$(KERNEL)")
+
+layers/%: ## Build the layers of torch and the stack that attnimg:% shares with others, into CACHE=host/namespace
+	$(NEEDS_BASE)
+	@[ -n "$(CACHE)" ] || { printf 'layers: %s\n  why: %s\n  do:  %s\n' "no cache is given" \
+	  "found no CACHE" "make $@ CACHE=host/namespace" >&2; exit 2; }
+	@CACHE="$(CACHE)" docker/build.py $* --stage stack --to-cache
+
 built/%: .venv/ready ## Record the contents of dist/% in docs/built; MACHINE="the build machine"
 	@[ -n "$(MACHINE)" ] || { printf 'built: %s\n  why: %s\n  do:  %s\n' "no build machine is given" \
 	  "found no MACHINE" "make $@ MACHINE='2 cores, no GPU', in general words" >&2; exit 2; }
@@ -286,8 +298,8 @@ gpu/%: ## Run the GPU tests inside attnimg:%, on a machine with the GPU
 gpu-kit: .venv/ready ## Pack the files for a GPU machine without network; COMPILE=python3.12 builds wheels too
 	@$(BIN)/python tests/gpu/make_kit.py $(if $(COMPILE),--compile "$$COMPILE")
 
-matrix/%: ## Print the jobs of CI as JSON: matrix/images, matrix/gpu, matrix/untested
-	@python3 .github/matrix.py $*
+matrix/%: ## Print the jobs of CI: matrix/images, matrix/gpu, matrix/skipped...; IMAGE=one of them
+	@python3 .github/matrix.py $* $(IMAGE)
 
 push/%: .venv/ready ## Push attnimg:% to REGISTRY=host/name/
 	@[ -n "$(REGISTRY)" ] || { printf 'push: %s\n  why: %s\n  do:  %s\n' "no registry is given" \

@@ -5,10 +5,13 @@
     docker/build.py NAME --stage STAGE      that stage of the Dockerfile, as attnimg-STAGE:NAME;
                                             for one kernel with --kernel KERNEL
     docker/build.py NAME --wheels-to DIR    its kernels' wheels only, into DIR
+    docker/build.py NAME --to-cache         its kernels that CACHE lacks, or KERNEL alone, to CACHE;
+                                            with --stage stack its shared layers
 
 Environment variables: WHEELS, a folder of wheels to use instead of compiling them; TRIM=1, for the
 small builds of kernels; JOBS, the number of parallel compilers; TORCH_INDEX, a package index with
-CPU builds of torch; PROGRESS, for docker.
+CPU builds of torch; CACHE, a registry with compiled kernels and layers (kernel_cache.py), and
+CACHE_WRITE=1 to write layers to it; PROGRESS, for docker.
 """
 
 from __future__ import annotations
@@ -23,11 +26,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+import kernel_cache
+
 BAKE = Path("docker/docker-bake.json")
 IMAGES = Path("attnimg/data/images.json")
-# Free disk that a build needs, in GB: 6 for the toolchain, the same again while it is written, and
-# up to 10 for an image (2026-11-25).
+# Free disk that a build needs, in GB: up to 10 for an image; 6 for the toolchain, and the same
+# again while it is written (2026-11-25), unless all kernels come from WHEELS or CACHE.
 NEEDED_GB = {"cpu": 6, "cuda": 25, "rocm": 25}
+NEEDED_GB_WITH_WHEELS = 13
 
 
 def fail(what: str, why: str, do: str) -> NoReturn:
@@ -54,7 +60,7 @@ def read_targets(name: str) -> dict[str, dict[str, Any]]:
     return {key: target for key, target in targets.items() if key.partition("_")[0] == name}
 
 
-def check_free_disk(name: str, accelerator: str) -> None:
+def check_free_disk(name: str, needed: int) -> None:
     """Exit if the disk of the Docker engine has too little free space for the build."""
     command = ["docker", "info", "--format", "{{.DockerRootDir}}"]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -64,7 +70,7 @@ def check_free_disk(name: str, accelerator: str) -> None:
             process.stderr.strip() or "docker info fails",
             "make engine",
         )
-    root, needed = Path(process.stdout.strip()), NEEDED_GB[accelerator]
+    root = Path(process.stdout.strip())
     # The folder of a remote engine is not on this machine: its free space is not known.
     free = shutil.disk_usage(root).free // 10**9 if root.exists() else needed
     if free < needed:
@@ -117,6 +123,43 @@ def contexts(
                 yield target, "wheelhouse", wheels
 
 
+def cached_kernels(name: str, targets: dict[str, dict[str, Any]], cache: str) -> dict[str, str]:
+    """Return the kernels that the cache has; exit if it does not answer, or for a small build."""
+    if os.environ.get("TRIM"):
+        fail("the cache has no small builds", "found TRIM and CACHE", "set one of them")
+    try:
+        return kernel_cache.find_kernels(name, targets, cache)
+    except kernel_cache.CacheError as error:
+        fail(*error.args)
+
+
+def fill_cache(name: str, targets: dict[str, dict[str, Any]], only: str, bake: list[str]) -> int:
+    """Build the kernels that the cache lacks and push each when it is finished."""
+    cache = os.environ.get("CACHE", "")
+    kernels = [only] if only else kernel_cache.kernel_names(name, targets)
+    if not cache or not kernels or f"{name}_{kernels[0]}" not in targets:
+        fail(
+            f"there is nothing to build for the cache of {name}",
+            f"found CACHE={cache!r} and KERNEL={only!r}; kernels built for it: "
+            + (", ".join(kernel_cache.kernel_names(name, targets)) or "none"),
+            f"make kernels/{name} CACHE=host/namespace KERNEL=one of these",
+        )
+    found = cached_kernels(name, targets, cache)
+    for kernel in kernels:
+        reference = kernel_cache.kernel_reference(name, kernel, targets, cache)
+        if kernel in found:
+            print(f"kernels: {reference} is there")
+            continue
+        check_free_disk(name, NEEDED_GB[targets[f"{name}_common"]["args"]["ACCELERATOR"]])
+        target = f"{name}_{kernel}"
+        settings = [f"{target}.tags={reference}", f"{target}.output=type=registry"]
+        command = [*bake, *(word for text in settings for word in ("--set", text)), target]
+        if code := subprocess.run(command, check=False).returncode:
+            return code
+        print(f"kernels: pushed {reference}")
+    return 0
+
+
 def run(command: list[str], *, wheels_to: Path | None) -> int:
     """Run docker; replace older wheels after all new ones are complete."""
     if wheels_to is None:
@@ -143,6 +186,7 @@ def main() -> None:
     parser.add_argument("--stage", default="runtime")
     parser.add_argument("--kernel", default="", help="the stage of this kernel's build")
     parser.add_argument("--wheels-to", type=Path)
+    parser.add_argument("--to-cache", action="store_true", help="push what CACHE lacks")
     parser.add_argument("--check", action="store_true", help="check only that the image exists")
     arguments = parser.parse_args()
     name, stage = arguments.name, "wheelhouse" if arguments.wheels_to else arguments.stage
@@ -159,14 +203,28 @@ def main() -> None:
         settings[f"{target}.target"] = stage
     for bake_target, context, place in contexts(name, targets, os.environ.get("WHEELS", "")):
         settings[f"{bake_target}.contexts.{context}"] = place
-    check_free_disk(name, targets[f"{name}_common"]["args"]["ACCELERATOR"])
+    cache, wheels = os.environ.get("CACHE", ""), os.environ.get("WHEELS", "")
+    kernels_only = arguments.to_cache and stage == "runtime"
+    found = cached_kernels(name, targets, cache) if cache and not (wheels or kernels_only) else {}
+    for bake_target, context, place in kernel_cache.replaced_contexts(name, targets, found):
+        settings[f"{bake_target}.contexts.{context}"] = place
+    if not kernels_only:
+        needed = NEEDED_GB[targets[f"{name}_common"]["args"]["ACCELERATOR"]]
+        if wheels or (cache and len(found) == len(kernel_cache.kernel_names(name, targets))):
+            needed = min(needed, NEEDED_GB_WITH_WHEELS)
+        check_free_disk(name, needed)
     if stage not in ("runtime", "wheelhouse"):
         settings[f"{target}.tags"] = f"attnimg-{stage}:{name}"
     command = ["docker", "buildx", "bake", f"--progress={os.environ.get('PROGRESS', 'auto')}"]
     command += ["-f", str(BAKE)]
     for key, value in settings.items():
         command += ["--set", f"{key}={value}"]
+    if cache and not kernels_only and target in (name, f"{name}_common"):
+        write = arguments.to_cache or bool(os.environ.get("CACHE_WRITE"))
+        command += kernel_cache.layer_settings(name, target, targets, cache, write=write)
     os.environ["BASE"] = "docker-image://attnimg-base:bookworm"
+    if kernels_only:
+        sys.exit(fill_cache(name, targets, arguments.kernel, command))
     sys.exit(run([*command, target], wheels_to=arguments.wheels_to))
 
 

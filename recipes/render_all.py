@@ -60,7 +60,6 @@ def render_files(
         AttnimgError: as refuse_wrong_hashes and config_keys_page.
     """
     refuse_wrong_hashes(plans, locks=locks)
-    ci = tomllib.loads(runners)
     images = images_json(plans, stack=recipes.stack, locks=locks)
     parsed = parse_images(images)
     gpu_choices = choose_on_all_gpus(parsed)
@@ -68,7 +67,7 @@ def render_files(
         "docker/docker-bake.json": bake_file(plans),
         "attnimg/data/images.json": images,
         "docs/api.md": api_page(),
-        ".github/matrix.json": matrix_json(plans, build_runner=ci["build"], gpu_runners=ci["gpu"]),
+        ".github/matrix.json": matrix_json(plans, runners=tomllib.loads(runners)),
         "docs/what-auto-chooses.md": choices_page(gpu_choices),
         "docs/checkpoints.md": checkpoints_page(read_causal_types(), reloaded=reload),
         "docs/config-keys.md": config_keys_page(config_keys),

@@ -72,34 +72,70 @@ def _or_none(value: str | Unresolved | None) -> str | None:
     return None if isinstance(value, Unresolved) else value
 
 
-def matrix_json(
-    plans: tuple[ImagePlan, ...], *, build_runner: str, gpu_runners: Mapping[str, str]
-) -> str:
+def matrix_json(plans: tuple[ImagePlan, ...], *, runners: Mapping[str, Any]) -> str:
     """Write .github/matrix.json.
 
-    `images` has one entry per image and platform; `publish` is false while a value is unresolved.
-    `gpu` has one entry per image and architecture; with a null runner the suite is skipped, and
-    the skip is recorded.
+    `images` has one entry per image and platform: `skip` is the reason why it can't be built yet,
+    or empty; `publish` is false while a value is unresolved. `kernels` has one entry per kernel to
+    compile, named by its key; `layers` one image of each torch that images share. `gpu` has one
+    entry per image and architecture; with a null runner the suite is skipped, and the skip is
+    recorded.
+
+    Args:
+        plans: of all images.
+        runners: the content of recipes/runners.toml.
     """
-    images = [
+    images, gpu = [], []
+    kernels: dict[tuple[str, str, str], dict[str, Any]] = {}
+    layers: dict[str, dict[str, Any]] = {}
+    for plan in plans:
+        image = plan.image
+        runner = runners["build"].get(image.accelerator, {})
+        skip = _why_not_built(plan, runner)
+        machine = {"runner": runner.get("label"), "prepare": runner.get("prepare", False)}
+        for platform in image.platforms:
+            images.append(
+                {
+                    "image": image.name,
+                    "channel": image.channel,
+                    "platform": platform,
+                    "aliases": list(image.aliases),
+                    "skip": skip,
+                    "publish": not (skip or plan.unresolved),
+                    "kernels": any(step.kernel.form != "wheel" for step in plan.steps),
+                    **machine,
+                }
+            )
+        if not skip:
+            layers.setdefault(plan.lock, {"lock": plan.lock, "image": image.name, **machine})
+            for step in plan.steps:
+                if step.kernel.form != "wheel":
+                    entry = {"image": image.name, "kernel": step.kernel.name, **machine}
+                    kernels.setdefault((plan.lock, step.kernel.name, step.key), entry)
+        if image.accelerator != "cpu":
+            for arch in image.archs:
+                label = runners.get("gpu", {}).get(device_name(arch))
+                reason = skip or ("" if label else "no runner")
+                gpu.append(
+                    {
+                        "image": image.name,
+                        "arch": device_name(arch),
+                        "runner": None if reason else label,
+                        "skip": reason,
+                    }
+                )
+    return generated_json(
         {
-            "image": plan.image.name,
-            "channel": plan.image.channel,
-            "platform": platform,
-            "runner": build_runner,
-            "publish": not plan.unresolved,
+            "images": images,
+            "layers": list(layers.values()),
+            "kernels": list(kernels.values()),
+            "gpu": gpu,
         }
-        for plan in plans
-        for platform in plan.image.platforms
-    ]
-    gpu = [
-        {
-            "image": plan.image.name,
-            "arch": device_name(arch),
-            "runner": gpu_runners.get(device_name(arch)),
-        }
-        for plan in plans
-        if plan.image.accelerator != "cpu"
-        for arch in plan.image.archs
-    ]
-    return generated_json({"images": images, "gpu": gpu})
+    )
+
+
+def _why_not_built(plan: ImagePlan, runner: Mapping[str, Any]) -> str:
+    """Return why CI builds no image of a plan; empty if it does."""
+    if isinstance(plan.image.torch, Unresolved):
+        return plan.image.torch.reason
+    return "" if runner else f"no runner in recipes/runners.toml for {plan.image.accelerator}"

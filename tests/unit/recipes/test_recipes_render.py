@@ -266,7 +266,8 @@ def test_every_backend_has_a_row_in_the_support_matrix() -> None:
 
 def test_a_gpu_without_a_runner_is_a_skip_on_the_record() -> None:
     plans: tuple[ImagePlan, ...] = (PLANS["hopper"], PLANS["turing"])
-    text = matrix_json(plans, build_runner="ubuntu-24.04", gpu_runners={"sm_90": "h100"})
+    built = {"label": "ubuntu-24.04", "disk_gb": 14, "prepare": True}
+    text = matrix_json(plans, runners={"build": {"cuda": built}, "gpu": {"sm_90": "h100"}})
     runners = {entry["arch"]: entry["runner"] for entry in json.loads(text)["gpu"]}
     assert runners == {"sm_90": "h100", "sm_75": None}
 
