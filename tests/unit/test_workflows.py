@@ -233,6 +233,13 @@ def test_a_release_runs_its_steps_in_order_on_one_digest() -> None:
     for earlier, later in pairwise(steps):
         assert earlier in needs(later, found)
     assert "gpu" in needs("attest", found)
+    for name in (
+        "attest",
+        "verify",
+        "promote",
+    ):  # their state says which; verify DIGEST= records nothing
+        assert "DIGEST" not in found[name]["env"]
+        assert any("download-artifact" in step.get("uses", "") for step in found[name]["steps"])
     for name in ("test", "gpu"):  # what was pushed, never built again
         assert 'DIGEST="$DIGEST"' in text_of(found[name])
         assert 'make "build' not in text_of(found[name])
