@@ -189,6 +189,8 @@ def main() -> None:
     parser.add_argument("--to-cache", action="store_true", help="push what CACHE lacks")
     parser.add_argument("--check", action="store_true", help="check only that the image exists")
     arguments = parser.parse_args()
+    # It is where releases are pushed to; in the bake file it would be a part of this engine's tags.
+    os.environ.pop("REGISTRY", None)
     name, stage = arguments.name, "wheelhouse" if arguments.wheels_to else arguments.stage
     targets = read_targets(name)
     if arguments.check:

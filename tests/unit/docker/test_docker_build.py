@@ -103,6 +103,13 @@ def test_wheels_made_earlier_replace_every_kernel_but_what_is_compiled_from_one(
     }
 
 
+def test_the_registry_of_releases_is_no_part_of_an_engine_s_tags(docker: Path) -> None:
+    (docker / "docker").write_text(
+        '#!/bin/sh\n[ "$1" = info ] && echo /nowhere && exit\necho "registry: ${REGISTRY-none}"\n'
+    )
+    assert bake(docker, "turing", REGISTRY="ghcr.io/attnimg") == ["registry:", "none"]
+
+
 def bake(docker: Path, *arguments: str, **variables: str) -> list[str]:
     """Return the words of the one docker command that builds."""
     path = f"{docker}:{os.environ['PATH']}"
