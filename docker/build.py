@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Build a stage of one image on the base of `make base`; needs the standard library only.
+"""Build a stage of one image; needs the standard library only.
 
     docker/build.py NAME                    the image, as attnimg:NAME
     docker/build.py NAME --stage STAGE      that stage of the Dockerfile, as attnimg-STAGE:NAME;
@@ -8,7 +8,8 @@
 
 Environment variables: WHEELS, a folder of wheels to use instead of compiling them; TRIM=1, for the
 small builds of kernels; JOBS, the number of parallel compilers; TORCH_INDEX, a package index with
-CPU builds of torch; PROGRESS, for docker.
+CPU builds of torch; BASE_IMAGE, another base (docker/base_image.py); PROGRESS, for docker. The
+labels of the image say which base and which commit were used.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
+
+from base_image import fetch_base
+from from_git import source_labels
 
 BAKE = Path("docker/docker-bake.json")
 IMAGES = Path("attnimg/data/images.json")
@@ -166,7 +170,9 @@ def main() -> None:
     command += ["-f", str(BAKE)]
     for key, value in settings.items():
         command += ["--set", f"{key}={value}"]
-    os.environ["BASE"] = "docker-image://attnimg-base:bookworm"
+    base = fetch_base()
+    os.environ |= {"BASE": base.context, "BASE_NAME": base.name, "BASE_DIGEST": base.digest}
+    os.environ |= source_labels(Path())
     sys.exit(run([*command, target], wheels_to=arguments.wheels_to))
 
 

@@ -52,7 +52,11 @@ def docker(tmp_path: Path) -> Path:
     """A docker that prints how it was called, in a folder for PATH; its disk is not known."""
     program = tmp_path / "bin" / "docker"
     program.parent.mkdir()
-    program.write_text('#!/bin/sh\n[ "$1" = info ] && echo /nowhere && exit\necho "$@"\n')
+    program.write_text(
+        '#!/bin/sh\n[ "$1" = info ] && echo /nowhere && exit\n'
+        'if [ "$1" = image ]; then echo sha256:1234; exit; fi\n'
+        'echo "$@"\nenv >"$(dirname "$0")/env"\n'
+    )
     program.chmod(0o755)
     (tmp_path / "wheels").mkdir()
     (tmp_path / "wheels/manifest.json").write_text("{}")
@@ -103,6 +107,18 @@ def test_wheels_made_earlier_replace_every_kernel_but_what_is_compiled_from_one(
     }
 
 
+def test_the_labels_say_what_is_used(docker: Path) -> None:
+    bake(docker, "hopper")
+    env = dict(
+        line.split("=", 1) for line in (docker / "env").read_text().splitlines() if "=" in line
+    )
+    assert env["BASE"] == "docker-image://attnimg-base:bookworm"
+    assert (env["BASE_NAME"], env["BASE_DIGEST"]) == ("attnimg-base:bookworm", "sha256:1234")
+    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", env["REVISION"])
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", env["CREATED"])
+    assert env["VERSION"]
+
+
 def bake(docker: Path, *arguments: str, **variables: str) -> list[str]:
     """Return the words of the one docker command that builds."""
     path = f"{docker}:{os.environ['PATH']}"
@@ -112,7 +128,7 @@ def bake(docker: Path, *arguments: str, **variables: str) -> list[str]:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return done.stdout.split()
+    return done.stdout.splitlines()[-1].split()
 
 
 MOUNTED = sorted(
