@@ -7,9 +7,9 @@
     docker/build.py NAME --wheels-to DIR    its kernels' wheels only, into DIR
 
 Environment variables: WHEELS, a folder of wheels to use instead of compiling them; TRIM=1, for the
-small builds of kernels; JOBS, the number of parallel compilers; TORCH_INDEX, a package index with
-CPU builds of torch; BASE_IMAGE, another base (docker/base_image.py); PROGRESS, for docker. The
-labels of the image say which base and which commit were used.
+small builds of kernels; JOBS, the number of parallel compilers; TORCH_INDEX, an index or a folder
+with the CPU build of torch; BASE_IMAGE, another base (docker/base_image.py); PROGRESS, for docker.
+The labels of the image say which base and which commit were used.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from base_image import fetch_base
+import base_image
 from from_git import source_labels
+from torch_wheel import torch_wheel
 
 BAKE = Path("docker/docker-bake.json")
 IMAGES = Path("attnimg/data/images.json")
@@ -36,7 +37,7 @@ NEEDED_GB = {"cpu": 6, "cuda": 25, "rocm": 25}
 
 def fail(what: str, why: str, do: str) -> NoReturn:
     """Exit with an error: what happened, why, and what to do."""
-    sys.exit(f"build: {what}\n  why: {why}\n  do:  {do}")
+    base_image.fail(what, why, do, program="build")
 
 
 def read_targets(name: str) -> dict[str, dict[str, Any]]:
@@ -79,31 +80,13 @@ def check_free_disk(name: str, accelerator: str) -> None:
         )
 
 
-def torch_wheel(version: str, name: str) -> str:
-    """Fetch the CPU build of torch to a folder: the package index only has the CUDA build."""
-    folder = Path("build/torch-wheel")
-    pattern = f"torch-{version}+cpu-*.whl"
-    if not any(folder.glob(pattern)):
-        index = os.environ.get("TORCH_INDEX")
-        where = ["--index-url", index] if index else []
-        command = ["python3.11", "-m", "pip", "download", "-q", "--no-deps", *where]
-        subprocess.run([*command, "-d", str(folder), f"torch=={version}"], check=False)
-    if not any(folder.glob(pattern)):
-        fail(
-            f"there is no CPU build of torch {version}",
-            "the package index of pip's configuration has none",
-            f"make build/{name} TORCH_INDEX=<PyTorch's CPU index>",
-        )
-    return str(folder)
-
-
 def contexts(
     name: str, targets: dict[str, dict[str, Any]], wheels: str
 ) -> Iterator[tuple[str, str, str]]:
     """Yield (target, context, place) for contexts that replace those of the bake file."""
     if targets[f"{name}_common"]["args"]["ACCELERATOR"] == "cpu":
-        wheel = torch_wheel(targets[name]["labels"]["attnimg.torch"], name)
-        yield from ((target, "torch-wheel", wheel) for target in targets)
+        wheel = torch_wheel(name)
+        yield from ((target, "torch-wheel", str(wheel)) for target in targets)
     for target, content in targets.items():
         address, _, commit = content.get("contexts", {}).get("source", "").partition("#")
         tree = Path("build/sources") / f"{target.partition('_')[2]}-source-{commit}"
@@ -170,7 +153,7 @@ def main() -> None:
     command += ["-f", str(BAKE)]
     for key, value in settings.items():
         command += ["--set", f"{key}={value}"]
-    base = fetch_base()
+    base = base_image.fetch_base()
     os.environ |= {"BASE": base.context, "BASE_NAME": base.name, "BASE_DIGEST": base.digest}
     os.environ |= source_labels(Path())
     sys.exit(run([*command, target], wheels_to=arguments.wheels_to))

@@ -314,14 +314,33 @@ class Image(Strict):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CpuBuild(Strict):
+    """The CPU build of a torch release.
+
+    Attributes:
+        index: the package index that has it.
+        wheels: file name -> the SHA-256 hashes that are accepted.
+    """
+
+    index: str
+    wheels: Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Torch(Strict):
-    """One torch release; `archs` is empty if its machine code was not read."""
+    """One torch release.
+
+    Attributes:
+        archs: the machine code of its CUDA build; empty if that was not read.
+        cpu: its CPU build; None if no image of the accelerator cpu may have it.
+    """
 
     toolkit: str
     cxx_standard: int
     triton: str
     python: str
     archs: tuple[str, ...] = ()
+    cpu: CpuBuild | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -445,6 +464,7 @@ class ImagePlan:
         abi: what a compiled extension must match, "cp311-torch2.14-cu130".
         lock: names the lock files of its torch and stack layers, "2.14.1-cu130".
         base: its base image.
+        cpu_torch: the CPU build of its torch; None on other accelerators.
         toolkit: the CUDA release of its torch; None on cpu.
         driver_min: the oldest GPU driver that this release runs with; None on cpu.
         nvcc: the compiler's version; empty where none is needed.
@@ -456,6 +476,7 @@ class ImagePlan:
     abi: str
     lock: str
     base: Base
+    cpu_torch: CpuBuild | None
     toolkit: str | Unresolved | None
     driver_min: str | Unresolved | None
     nvcc: str

@@ -200,6 +200,9 @@ def _read_bases(path: Path) -> dict[str, Base]:
 def _read_releases(path: Path, kind: type[_Fact]) -> dict[str, _Fact]:
     where = f"recipes/{path.name}"
     found = _read_tables(path, kind)
+    for name, release in found.items():
+        if isinstance(release, Torch):
+            _refuse(f"{where} [{name}]", torch_faults(name, release))
     try:
         return dict(sorted(found.items(), key=lambda item: Version(item[0])))
     except InvalidVersion as error:
@@ -264,6 +267,18 @@ def base_faults(base: Base) -> Iterator[str]:
             yield f"{key}: found {digest!r}, needed sha256: and 64 hexadecimal digits"
     if not _REFERENCE.fullmatch(base.reference):
         yield f"reference: found {base.reference!r}, needed registry/name:tag, without a digest"
+
+
+def torch_faults(version: str, torch: Torch) -> Iterator[str]:
+    """Yield what is wrong with the CPU build of a torch release."""
+    for name, hashes in (torch.cpu.wheels if torch.cpu else {}).items():
+        if not name.startswith(f"torch-{version}+cpu-") or not name.endswith(".whl"):
+            yield f"cpu.wheels: found {name!r}, needed torch-{version}+cpu-...whl"
+        if not hashes:
+            yield f"cpu.wheels.{name}: found no hash, needed at least one"
+        for text in hashes:
+            if not _SHA256.fullmatch(text):
+                yield f"cpu.wheels.{name}: found {text!r}, needed 64 hexadecimal digits"
 
 
 def kernel_faults(kernel: Kernel) -> Iterator[str]:

@@ -11,6 +11,7 @@ from graphlib import TopologicalSorter
 from attnimg.errors import AttnimgError
 from recipes.facts import (
     Base,
+    CpuBuild,
     Image,
     ImageKernel,
     ImagePlan,
@@ -52,6 +53,7 @@ def solve(image: Image, recipes: Recipes) -> ImagePlan:
         abi=abi,
         lock=f"{image.torch}-{flavour}",
         base=base,
+        cpu_torch=_cpu_torch(image, recipes),
         toolkit=toolkit,
         driver_min=driver_min,
         nvcc=recipes.cuda[toolkit].nvcc if isinstance(toolkit, str) else "",
@@ -167,6 +169,11 @@ def _sort_kernels(image: Image, recipes: Recipes) -> list[ImageKernel]:
             if set(kernel.owns) & set(recipes.kernels[other].ships):
                 graph[name].add(other)
     return [image_kernels[name] for name in TopologicalSorter(graph).static_order()]
+
+
+def _cpu_torch(image: Image, recipes: Recipes) -> CpuBuild | None:
+    torch = recipes.torch.get(str(image.torch))
+    return torch.cpu if torch and image.accelerator == "cpu" else None
 
 
 def _toolkit_and_driver(

@@ -12,7 +12,7 @@ from packaging.specifiers import SpecifierSet
 from attnimg.backends import find_backend, runs_on
 from attnimg.selection.gpus_and_images import arch_from_name
 from recipes.archs import can_run, device_name
-from recipes.facts import Base, Image, ImageKernel, Kernel, Recipes, Unresolved
+from recipes.facts import Base, Image, ImageKernel, Kernel, Recipes, Torch, Unresolved
 
 # What the build serves, and which of its files have it written in them.
 SERVED = {
@@ -71,8 +71,17 @@ def _check_platform(image: Image, recipes: Recipes) -> Iterator[str]:
         )
     elif not satisfies(image.python, torch.python):
         yield f"torch {image.torch} needs Python {torch.python}; found {image.python}"
+    if image.accelerator == "cpu" and torch and not cpu_wheels(torch, image.python):
+        python = f"cp{image.python.replace('.', '')}"
+        yield f"torch {image.torch} has no CPU build for {python} in recipes/torch.toml"
     if image.accelerator == "cuda":
         yield from _check_cuda(image, recipes)
+
+
+def cpu_wheels(torch: Torch, python: str) -> list[str]:
+    """Return the names of a release's CPU wheels for one Python."""
+    tag = f"-cp{python.replace('.', '')}-"
+    return [name for name in (torch.cpu.wheels if torch.cpu else ()) if tag in name]
 
 
 def _check_base(image: Image, base: Base) -> Iterator[str]:
