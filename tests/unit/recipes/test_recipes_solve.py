@@ -194,6 +194,12 @@ FRONTIER = {"torch": "2.15.0"}
             id="a base whose libraries nobody wrote down is refused",
         ),
         pytest.param(
+            image("cpu", torch="2.14.1"),
+            "torch 2.14.1 has no CPU build for cp311 in recipes/torch.toml",
+            "torch 2.13.0",
+            id="a CPU image without a CPU build of its torch",
+        ),
+        pytest.param(
             image("cpu", archs=("cpu", "sm_90a")),
             "found sm_90a in an image for cpu",
             "without sm_90a",
