@@ -245,6 +245,10 @@ test/public-base: .venv/ready engine ## Build and judge attnimg:cpu on a base ma
 	@[ -x "$$(command -v docker-registry)" ] || apt-get install -qy --no-install-recommends docker-registry
 	@$(BIN)/python tests/public_base/run.py
 
+test/reproducible: .venv/ready engine ## Build attnimg:cpu twice without a cache and list what differs; 15 minutes
+	@mkdir -p build
+	@$(BIN)/python tests/reproducible/run.py
+
 test/%: .venv/ready ## Test the image attnimg:%
 	IMAGE=attnimg:$* $(BIN)/pytest tests/image
 

@@ -130,6 +130,7 @@ def main() -> None:
     parser.add_argument("--stage", default="runtime")
     parser.add_argument("--kernel", default="", help="the stage of this kernel's build")
     parser.add_argument("--wheels-to", type=Path)
+    parser.add_argument("--no-cache", action="store_true", help="use no layer of an earlier build")
     parser.add_argument("--check", action="store_true", help="check only that the image exists")
     arguments = parser.parse_args()
     name, stage = arguments.name, "wheelhouse" if arguments.wheels_to else arguments.stage
@@ -150,7 +151,7 @@ def main() -> None:
     if stage not in ("runtime", "wheelhouse"):
         settings[f"{target}.tags"] = f"attnimg-{stage}:{name}"
     command = ["docker", "buildx", "bake", f"--progress={os.environ.get('PROGRESS', 'auto')}"]
-    command += ["-f", str(BAKE)]
+    command += ["-f", str(BAKE), *(["--no-cache"] if arguments.no_cache else [])]
     for key, value in settings.items():
         command += ["--set", f"{key}={value}"]
     base = base_image.fetch_base()

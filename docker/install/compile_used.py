@@ -40,7 +40,8 @@ def main() -> None:
     sys.dont_write_bytecode = True  # it is written once, below
     with tempfile.TemporaryDirectory() as caches:
         # matplotlib caches a list of fonts at its first import; the layer must not have it.
-        os.environ |= {"HOME": caches, "MPLCONFIGDIR": caches}
+        # bitsandbytes would ask the Hugging Face hub for a kernel.
+        os.environ |= {"HOME": caches, "MPLCONFIGDIR": caches, "HF_HUB_OFFLINE": "1"}
         for name in USED:
             importlib.import_module(name)
     files = {getattr(module, "__file__", None) for module in list(sys.modules.values())}

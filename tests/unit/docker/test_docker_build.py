@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -152,3 +153,52 @@ def test_a_file_of_attnimg_that_is_mounted_alone_imports_nothing_else_of_it(path
     imported = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
     assert imported
     assert not [node for node in imported if "attnimg" in ast.unparse(node)]
+
+
+def stage(name: str) -> str:
+    """Return the text of a stage of the Dockerfile."""
+    text = (ROOT / "docker/Dockerfile").read_text(encoding="utf-8")
+    (body,) = re.findall(rf"^FROM \S+ AS {name}\n(.*?)(?=^FROM )", text, re.MULTILINE | re.DOTALL)
+    return str(body)
+
+
+def test_images_with_one_lock_file_have_equal_inputs_up_to_the_stack() -> None:
+    """So one builder makes the layers of torch and the stack once for all of them."""
+    bake = json.loads((ROOT / "docker/docker-bake.json").read_text())["target"]
+    taken = set(re.findall(r"^ARG (\w+)", "".join(map(stage, SHARED)), re.MULTILINE))
+    assert taken == {"PYTHON", "DEBIAN", "APT_PACKAGES", "ACCELERATOR", "LOCK"}
+    given: dict[str, set[str]] = {}
+    for name in (name for name in bake if name.endswith("_common")):
+        args = bake["image"]["args"] | bake[name]["args"]
+        values = json.dumps({key: value for key, value in args.items() if key in taken})
+        given.setdefault(args["LOCK"], set()).add(values)
+    assert len(given) < sum(name.endswith("_common") for name in bake), "some share a lock file"
+    assert {len(values) for values in given.values()} == {1}
+
+
+SHARED = ("python", "torch", "stack")
+
+
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [
+        pytest.param(
+            "torch",
+            {"install.sh", "prune.py", "elf.py", "same_times.sh", "unneeded/torch.toml"},
+            id="torch's layer reads five files of docker/install",
+        ),
+        pytest.param(
+            "toolchain", {"install.sh", "every_image.txt", "cuda_home.sh"},
+            id="the toolchain's, without which kernels are compiled again, three",
+        ),
+    ],
+)  # fmt: skip
+def test_a_large_layer_depends_on_what_it_uses_alone(name: str, files: set[str]) -> None:
+    mounted = re.findall(r"source=docker/install/?([^,\s]*)", stage(name))
+    assert set(mounted) == files
+
+
+@pytest.mark.parametrize("name", ["python", "torch", "stack", "needs", "kernels", "files"])
+def test_the_files_of_a_layer_have_one_time(name: str) -> None:
+    *_, last = stage(name).split('<<"EOT"\n')[-1].split("EOT")[0].strip().splitlines()
+    assert last == '/install/same_times.sh "$began"'
