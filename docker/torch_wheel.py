@@ -63,7 +63,10 @@ def download(folder: Path, wanted: dict[str, Any], where: list[str]) -> str:
     command += [f"torch=={wanted['version']}+cpu"]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = [line for line in process.stderr.splitlines() if line.startswith("ERROR")]
-    return (lines[-1] if lines else process.stderr.strip()) if process.returncode else ""
+    reason = lines[-1] if lines else process.stderr.strip()
+    if "No matching distribution" in reason and "--no-index" not in where:
+        reason += ", or the index was not reached"  # pip says the same of both
+    return reason if process.returncode else ""
 
 
 def wheel_fault(folder: Path, wanted: dict[str, Any]) -> str:

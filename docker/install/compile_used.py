@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 # What `attnimg train` imports, directly or by name at run time.
 USED = (
@@ -45,7 +46,8 @@ def main() -> None:
         for name in USED:
             importlib.import_module(name)
     files = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
-    sources = sorted(file for file in files if file and file.endswith(".py"))
+    # torch.ops names a file without its folder.
+    sources = sorted(f for f in files if f and f.endswith(".py") and Path(f).is_file())
     # In a new process: what this one has interned would be in the bytecode, which is then another
     # one in each build. By time: a hash would be read at each import.
     compiled = subprocess.run(
