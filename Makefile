@@ -171,29 +171,29 @@ classes: .venv/ready ## List the model classes of the pinned transformers, and w
 engine: ## Start a Docker engine if none is running; needs root
 	@docker/engine.sh
 
-base: engine ## Make the base image, from a registry or from Debian's packages
-	@docker/base.sh
+base: engine ## Pull the base image by its digest, or make a stand-in of Debian's packages
+	@docker/base_image.py
 
-# Start the engine and make the base image, unless there is no recipe of the image.
-NEEDS_BASE = @docker/build.py $* --check && $(MAKE) base
+# Start the engine, unless there is no recipe of the image.
+NEEDS_ENGINE = @docker/build.py $* --check && $(MAKE) engine
 
 # $(call NEEDS_SET,FILE,WHAT): refuse an image whose recipe has nothing to compile ahead of time.
 NEEDS_SET = @[ -e docker/images/$*/$(1) ] || { printf '$@: %s\n  why: %s\n  do:  %s\n' "attnimg:$* has no $(2)" \
 	  "found no docker/images/$*/$(1)" "name one of: $$(cd docker/images && ls */$(1) | cut -d/ -f1 | paste -sd ' ')" >&2; exit 2; }
 
 build/%: ## Build the image attnimg:%, for example build/cpu; WHEELS=dist/% uses existing wheels
-	$(NEEDS_BASE)
+	$(NEEDS_ENGINE)
 	@docker/build.py $*
 
 toolchain/%: ## Build the stage that compiles the kernels of attnimg:%
-	$(NEEDS_BASE)
+	$(NEEDS_ENGINE)
 	@docker/build.py $* --stage toolchain
 
 sources/%: .venv/ready ## Fetch the git trees of attnimg:%'s kernels; FROM=DIR reads them from clones
 	@$(BIN)/python -m recipes sources $* $(if $(FROM),--from "$$FROM")
 
 wheels/%: ## Compile the kernels of attnimg:% into dist/%; hours; TRIM=1 makes small builds in minutes
-	$(NEEDS_BASE)
+	$(NEEDS_ENGINE)
 	@PROGRESS=plain docker/build.py $* --wheels-to dist/$*
 
 kernels/%: ## Compile the kernels of attnimg:% that CACHE=host/namespace lacks, into it; KERNEL=one of them
@@ -214,12 +214,12 @@ built/%: .venv/ready ## Record the contents of dist/% in docs/built; MACHINE="th
 	@$(BIN)/python -m recipes built $* --wheels dist/$* --machine "$(MACHINE)"
 
 unit/%: ## Compile one source file of flash-attn for attnimg:%; 5 minutes
-	$(NEEDS_BASE)
+	$(NEEDS_ENGINE)
 	@PROGRESS=plain docker/build.py $* --kernel flash-attn --stage unit
 
 fa4-kernels/%: .venv/ready ## Compile FlashAttention-4's kernels for attnimg:% into dist/; 10 minutes per architecture
 	$(call NEEDS_SET,fa4_kernels.json,kernels of FlashAttention-4)
-	$(NEEDS_BASE)
+	$(NEEDS_ENGINE)
 	@PROGRESS=plain docker/build.py $* --stage fa4-kernels
 	@rm -rf dist/fa4-kernels-$* && mkdir -p dist docs/built
 	@id=$$(docker create attnimg-fa4-kernels:$* none) && \
@@ -233,7 +233,7 @@ fa4-kernels/%: .venv/ready ## Compile FlashAttention-4's kernels for attnimg:% i
 
 triton-kernels/%: .venv/ready ## Compile SageAttention's Triton kernels for attnimg:% into dist/; 1 to 3 minutes per architecture
 	$(call NEEDS_SET,triton_kernels.json,Triton kernels)
-	$(NEEDS_BASE)
+	$(NEEDS_ENGINE)
 	@PROGRESS=plain docker/build.py $* --stage triton-kernels
 	@rm -rf dist/triton-kernels-$* && mkdir -p dist docs/built
 	@id=$$(docker create attnimg-triton-kernels:$* none) && \
@@ -257,6 +257,14 @@ test/reload: .venv/ready ## Train 110 model types, save and reload them: full an
 
 test/gates: .venv/ready build/nvcc/ready ## Test the gates on small images with real machine code; 1 minute
 	$(BIN)/pytest tests/gates
+
+test/public-base: .venv/ready engine ## Build and judge attnimg:cpu on a base made as the public python:3.11-slim-bookworm; 30 minutes
+	@[ -x "$$(command -v docker-registry)" ] || apt-get install -qy --no-install-recommends docker-registry
+	@$(BIN)/python tests/public_base/run.py
+
+test/reproducible: .venv/ready engine ## Build attnimg:cpu twice without a cache and list what differs; 15 minutes
+	@mkdir -p build
+	@$(BIN)/python tests/reproducible/run.py
 
 test/%: .venv/ready ## Test the image attnimg:%
 	IMAGE=attnimg:$* $(BIN)/pytest tests/image

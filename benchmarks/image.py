@@ -9,6 +9,7 @@ with the base image and the cache of downloaded packages.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import subprocess
 import sys
@@ -52,7 +53,7 @@ def build_seconds(*, change: bool, no_cache: bool = False) -> float:
         command = ["docker", "buildx", "bake", "-f", "docker/docker-bake.json", "cpu"]
         for setting in (
             "contexts.base=docker-image://attnimg-base:bookworm",
-            "contexts.torch-wheel=build/torch-wheel",
+            f"contexts.torch-wheel=build/torch-wheel/{torch_version()}",
             "tags=attnimg-benchmark:cpu",
         ):
             command += ["--set", f"cpu.{setting}"]
@@ -61,6 +62,12 @@ def build_seconds(*, change: bool, no_cache: bool = False) -> float:
             command + ["--no-cache"] * no_cache, cwd=folder, capture_output=True, check=True
         )
         return time.monotonic() - began
+
+
+def torch_version() -> str:
+    """Return the torch release of the image, by which its wheel's folder is named."""
+    text = (ROOT / "docker/images/cpu/torch.json").read_text(encoding="utf-8")
+    return str(json.loads(text)["version"])
 
 
 def first_step_seconds() -> float:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Build a stage of one image on the base of `make base`; needs the standard library only.
+"""Build a stage of one image; needs the standard library only.
 
     docker/build.py NAME                    the image, as attnimg:NAME
     docker/build.py NAME --stage STAGE      that stage of the Dockerfile, as attnimg-STAGE:NAME;
@@ -9,9 +9,10 @@
                                             with --stage stack its shared layers
 
 Environment variables: WHEELS, a folder of wheels to use instead of compiling them; TRIM=1, for the
-small builds of kernels; JOBS, the number of parallel compilers; TORCH_INDEX, a package index with
-CPU builds of torch; CACHE, a registry with compiled kernels and layers (kernel_cache.py), and
-CACHE_WRITE=1 to write layers to it; PROGRESS, for docker.
+small builds of kernels; JOBS, the number of parallel compilers; TORCH_INDEX, an index or a folder
+with the CPU build of torch; BASE_IMAGE, another base (docker/base_image.py); CACHE, a registry with
+compiled kernels and layers (kernel_cache.py), and CACHE_WRITE=1 to write layers to it; PROGRESS,
+for docker. The labels of the image say which base and which commit were used.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+import base_image
 import kernel_cache
+from from_git import source_labels
+from torch_wheel import torch_wheel
 
 BAKE = Path("docker/docker-bake.json")
 IMAGES = Path("attnimg/data/images.json")
@@ -38,7 +42,7 @@ NEEDED_GB_WITH_WHEELS = 13
 
 def fail(what: str, why: str, do: str) -> NoReturn:
     """Exit with an error: what happened, why, and what to do."""
-    sys.exit(f"build: {what}\n  why: {why}\n  do:  {do}")
+    base_image.fail(what, why, do, program="build")
 
 
 def read_targets(name: str) -> dict[str, dict[str, Any]]:
@@ -81,31 +85,13 @@ def check_free_disk(name: str, needed: int) -> None:
         )
 
 
-def torch_wheel(version: str, name: str) -> str:
-    """Fetch the CPU build of torch to a folder: the package index only has the CUDA build."""
-    folder = Path("build/torch-wheel")
-    pattern = f"torch-{version}+cpu-*.whl"
-    if not any(folder.glob(pattern)):
-        index = os.environ.get("TORCH_INDEX")
-        where = ["--index-url", index] if index else []
-        command = ["python3.11", "-m", "pip", "download", "-q", "--no-deps", *where]
-        subprocess.run([*command, "-d", str(folder), f"torch=={version}"], check=False)
-    if not any(folder.glob(pattern)):
-        fail(
-            f"there is no CPU build of torch {version}",
-            "the package index of pip's configuration has none",
-            f"make build/{name} TORCH_INDEX=<PyTorch's CPU index>",
-        )
-    return str(folder)
-
-
 def contexts(
     name: str, targets: dict[str, dict[str, Any]], wheels: str
 ) -> Iterator[tuple[str, str, str]]:
     """Yield (target, context, place) for contexts that replace those of the bake file."""
     if targets[f"{name}_common"]["args"]["ACCELERATOR"] == "cpu":
-        wheel = torch_wheel(targets[name]["labels"]["attnimg.torch"], name)
-        yield from ((target, "torch-wheel", wheel) for target in targets)
+        wheel = torch_wheel(name)
+        yield from ((target, "torch-wheel", str(wheel)) for target in targets)
     for target, content in targets.items():
         address, _, commit = content.get("contexts", {}).get("source", "").partition("#")
         tree = Path("build/sources") / f"{target.partition('_')[2]}-source-{commit}"
@@ -187,6 +173,7 @@ def main() -> None:
     parser.add_argument("--kernel", default="", help="the stage of this kernel's build")
     parser.add_argument("--wheels-to", type=Path)
     parser.add_argument("--to-cache", action="store_true", help="push what CACHE lacks")
+    parser.add_argument("--no-cache", action="store_true", help="use no layer of an earlier build")
     parser.add_argument("--check", action="store_true", help="check only that the image exists")
     arguments = parser.parse_args()
     # It is where releases are pushed to; in the bake file it would be a part of this engine's tags.
@@ -218,13 +205,15 @@ def main() -> None:
     if stage not in ("runtime", "wheelhouse"):
         settings[f"{target}.tags"] = f"attnimg-{stage}:{name}"
     command = ["docker", "buildx", "bake", f"--progress={os.environ.get('PROGRESS', 'auto')}"]
-    command += ["-f", str(BAKE)]
+    command += ["-f", str(BAKE), *(["--no-cache"] if arguments.no_cache else [])]
     for key, value in settings.items():
         command += ["--set", f"{key}={value}"]
     if cache and not kernels_only and target in (name, f"{name}_common"):
         write = arguments.to_cache or bool(os.environ.get("CACHE_WRITE"))
         command += kernel_cache.layer_settings(name, target, targets, cache, write=write)
-    os.environ["BASE"] = "docker-image://attnimg-base:bookworm"
+    base = base_image.fetch_base()
+    os.environ |= {"BASE": base.context, "BASE_NAME": base.name, "BASE_DIGEST": base.digest}
+    os.environ |= source_labels(Path())
     if kernels_only:
         sys.exit(fill_cache(name, targets, arguments.kernel, command))
     sys.exit(run([*command, target], wheels_to=arguments.wheels_to))

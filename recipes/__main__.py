@@ -75,7 +75,12 @@ def print_plans(arguments: Namespace) -> None:
 
 
 def lock(arguments: Namespace) -> None:
-    """Resolve the packages of every image again, with hashes."""
+    """Resolve the base image's digest and the packages of every image again, with hashes."""
+    # Imported here: what asks registries is needed for nothing else.
+    from recipes.solve.bases import lock_bases
+
+    for line in lock_bases(read_recipes(arguments.root), root=arguments.root):
+        _print(f"lock: {line}")
     for path in lock_all(solve_all(read_recipes(arguments.root)), root=arguments.root):
         _print(f"lock: wrote {path}")
 

@@ -292,7 +292,8 @@ class Image(Strict):
     Attributes:
         aliases: additional tags.
         archs: the architectures it supports.
-        base: the image it starts from, one of bases.toml.
+        base: the image it starts from, one of bases.toml; empty in a file for the first.
+        python: of its base.
         size_max_mb: compressed with zstd -3, in 10**6 bytes.
         layers_max_mb: stage of the Dockerfile -> the same for the layers of that stage.
     """
@@ -301,26 +302,45 @@ class Image(Strict):
     summary: str
     archs: tuple[str, ...]
     accelerator: Accelerator
-    python: str
-    base: str
     torch: str | Unresolved
     kernels: tuple[ImageKernel, ...]
     platforms: tuple[str, ...]
     size_max_mb: int | Unresolved
+    base: str = ""
+    python: str = ""
     layers_max_mb: Mapping[str, int] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
     channel: Literal["stable", "frontier"] = "stable"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CpuBuild(Strict):
+    """The CPU build of a torch release.
+
+    Attributes:
+        index: the package index that has it.
+        wheels: file name -> the SHA-256 hashes that are accepted.
+    """
+
+    index: str
+    wheels: Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Torch(Strict):
-    """One torch release; `archs` is empty if its machine code was not read."""
+    """One torch release.
+
+    Attributes:
+        archs: the machine code of its CUDA build; empty if that was not read.
+        cpu: its CPU build; None if no image of the accelerator cpu may have it.
+    """
 
     toolkit: str
     cxx_standard: int
     triton: str
     python: str
     archs: tuple[str, ...] = ()
+    cpu: CpuBuild | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -344,11 +364,31 @@ class VersionPair(Strict):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Base(Strict):
-    """A base image: its digest, the versions of its C and C++ libraries (bases.toml)."""
+    """A base image (bases.toml).
 
+    Attributes:
+        name: its short name.
+        reference: its registry, name and tag.
+        digest: of the index, or the manifest, that the tag named when `make lock` ran.
+        platforms: platform -> digest of its image; empty if `digest` is unresolved.
+        python: its Python.
+        debian: its release of Debian.
+        glibc, glibcxx: newest versions of the symbols of its C and C++ libraries.
+        python_fixes_until, debian_fixes_until: the last day of security fixes.
+        open: what is missing for images on this base; empty if they can be built.
+    """
+
+    name: str
+    reference: str
     digest: str | Unresolved
+    platforms: Mapping[str, str]
+    python: str
+    debian: str
     glibc: str
     glibcxx: str
+    python_fixes_until: date
+    debian_fixes_until: date
+    open: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -447,7 +487,8 @@ class ImagePlan:
         unresolved: field -> reason; empty if the image may be published.
         abi: what a compiled extension must match, "cp311-torch2.14-cu130".
         lock: names the lock files of its torch and stack layers, "2.14.1-cu130".
-        base_digest: digest of its base image.
+        base: its base image.
+        cpu_torch: the CPU build of its torch; None on other accelerators.
         toolkit: the CUDA release of its torch; None on cpu.
         driver_min: the oldest GPU driver that this release runs with; None on cpu.
         nvcc: the compiler's version; empty where none is needed.
@@ -458,7 +499,8 @@ class ImagePlan:
     unresolved: Mapping[str, str]
     abi: str
     lock: str
-    base_digest: str | Unresolved
+    base: Base
+    cpu_torch: CpuBuild | None
     toolkit: str | Unresolved | None
     driver_min: str | Unresolved | None
     nvcc: str

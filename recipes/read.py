@@ -51,10 +51,14 @@ def read_recipes(root: Path) -> Recipes:
             do="name the folder that holds recipes/ and pyproject.toml",
             code="no-checkout",
         )
+    bases = _read_bases(folder / "bases.toml")
+    first = next(iter(bases.values()))
     images: dict[str, Image] = {}
     for path in sorted((folder / "images").glob("*.toml")):
         for image in read_image(path.stem, path.read_text(encoding="utf-8")):
-            images[image.name] = image
+            name = image.base or first.name
+            python = bases.get(name, first).python
+            images[image.name] = replace(image, base=name, python=python)
     kernels = {
         path.stem: replace(
             read_kernel(path.stem, path.read_text(encoding="utf-8")),
@@ -69,7 +73,7 @@ def read_recipes(root: Path) -> Recipes:
         cuda=_read_releases(folder / "cuda.toml", Toolkit),
         stack=_read_pins(root / "pyproject.toml"),
         pairs=_read_entries(folder / "pairs.toml", "pair", VersionPair),
-        bases=_read_bases(folder / "bases.toml"),
+        bases=bases,
         allowed=_read_entries(folder / "allowed.toml", "allowed", Allowance),
         cves=_read_entries(folder / "cves.toml", "cve", Cve),
     )
@@ -84,6 +88,8 @@ def read_image(name: str, text: str) -> tuple[Image, ...]:
     where = f"recipes/images/{name}.toml"
     values = _toml(where, text)
     _refuse(where, _forbid(values, "name", "channel"))
+    if "python" in values:
+        _refuse(where, ["python: it is that of the base, in recipes/bases.toml; remove it here"])
     frontier = values.pop("frontier", None)
     if isinstance(values.get("kernels"), list):
         values["kernels"] = [{"name": k} if isinstance(k, str) else k for k in values["kernels"]]
@@ -182,15 +188,23 @@ def _read_tables(path: Path, kind: type[_Fact]) -> dict[str, _Fact]:
 
 
 def _read_bases(path: Path) -> dict[str, Base]:
-    found = _read_tables(path, Base)
-    for name, base in found.items():
-        _refuse(f"recipes/{path.name} [{name}]", base_faults(base))
+    where = f"recipes/{path.name}"
+    found = {}
+    for name, values in _toml(where, path.read_text(encoding="utf-8")).items():
+        table = values if isinstance(values, dict) else {}
+        found[name] = _build(f"{where} [{name}]", Base, {"name": name, **table})
+        _refuse(f"{where} [{name}]", base_faults(found[name]))
+    if not found:
+        _refuse(where, ["found no base image, needed at least one"])
     return found
 
 
 def _read_releases(path: Path, kind: type[_Fact]) -> dict[str, _Fact]:
     where = f"recipes/{path.name}"
     found = _read_tables(path, kind)
+    for name, release in found.items():
+        if isinstance(release, Torch):
+            _refuse(f"{where} [{name}]", torch_faults(name, release))
     try:
         return dict(sorted(found.items(), key=lambda item: Version(item[0])))
     except InvalidVersion as error:
@@ -228,6 +242,9 @@ def _error(where: str, lines: Iterable[str]) -> AttnimgError:
 
 _ARCH = re.compile(r"cpu|sm_[1-9][0-9]{1,2}[af]?|gfx[1-9][0-9a-f]{2,3}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+# The registry has a dot or a port: `docker.io/library/python:3.11`, `127.0.0.1:5000/python:3.11`.
+_REFERENCE = re.compile(r"[\w-]*[.:][\w.:-]*(/[\w.-]+)+:[\w.-]+")
 _RELEASE = re.compile(r"[A-Za-z0-9][\w.-]*==[\w.!+]+")
 _COMMIT = re.compile(r"[A-Za-z0-9][\w-]*/[\w.-]+@[0-9a-f]{40}")
 _HEADS = re.compile(r"[1-9]\d*/[1-9]\d*")
@@ -244,8 +261,26 @@ def image_faults(image: Image) -> Iterator[str]:
 
 def base_faults(base: Base) -> Iterator[str]:
     """Yield what is wrong with the values of a base image."""
-    if isinstance(base.digest, str) and not _SHA256.fullmatch(base.digest.removeprefix("sha256:")):
-        yield f"digest: found {base.digest!r}, needed sha256: and 64 hexadecimal digits"
+    digests = {f"platforms.{key}": digest for key, digest in base.platforms.items()}
+    if isinstance(base.digest, str):
+        digests["digest"] = base.digest
+    for key, digest in digests.items():
+        if not _DIGEST.fullmatch(digest):
+            yield f"{key}: found {digest!r}, needed sha256: and 64 hexadecimal digits"
+    if not _REFERENCE.fullmatch(base.reference):
+        yield f"reference: found {base.reference!r}, needed registry/name:tag, without a digest"
+
+
+def torch_faults(version: str, torch: Torch) -> Iterator[str]:
+    """Yield what is wrong with the CPU build of a torch release."""
+    for name, hashes in (torch.cpu.wheels if torch.cpu else {}).items():
+        if not name.startswith(f"torch-{version}+cpu-") or not name.endswith(".whl"):
+            yield f"cpu.wheels: found {name!r}, needed torch-{version}+cpu-...whl"
+        if not hashes:
+            yield f"cpu.wheels.{name}: found no hash, needed at least one"
+        for text in hashes:
+            if not _SHA256.fullmatch(text):
+                yield f"cpu.wheels.{name}: found {text!r}, needed 64 hexadecimal digits"
 
 
 def kernel_faults(kernel: Kernel) -> Iterator[str]:

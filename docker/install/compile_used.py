@@ -7,9 +7,9 @@ layer that installs the packages.
 
 from __future__ import annotations
 
-import compileall
 import importlib
 import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -41,13 +41,22 @@ def main() -> None:
     sys.dont_write_bytecode = True  # it is written once, below
     with tempfile.TemporaryDirectory() as caches:
         # matplotlib caches a list of fonts at its first import; the layer must not have it.
-        os.environ |= {"HOME": caches, "MPLCONFIGDIR": caches}
+        # bitsandbytes would ask the Hugging Face hub for a kernel.
+        os.environ |= {"HOME": caches, "MPLCONFIGDIR": caches, "HF_HUB_OFFLINE": "1"}
         for name in USED:
             importlib.import_module(name)
     files = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
-    sources = sorted(Path(file) for file in files if file and file.endswith(".py"))
-    for source in sources:
-        compileall.compile_file(source, quiet=2)
+    # torch.ops names a file without its folder.
+    sources = sorted(f for f in files if f and f.endswith(".py") and Path(f).is_file())
+    # In a new process: what this one has interned would be in the bytecode, which is then another
+    # one in each build. By time: a hash would be read at each import.
+    compiled = subprocess.run(
+        [sys.executable, "-m", "compileall", "-q", "-i", "-"],
+        input="\n".join(sources), env={**os.environ, "PYTHONHASHSEED": "0"}, text=True, check=False,
+    )  # fmt: skip
+    # 1: a file that no Python of this release can compile, such as a template.
+    if compiled.returncode not in (0, 1):
+        sys.exit(compiled.returncode)
     print(f"bytecode: compiled {len(sources)} modules")
 
 

@@ -11,6 +11,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
+from dataclasses import dataclass
 from pathlib import Path
 
 from elf import drop_needed, has_symbol_table
@@ -19,90 +21,35 @@ SITE = Path("/opt/venv/lib/python3.11/site-packages")
 # Where the Dockerfile mounts a stage that has strip(1); no image needs it.
 BINUTILS = Path("/binutils")
 
-# (glob under site-packages, why no run reads it)
-EVERY_IMAGE = (
-    ("torch/include", "headers: kernels are compiled in the toolchain stage"),
-    ("torch/share", "CMake files for the same"),
-    ("torch/lib/*.a", "static libraries for the same"),
-    ("torch/test", "tests of torch"),
-    ("torch/bin/[!t]*", "protoc"),
-    ("torch/bin/test_*", "test programs; torch_shm_manager, which data loaders start, stays"),
-    ("torch/lib/libtorchbind_test.so", "a test's library"),
-    ("torch/lib/libaoti_custom_ops.so", "a test's library"),
-    ("torch/lib/libbackend_with_compiler.so", "a test's library"),
-    ("torch/lib/libjitbackend_test.so", "a test's library"),
-    ("**/tests", "tests of other packages"),
-    ("numpy/**/lib/*.a", "static libraries for extensions in C"),
-    ("pyarrow/libarrow*.so", "a copy of lib*.so.N for linking; wheels hold no links"),
-    ("pyarrow/libarrow*.so.*.*.*", "another copy of it"),
-    ("pyarrow/_flight.*.so", "Arrow over gRPC; pyarrow.flight says that it is not built in"),
-    ("pyarrow/libarrow*_flight.so.*", "the same"),
-    ("triton/instrumentation", "a plugin for triton's own tests"),
-    ("test", "torchao's tests, which its wheel installs as a package of that name"),
-    ("torchao/_C_mxfp8*.so", "for sm_100; the one image with torchao, hopper, is not"),
-    ("pyarrow/include", "headers"),
-    ("pyarrow/src", "C++ sources"),
-)
-# bitsandbytes picks one library by the device it finds; libbitsandbytes_cpu.so stays.
-CPU_ONLY = (
-    ("bitsandbytes/libbitsandbytes_cuda*.so", "needs libcudart"),
-    ("bitsandbytes/libbitsandbytes_rocm*.so", "needs libamdhip64"),
-    ("bitsandbytes/libbitsandbytes_xpu*.so", "needs libsycl"),
-)
-# What no run on a GPU loads, with CUDA 13.0 and torch 2.14.1 (2026-11-25).
-CUDA_ONLY = (
-    ("nvidia/*/lib/*.a", "static libraries"),
-    ("nvidia/*/include", "headers: kernels are compiled in the toolchain stage"),
-    ("nvidia/nvshmem/lib/*.bc", "device code to link NVSHMEM into kernels; torch loads the host's"),
-    ("nvidia/nvshmem/lib/nvshmem_*.so*", "NVSHMEM's plugins for clusters; torch's NCCL does that"),
-    ("nvidia/cu13/lib/libnvrtc*.alt.so*", "a second NVRTC, which nothing links"),
-    ("nvidia/cu13/lib/libcusolverMg.so*", "cuSOLVER on several GPUs, which nothing links"),
-    ("nvidia/cu13/lib/libcufile_rdma.so*", "GPUDirect Storage over InfiniBand; needs libmlx5"),
-    ("nvidia/cu13/lib/libcufftw.so*", "FFTW's interface, which nothing links"),
-    ("nvidia/cu13/lib/libnvblas.so*", "BLAS to preload, which nothing links"),
-    ("nvidia/cu13/lib/libnvperf_*.so", "metrics of Nsight; CUPTI's activities work without"),
-    ("nvidia/cu13/lib/libpcsamplingutil.so", "the same"),
-    ("nvidia/cu13/lib/libcheckpoint.so", "the same"),
-    ("nvidia/cu13/lib/libcurand.so*", "nobody calls it; and torch is told so first: UNNEEDED"),
-    # libcudnn.so.9 opens it for its seven functions alone (9.24, read in its code). The rest stays:
-    # the first cudnnBackendFinalize() opens all engines, RNNs and CTC losses open libcudnn_adv.
-    ("nvidia/cudnn/lib/libcudnn_ext.so*", "causal convolutions, which torch does not call"),
-    ("triton/backends/nvidia/lib/cupti*", "triton.profiler, which no run starts"),
-    ("triton/_C/libproton.so", "the same"),
-    ("triton/plugins", "examples of plugins, which ask for a libtriton that their folder lacks"),
-    (
-        "triton/backends/amd/lib",
-        "device code for another vendor; the .py files stay, triton imports them",
-    ),
-    ("triton/backends/amd/include", "the same"),
-    ("triton/backends/nvidia/bin/cuobjdump", "for triton.tools.disasm, which no run calls"),
-    ("triton/backends/nvidia/bin/nvdisasm", "the same"),
-    ("nvidia_cutlass_dsl/cu12", "CuTe DSL for CUDA 12"),
-    ("nvidia_cutlass_dsl/**/_mlir_libs/*.cu12.*", "the same: its compiler, 192 MB"),
-    ("nvidia_cutlass_dsl/cu13/lib/*.a", "static libraries"),
-    ("nvidia_cutlass_dsl/cu13/lib/stubs", "stubs for other processors"),
-    ("torch_c_dlpack_ext/libtorch_c_dlpack_addon_torch2[4-9]-*.so", "for torch 2.4 to 2.9"),
-    ("bitsandbytes/libbitsandbytes_cuda1[12]*.so", "for CUDA 11 and 12"),
-    ("bitsandbytes/libbitsandbytes_rocm*.so", "needs libamdhip64"),
-    ("bitsandbytes/libbitsandbytes_xpu*.so", "needs libsycl"),
-)
-# (glob, library, why it can do without). The gate `symbols` finds what a later torch would miss.
-UNNEEDED = (
-    (
-        "torch/lib/libtorch_cuda.so",
-        "libcurand.so",
-        "linked, and none of its functions called: torch has its own Philox",
-    ),
-)
-# Their symbol tables serve debuggers alone. Not *.libs/: auditwheel laid those out again, and
-# strip breaks their alignment.
-STRIP = (
-    "torch/lib/lib*.so",
-    "pyarrow/*.so*",
-    "triton/_C/libtriton.so",
-    "nvidia/*/lib/lib*.so*",
-    "nvidia_cutlass_dsl/**/*.so",
-)
+# One file a layer: the Dockerfile mounts those of a layer and of the layers below it.
+RULES = Path(__file__).parent / "unneeded"
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What is removed from site-packages.
+
+    Attributes:
+        remove: (glob, why) of files and folders.
+        unlink: file, needed, why: libraries that a library is made to forget.
+        strip: globs of libraries without symbol tables.
+    """
+
+    remove: list[tuple[str, str]]
+    unlink: list[dict[str, str]]
+    strip: list[str]
+
+
+def read_rules(accelerator: str) -> Rules:
+    """Return the rules of all mounted files for one kind of image."""
+    found = Rules([], [], [])
+    for path in sorted(RULES.glob("*.toml")):
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        for name in ("every_image", accelerator):
+            found.remove.extend(table.get(name, {}).items())
+        found.unlink.extend(table.get(f"{accelerator}_unlink", ()))
+        found.strip.extend(table.get("strip", ()))
+    return found
 
 
 def size_bytes(path: Path) -> int:
@@ -144,15 +91,17 @@ def strip(glob: str) -> int:
 
 def main(accelerator: str) -> None:
     """Remove needed libraries and files, strip the rest; print a line for each change."""
-    for glob, library, why in UNNEEDED if accelerator == "cuda" else ():
-        for path in sorted(SITE.glob(glob)):
-            for name in drop_needed(path, library):
-                print(f"unlink: {name} from {glob}: {why}")
-    removals = EVERY_IMAGE + {"cpu": CPU_ONLY, "cuda": CUDA_ONLY}.get(accelerator, ())
-    for glob, why in removals:
+    if not SITE.is_dir():
+        sys.exit(f"prune: there is no {SITE}; the base image has another Python")
+    rules = read_rules(accelerator)
+    for unlink in rules.unlink:
+        for path in sorted(SITE.glob(unlink["file"])):
+            for name in drop_needed(path, unlink["needed"]):
+                print(f"unlink: {name} from {unlink['file']}: {unlink['why']}")
+    for glob, why in rules.remove:
         if saved := remove(glob):
             print(f"prune: {saved / 1e6:7.1f} MB  {glob}: {why}")
-    for glob in STRIP:
+    for glob in rules.strip:
         if saved := strip(glob):
             print(f"strip: {saved / 1e6:7.1f} MB  {glob}")
 

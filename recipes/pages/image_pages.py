@@ -8,7 +8,7 @@ from attnimg.backends import all_backends, runs_on
 from attnimg.facts import Backend
 from attnimg.selection.gpus_and_images import arch_from_name, gpu_catalogue
 from recipes.archs import device_name
-from recipes.facts import Allowance, ImagePlan, Kernel, TrainedModel
+from recipes.facts import Allowance, Base, ImagePlan, Kernel, TrainedModel
 from recipes.files import NOTICE
 from recipes.gates import Gate
 from recipes.pages import markdown_table
@@ -24,14 +24,16 @@ def images_page(plans: tuple[ImagePlan, ...], *, built: str) -> str:
         plans: of all images.
         built: the table of the kernels that were built.
     """
+    base = plans[0].base
     unresolved: dict[str, list[str]] = {}
     for plan in plans:
         for key, reason in plan.unresolved.items():
             image, _, field = key.rpartition(": ")
-            unresolved.setdefault(f"{field}: {reason}", []).append(f"`{image}`")
+            where = unresolved.setdefault(f"{field}: {reason}", [])
+            where += [text for text in (f"`{image}`",) if text not in where]
     return (
         f"<!-- {NOTICE} -->\n\n# Images\n\n"
-        "Every image has Python 3.11 on Debian bookworm, and is built for "
+        f"Every image has Python {base.python} on Debian {base.debian}, and is built for "
         f"{' '.join(sorted({platform for plan in plans for platform in plan.image.platforms}))}.\n"
         "The size limit is that of the compressed image. `frontier` images have a newer torch and\n"
         "CUDA.\n\n"
@@ -41,9 +43,22 @@ def images_page(plans: tuple[ImagePlan, ...], *, built: str) -> str:
         "\n## Which kernels were built\n\n"
         "On a machine without a GPU; the records are in `docs/built/`.\n\n"
         f"{built}"
+        "\n## Base image\n\n"
+        f"{_base_text(base)}"
         "\n## Unresolved values\n\n"
         "An image with an unresolved value can be built, but is not published.\n\n"
         + "".join(f"- {text} ({', '.join(where)})\n" for text, where in unresolved.items())
+    )
+
+
+def _base_text(base: Base) -> str:
+    """Return which base all images have, and until when it gets fixes."""
+    pinned = base.digest if isinstance(base.digest, str) else "no digest yet, see below"
+    return (
+        f"`{base.reference}`, {pinned}. Its Python {base.python} gets security fixes until\n"
+        f"{base.python_fixes_until:%B %Y}, Debian {base.debian} until "
+        f"{base.debian_fixes_until:%B %Y}. [How to move to a newer base]"
+        "(build-images.md#a-newer-base).\n"
     )
 
 

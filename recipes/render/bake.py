@@ -26,17 +26,20 @@ _APT = {
 def bake_file(plans: tuple[ImagePlan, ...]) -> str:
     """Write docker/docker-bake.json.
 
-    Variables, to be set in the environment: REGISTRY (a prefix of the tags, with its slash),
-    VERSION, REVISION and CREATED (for the labels), BASE (another base image), CA (a CA bundle),
-    TRIM and JOBS (for the kernels: small builds, compilers at a time).
+    docker/build.py sets the variables in the environment: REGISTRY (a prefix of the tags, with its
+    slash), BASE (the base image that is used), BASE_NAME, BASE_DIGEST, VERSION, REVISION, CREATED
+    (for the labels), CA (a CA bundle), TRIM and JOBS (for the kernels: small builds, compilers at a
+    time). A build without docker/build.py says `dev`, and nothing of its base.
     """
     stable = [plan.image.name for plan in plans if plan.image.channel == "stable"]
     frontier = [plan.image.name for plan in plans if plan.image.channel == "frontier"]
-    digest = plans[0].base_digest
-    base = plans[0].image.base + (f"@{digest}" if isinstance(digest, str) else "")
+    base = plans[0].base
+    pinned = f"@{base.digest}" if isinstance(base.digest, str) else ""
     content = {
         "variable": {
-            "BASE": {"default": f"docker-image://{base}"},
+            "BASE": {"default": f"docker-image://{base.reference}{pinned}"},
+            "BASE_NAME": {"default": ""},
+            "BASE_DIGEST": {"default": ""},
             "CA": {"default": "/etc/ssl/certs/ca-certificates.crt"},
             "REGISTRY": {"default": ""},
             "VERSION": {"default": "dev"},
@@ -56,7 +59,12 @@ def bake_file(plans: tuple[ImagePlan, ...]) -> str:
                 "dockerfile": "docker/Dockerfile",
                 "contexts": {"base": "${BASE}"},
                 "secret": ["id=ca,src=${CA}"],
-                "args": {"TRIM": "${TRIM}", "JOBS": "${JOBS}"},
+                "args": {
+                    "PYTHON": base.python,
+                    "DEBIAN": base.debian,
+                    "TRIM": "${TRIM}",
+                    "JOBS": "${JOBS}",
+                },
             },
             **{name: target for plan in plans for name, target in _targets(plan).items()},
         },
@@ -145,7 +153,8 @@ def labels(plan: ImagePlan) -> dict[str, str]:
         "org.opencontainers.image.version": "${VERSION}",
         "org.opencontainers.image.revision": "${REVISION}",
         "org.opencontainers.image.created": "${CREATED}",
-        "org.opencontainers.image.base.name": image.base,
+        "org.opencontainers.image.base.name": "${BASE_NAME}",
+        "org.opencontainers.image.base.digest": "${BASE_DIGEST}",
         "attnimg.arch": " ".join(image.archs),
         "attnimg.kernels": " ".join(kernels),
         "attnimg.driver_min": str(plan.driver_min or ""),

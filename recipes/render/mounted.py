@@ -27,6 +27,15 @@ def mounted_files(plan: ImagePlan, *, lock: str) -> dict[str, str]:
         f"docker/constraints/{name}.txt": constraints(plan, lock=lock),
         f"docker/images/{name}/wheelhouse.json": generated_json(wheelhouse),
     }
+    if plan.cpu_torch:
+        texts[f"docker/images/{name}/torch.json"] = generated_json(
+            {
+                "version": str(plan.image.torch),
+                "python": plan.image.python,
+                "index": plan.cpu_torch.index,
+                "wheels": {key: list(value) for key, value in plan.cpu_torch.wheels.items()},
+            }
+        )
     for step in built:
         path = f"docker/images/{name}/kernels/{step.kernel.name}.json"
         texts[path] = generated_json(kernel_build(step))

@@ -47,7 +47,17 @@ def lock_all(plans: tuple[ImagePlan, ...], *, root: Path) -> list[str]:
         pins = tested + texts[f"{FOLDER}/torch-{plan.lock}.txt"]
         needs = [".", _torch(plan), *(text for step in plan.steps for text in _requirements(step))]
         texts[f"{FOLDER}/{plan.image.name}.txt"] = _resolve(plan, needs, pins=pins, root=root)
+    for plan in plans:
+        # Not before: the index's torch is another build, with which all is resolved.
+        texts[f"{FOLDER}/torch-{plan.lock}.txt"] += cpu_torch_pin(plan)
     return write_all(root, {path: _HEADER + text for path, text in texts.items()})
+
+
+def cpu_torch_pin(plan: ImagePlan) -> str:
+    """Return the line of a lock file for the CPU build of torch, empty for an image without it."""
+    wheels = plan.cpu_torch.wheels.values() if plan.cpu_torch else ()
+    hashes = [f" \\\n    --hash=sha256:{text}" for accepted in wheels for text in accepted]
+    return f"torch=={plan.image.torch}+cpu{''.join(hashes)}\n" if hashes else ""
 
 
 def _lock_layers(plan: ImagePlan, *, tested: str, root: Path) -> dict[str, str]:

@@ -9,7 +9,18 @@ from dataclasses import fields
 from graphlib import TopologicalSorter
 
 from attnimg.errors import AttnimgError
-from recipes.facts import Image, ImageKernel, ImagePlan, Kernel, Prebuilt, Recipes, Step, Unresolved
+from recipes.facts import (
+    Base,
+    CpuBuild,
+    Image,
+    ImageKernel,
+    ImagePlan,
+    Kernel,
+    Prebuilt,
+    Recipes,
+    Step,
+    Unresolved,
+)
 from recipes.solve.nearest import nearest_buildable
 from recipes.solve.rules import cuda_release, kernel_archs, reasons_against
 
@@ -27,7 +38,7 @@ def solve(image: Image, recipes: Recipes) -> ImagePlan:
             do=nearest_buildable(image, recipes),
             code="no-solution",
         )
-    digest = recipes.bases[image.base].digest
+    base = recipes.bases[image.base]
     toolkit, driver_min = _toolkit_and_driver(image, recipes)
     flavour = f"cu{toolkit.replace('.', '')}" if isinstance(toolkit, str) else image.accelerator
     abi = _abi(image, flavour)
@@ -38,12 +49,11 @@ def solve(image: Image, recipes: Recipes) -> ImagePlan:
     return ImagePlan(
         image=image,
         steps=steps,
-        unresolved=_find_unresolved(
-            image, steps, base_digest=digest, toolkit=toolkit, driver_min=driver_min
-        ),
+        unresolved=_find_unresolved(image, steps, base, toolkit=toolkit, driver_min=driver_min),
         abi=abi,
         lock=f"{image.torch}-{flavour}",
-        base_digest=digest,
+        base=base,
+        cpu_torch=_cpu_torch(image, recipes),
         toolkit=toolkit,
         driver_min=driver_min,
         nvcc=recipes.cuda[toolkit].nvcc if isinstance(toolkit, str) else "",
@@ -161,6 +171,11 @@ def _sort_kernels(image: Image, recipes: Recipes) -> list[ImageKernel]:
     return [image_kernels[name] for name in TopologicalSorter(graph).static_order()]
 
 
+def _cpu_torch(image: Image, recipes: Recipes) -> CpuBuild | None:
+    torch = recipes.torch.get(str(image.torch))
+    return torch.cpu if torch and image.accelerator == "cpu" else None
+
+
 def _toolkit_and_driver(
     image: Image, recipes: Recipes
 ) -> tuple[str | Unresolved | None, str | Unresolved | None]:
@@ -180,9 +195,12 @@ def _abi(image: Image, flavour: str) -> str:
     return f"{python}-torch{minor}-{flavour}"
 
 
-def _find_unresolved(image: Image, steps: tuple[Step, ...], **computed: object) -> dict[str, str]:
-    """Return the unresolved values of an image, its kernels and `computed`: key -> reason."""
+def _find_unresolved(
+    image: Image, steps: tuple[Step, ...], base: Base, **computed: object
+) -> dict[str, str]:
+    """Return the unresolved values of an image, base, kernels and `computed`: key -> reason."""
     values: dict[str, object] = {item.name: getattr(image, item.name) for item in fields(image)}
     found = {f"images/{image.name}: {key}": value for key, value in (values | computed).items()}
+    found[f"bases/{base.name}: digest"] = base.digest
     found |= {f"kernels/{step.kernel.name}: sha256": step.kernel.sha256 for step in steps}
     return {key: value.reason for key, value in found.items() if isinstance(value, Unresolved)}

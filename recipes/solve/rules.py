@@ -12,7 +12,13 @@ from packaging.specifiers import SpecifierSet
 from attnimg.backends import find_backend, runs_on
 from attnimg.selection.gpus_and_images import arch_from_name
 from recipes.archs import can_run, device_name
-from recipes.facts import Image, ImageKernel, Kernel, Recipes, Unresolved
+from recipes.facts import Base, Image, ImageKernel, Kernel, Recipes, Torch, Unresolved
+
+# What the build serves, and which of its files have it written in them.
+SERVED = {
+    "python": ("3.11", "docker/install/prune.py, the lock files and torch's CPU build are for it"),
+    "debian": ("bookworm", "docker/base.sh and the packages of docker/Dockerfile are for it"),
+}
 
 
 def reasons_against(image: Image, recipes: Recipes) -> tuple[str, ...]:
@@ -50,6 +56,8 @@ def _check_platform(image: Image, recipes: Recipes) -> Iterator[str]:
     if image.base not in recipes.bases:
         known = ", ".join(recipes.bases)
         yield f"base {image.base} is not in recipes/bases.toml; known: {known}"
+    else:
+        yield from _check_base(image, recipes.bases[image.base])
     vendors = {"cpu": "cpu", "cuda": "nvidia", "rocm": "amd"}
     for arch in image.archs:
         if arch_from_name(device_name(arch)).vendor != vendors[image.accelerator]:
@@ -63,8 +71,27 @@ def _check_platform(image: Image, recipes: Recipes) -> Iterator[str]:
         )
     elif not satisfies(image.python, torch.python):
         yield f"torch {image.torch} needs Python {torch.python}; found {image.python}"
+    if image.accelerator == "cpu" and torch and not cpu_wheels(torch, image.python):
+        python = f"cp{image.python.replace('.', '')}"
+        yield f"torch {image.torch} has no CPU build for {python} in recipes/torch.toml"
     if image.accelerator == "cuda":
         yield from _check_cuda(image, recipes)
+
+
+def cpu_wheels(torch: Torch, python: str) -> list[str]:
+    """Return the names of a release's CPU wheels for one Python."""
+    tag = f"-cp{python.replace('.', '')}-"
+    return [name for name in (torch.cpu.wheels if torch.cpu else ()) if tag in name]
+
+
+def _check_base(image: Image, base: Base) -> Iterator[str]:
+    """Check that the Dockerfile and docker/install serve the base: one Python, one Debian."""
+    for key, found in {"python": image.python, "debian": base.debian}.items():
+        served, why = SERVED[key]
+        if found != served:
+            yield f"base {base.name}: {key} {found} is not served, only {served}: {why}"
+    for text in base.open:
+        yield f"base {base.name} is not served yet; missing: {text}"
 
 
 def cuda_release(image: Image, recipes: Recipes) -> str | None:

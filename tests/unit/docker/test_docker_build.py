@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -52,7 +53,11 @@ def docker(tmp_path: Path) -> Path:
     """A docker that prints how it was called, in a folder for PATH; its disk is not known."""
     program = tmp_path / "bin" / "docker"
     program.parent.mkdir()
-    program.write_text('#!/bin/sh\n[ "$1" = info ] && echo /nowhere && exit\necho "$@"\n')
+    program.write_text(
+        '#!/bin/sh\n[ "$1" = info ] && echo /nowhere && exit\n'
+        'if [ "$1" = image ]; then echo sha256:1234; exit; fi\n'
+        'echo "$@"\nenv >"$(dirname "$0")/env"\n'
+    )
     program.chmod(0o755)
     (tmp_path / "wheels").mkdir()
     (tmp_path / "wheels/manifest.json").write_text("{}")
@@ -110,6 +115,18 @@ def test_the_registry_of_releases_is_no_part_of_an_engine_s_tags(docker: Path) -
     assert bake(docker, "turing", REGISTRY="ghcr.io/attnimg") == ["registry:", "none"]
 
 
+def test_the_labels_say_what_is_used(docker: Path) -> None:
+    bake(docker, "hopper")
+    env = dict(
+        line.split("=", 1) for line in (docker / "env").read_text().splitlines() if "=" in line
+    )
+    assert env["BASE"] == "docker-image://attnimg-base:bookworm"
+    assert (env["BASE_NAME"], env["BASE_DIGEST"]) == ("attnimg-base:bookworm", "sha256:1234")
+    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", env["REVISION"])
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", env["CREATED"])
+    assert env["VERSION"]
+
+
 def bake(docker: Path, *arguments: str, **variables: str) -> list[str]:
     """Return the words of the one docker command that builds."""
     path = f"{docker}:{os.environ['PATH']}"
@@ -119,7 +136,7 @@ def bake(docker: Path, *arguments: str, **variables: str) -> list[str]:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return done.stdout.split()
+    return done.stdout.splitlines()[-1].split()
 
 
 MOUNTED = sorted(
@@ -143,3 +160,52 @@ def test_a_file_of_attnimg_that_is_mounted_alone_imports_nothing_else_of_it(path
     imported = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
     assert imported
     assert not [node for node in imported if "attnimg" in ast.unparse(node)]
+
+
+def stage(name: str) -> str:
+    """Return the text of a stage of the Dockerfile."""
+    text = (ROOT / "docker/Dockerfile").read_text(encoding="utf-8")
+    (body,) = re.findall(rf"^FROM \S+ AS {name}\n(.*?)(?=^FROM )", text, re.MULTILINE | re.DOTALL)
+    return str(body)
+
+
+def test_images_with_one_lock_file_have_equal_inputs_up_to_the_stack() -> None:
+    """So one builder makes the layers of torch and the stack once for all of them."""
+    bake = json.loads((ROOT / "docker/docker-bake.json").read_text())["target"]
+    taken = set(re.findall(r"^ARG (\w+)", "".join(map(stage, SHARED)), re.MULTILINE))
+    assert taken == {"PYTHON", "DEBIAN", "APT_PACKAGES", "ACCELERATOR", "LOCK"}
+    given: dict[str, set[str]] = {}
+    for name in (name for name in bake if name.endswith("_common")):
+        args = bake["image"]["args"] | bake[name]["args"]
+        values = json.dumps({key: value for key, value in args.items() if key in taken})
+        given.setdefault(args["LOCK"], set()).add(values)
+    assert len(given) < sum(name.endswith("_common") for name in bake), "some share a lock file"
+    assert {len(values) for values in given.values()} == {1}
+
+
+SHARED = ("python", "torch", "stack")
+
+
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [
+        pytest.param(
+            "torch",
+            {"install.sh", "prune.py", "elf.py", "same_times.sh", "unneeded/torch.toml"},
+            id="torch's layer reads five files of docker/install",
+        ),
+        pytest.param(
+            "toolchain", {"install.sh", "every_image.txt", "cuda_home.sh"},
+            id="the toolchain's, without which kernels are compiled again, three",
+        ),
+    ],
+)  # fmt: skip
+def test_a_large_layer_depends_on_what_it_uses_alone(name: str, files: set[str]) -> None:
+    mounted = re.findall(r"source=docker/install/?([^,\s]*)", stage(name))
+    assert set(mounted) == files
+
+
+@pytest.mark.parametrize("name", ["python", "torch", "stack", "needs", "kernels", "files"])
+def test_the_files_of_a_layer_have_one_time(name: str) -> None:
+    *_, last = stage(name).split('<<"EOT"\n')[-1].split("EOT")[0].strip().splitlines()
+    assert last == '/install/same_times.sh "$began"'

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
@@ -75,3 +77,36 @@ def test_what_is_stripped_is_not_stripped_again(package: ModuleType, has: bool) 
     folder = Path(str(package.__file__)).parent
     library = next(folder.rglob("_*.so"))
     assert call(f"has_symbol_table(Path('{library}'))") == str(has)
+
+
+def rules(folder: Path, accelerator: str) -> dict[str, list[object]]:
+    """Read the rules as prune.py does with those files mounted."""
+    code = (
+        "import json, prune; from dataclasses import asdict; from pathlib import Path; "
+        f"prune.RULES = Path({str(folder)!r}); "
+        f"print(json.dumps(asdict(prune.read_rules({accelerator!r}))))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=INSTALL, capture_output=True, text=True, check=True
+    )
+    found: dict[str, list[object]] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", "cuda", "rocm"])
+def test_a_layer_has_its_own_rules_and_each_has_a_reason(tmp_path: Path, accelerator: str) -> None:
+    shutil.copy(INSTALL / "unneeded/torch.toml", tmp_path)
+    torch = rules(tmp_path, accelerator)
+    every = rules(INSTALL / "unneeded", accelerator)
+    assert {"torch/include", "**/tests"} <= {glob for glob, _ in torch["remove"]}
+    assert not [glob for glob, _ in torch["remove"] if glob.startswith("pyarrow")]
+    assert all(reason for _, reason in every["remove"])
+    assert len(torch["unlink"]) == (1 if accelerator == "cuda" else 0)
+    for key in torch:
+        assert len(every[key]) >= len(torch[key])
+
+
+def test_a_table_of_rules_has_a_name_that_is_read() -> None:
+    names = {"strip", "every_image", "cpu", "cuda", "rocm", "cuda_unlink"}
+    for path in (INSTALL / "unneeded").glob("*.toml"):
+        assert set(tomllib.loads(path.read_text())) <= names

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import re
+from datetime import date
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from attnimg.errors import AttnimgError
-from recipes.facts import Unresolved
-from recipes.read import read_image, read_kernel, read_patches
+from recipes.facts import Base, CpuBuild, Torch, Unresolved
+from recipes.read import (
+    base_faults,
+    read_image,
+    read_kernel,
+    read_patches,
+    read_recipes,
+    torch_faults,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
 KERNEL = (ROOT / "recipes/kernels/flash-attn.toml").read_text(encoding="utf-8")
@@ -228,7 +237,93 @@ def test_values_from_outside_have_a_source_and_its_date(path: Path) -> None:
     assert re.search(r"#.*\b2026-\d\d-\d\d\b", path.read_text(encoding="utf-8"))
 
 
-def test_no_recipe_names_a_package_index() -> None:
-    for path in (ROOT / "recipes").rglob("*.*"):
-        if path.suffix in {".toml", ".py"}:
-            assert not re.search(r"pypi\.org|download\.pytorch", path.read_text(encoding="utf-8"))
+def test_the_one_package_index_that_a_recipe_names_is_data() -> None:
+    found = [
+        (path.name, line.partition(" = ")[0])
+        for path in sorted((ROOT / "recipes").rglob("*.*"))
+        if path.suffix in {".toml", ".py"}
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if re.search(r"pypi\.org|download\.pytorch", line)
+    ]
+    assert found == [("torch.toml", "index")]
+
+
+BASE = {
+    "name": "bookworm",
+    "reference": "docker.io/library/python:3.11-slim-bookworm",
+    "digest": "sha256:" + "0" * 64,
+    "platforms": {"linux/amd64": "sha256:" + "1" * 64},
+    "python": "3.11",
+    "debian": "bookworm",
+    "glibc": "2.36",
+    "glibcxx": "3.4.30",
+    "python_fixes_until": date(2027, 10, 31),
+    "debian_fixes_until": date(2028, 6, 30),
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        pytest.param({}, [], id="a whole base"),
+        pytest.param({"reference": "127.0.0.1:5000/python:3.11"}, [], id="a registry with a port"),
+        pytest.param({"reference": "localhost:5000/a/b:1"}, [], id="this machine's registry"),
+        pytest.param(
+            {"reference": "python:3.11"}, ["reference: found 'python:3.11'"], id="no registry"
+        ),
+        pytest.param(
+            {"reference": "docker.io/library/python"},
+            ["reference: found 'docker.io/library/python', needed registry/name:tag"],
+            id="no tag",
+        ),
+        pytest.param(
+            {"reference": "docker.io/python:3.11@sha256:" + "0" * 64}, ["without a digest"],
+            id="a digest in the reference",
+        ),
+        pytest.param({"digest": "latest"}, ["digest: found 'latest'"], id="a tag for a digest"),
+        pytest.param({"digest": "0" * 64}, ["needed sha256: and 64"], id="no algorithm"),
+        pytest.param(
+            {"platforms": {"linux/arm64": "sha256:1"}}, ["platforms.linux/arm64: found 'sha256:1'"],
+            id="half a digest of a platform",
+        ),
+    ],
+)  # fmt: skip
+def test_a_base_has_a_whole_reference_and_whole_digests(
+    changes: dict[str, Any], says: list[str]
+) -> None:
+    faults = list(base_faults(Base(**{**BASE, **changes})))
+    assert len(faults) == len(says)
+    assert all(text in fault for text, fault in zip(says, faults, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "hashes", "says"),
+    [
+        pytest.param("torch-2.13.0+cpu-cp311-cp311-x.whl", ("0" * 64,), "", id="a CPU wheel"),
+        pytest.param(
+            "torch-2.13.0-cp311-cp311-x.whl", ("0" * 64,), "needed torch-2.13.0+cpu-...whl",
+            id="the CUDA build",
+        ),
+        pytest.param("torch-2.13.0+cpu-cp311-x.whl", (), "found no hash", id="no hash"),
+        pytest.param("torch-2.13.0+cpu-cp311-x.whl", ("12",), "64 hexadecimal", id="half a hash"),
+    ],
+)  # fmt: skip
+def test_a_cpu_build_of_torch_has_hashes(name: str, hashes: tuple[str, ...], says: str) -> None:
+    cpu = CpuBuild(index="https://example.com", wheels={name: hashes})
+    torch = Torch(toolkit="13.0", cxx_standard=17, triton="3.7", python=">=3.10", cpu=cpu)
+    faults = list(torch_faults("2.13.0", torch))
+    assert bool(faults) is bool(says)
+    assert all(says in fault for fault in faults)
+
+
+def test_a_recipe_of_an_image_does_not_set_its_python() -> None:
+    with pytest.raises(AttnimgError) as caught:
+        read_image("x", 'python = "3.12"\n' + IMAGE)
+    assert "python: it is that of the base, in recipes/bases.toml" in caught.value.why
+
+
+def test_an_image_has_the_first_base_and_its_python() -> None:
+    recipes = read_recipes(ROOT)
+    first = next(iter(recipes.bases.values()))
+    assert {image.base for image in recipes.images.values()} == {first.name}
+    assert {image.python for image in recipes.images.values()} == {first.python}

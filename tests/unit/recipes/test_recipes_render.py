@@ -72,7 +72,7 @@ def test_a_digest_pins_the_base() -> None:
     recipes = replace(RECIPES, bases=bases)
     after = render_files(solve_all(recipes), recipes, locks=LOCKS, runners=RUNNERS, **RECORDS)
     base = json.loads(after["docker/docker-bake.json"])["variable"]["BASE"]["default"]
-    assert base == f"docker-image://python:3.11-slim-bookworm@{digest}"
+    assert base == f"docker-image://docker.io/library/python:3.11-slim-bookworm@{digest}"
 
 
 def test_the_dockerfile_takes_every_argument() -> None:
@@ -185,6 +185,15 @@ def test_labels_carry_oci_and_our_own() -> None:
     assert "flash-attn-3==3.0.0" in found["attnimg.kernels"].split()
     assert found["org.opencontainers.image.licenses"] == "Apache-2.0"
     assert labels(PLANS["rocm"])["attnimg.torch"] == "unresolved"
+
+
+@pytest.mark.parametrize("variable", ["VERSION", "REVISION", "CREATED", "BASE_NAME", "BASE_DIGEST"])
+def test_what_is_known_at_the_build_alone_is_a_variable_of_one_label(variable: str) -> None:
+    bake = json.loads(TEXTS["docker/docker-bake.json"])
+    assert bake["variable"][variable]["default"] in ("", "dev")
+    for name in PLANS:
+        values = list(bake["target"][name]["labels"].values())
+        assert values.count(f"${{{variable}}}") == 1
 
 
 @pytest.mark.parametrize(

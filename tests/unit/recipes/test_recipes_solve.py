@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from attnimg.errors import AttnimgError
 from recipes.facts import Image, ImageKernel, Kernel, Need, Prebuilt, Recipes, Removal, Unresolved
 from recipes.read import read_recipes
 from recipes.solve.plan import cache_key, refuse_unresolved, solve, solve_all
-from recipes.solve.rules import reasons_against
+from recipes.solve.rules import SERVED, reasons_against
 
 ROOT = Path(__file__).resolve().parents[3]
 RECIPES = read_recipes(ROOT)
@@ -92,7 +93,7 @@ FRONTIER = {"torch": "2.15.0"}
         pytest.param(
             image("turing", python="3.10", **FRONTIER),
             "torch 2.15.0 needs Python >=3.11; found 3.10",
-            "torch 2.14.1 with CUDA 13.0",
+            "nearest: none",
             id="torch 2.15 has no wheel for Python 3.10",
         ),
         # users.md A2: FlashAttention-3.
@@ -188,9 +189,15 @@ FRONTIER = {"torch": "2.15.0"}
         ),
         pytest.param(
             image("cpu", base="debian:bookworm-slim"),
-            "base debian:bookworm-slim is not in recipes/bases.toml; known: python:3.11-slim",
+            "base debian:bookworm-slim is not in recipes/bases.toml; known: bookworm, trixie",
             "nearest: none",
             id="a base whose libraries nobody wrote down is refused",
+        ),
+        pytest.param(
+            image("cpu", torch="2.14.1"),
+            "torch 2.14.1 has no CPU build for cp311 in recipes/torch.toml",
+            "torch 2.13.0",
+            id="a CPU image without a CPU build of its torch",
         ),
         pytest.param(
             image("cpu", archs=("cpu", "sm_90a")),
@@ -461,8 +468,53 @@ def test_an_unresolved_value_is_planned_but_not_published() -> None:
 def with_digest(recipes: Recipes = RECIPES) -> Recipes:
     """Pin the base."""
     name = recipes.images["cpu"].base
-    base = replace(recipes.bases[name], digest="sha256:" + "0" * 64)
-    return replace(recipes, bases={name: base})
+    return with_base(recipes, name, digest="sha256:" + "0" * 64)
+
+
+def with_base(recipes: Recipes, name: str, **changes: Any) -> Recipes:
+    """Change one base."""
+    bases = {**recipes.bases, name: replace(recipes.bases[name], **changes)}
+    return replace(recipes, bases=bases)
+
+
+@pytest.mark.parametrize(
+    ("changes", "python", "says"),
+    [
+        pytest.param(
+            {"python": "3.12"}, "3.12", "base bookworm: python 3.12 is not served, only 3.11",
+            id="Python 3.12, for which nothing is locked",
+        ),
+        pytest.param(
+            {"debian": "trixie"}, "3.11", "base bookworm: debian trixie is not served",
+            id="Debian trixie",
+        ),
+        pytest.param(
+            {"open": ("wheels for it",)}, "3.11",
+            "base bookworm is not served yet; missing: wheels for it",
+            id="a base with an open list",
+        ),
+    ],
+)  # fmt: skip
+def test_a_base_that_the_build_does_not_serve_is_refused(
+    changes: dict[str, Any], python: str, says: str
+) -> None:
+    recipes = with_base(RECIPES, "bookworm", **changes)
+    assert says in refusal(image("cpu", python=python), recipes).why
+
+
+def test_the_next_base_is_refused_with_all_that_moving_there_takes() -> None:
+    why = refusal(image("cpu", base="trixie", python="3.13")).why
+    assert "python 3.13 is not served, only 3.11: docker/install/prune.py" in why
+    assert all(text in why for text in RECIPES.bases["trixie"].open)
+
+
+@pytest.mark.parametrize("path", ["docker/install/prune.py", "docker/base.sh"])
+def test_the_python_that_is_served_is_the_one_in_the_files(path: str) -> None:
+    text = (ROOT / path).read_text(encoding="utf-8")
+    served = {key: value for key, (value, _) in SERVED.items()}
+    assert set(re.findall(r"[Pp]ython ?(3[.]1\d)", text)) == {served["python"]}
+    assert "trixie" not in text
+    assert served["debian"] in text or path != "docker/base.sh"
 
 
 def test_a_resolved_image_may_be_published() -> None:

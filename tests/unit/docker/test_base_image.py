@@ -1,0 +1,106 @@
+"""The base of a build is what is asked for, by digest, or a stand-in that is named as one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+DIGEST = "sha256:" + "ab" * 32
+PUBLIC = "docker.io/library/python:3.11-slim-bookworm"
+# A registry with one image, an engine that has only the stand-in.
+DOCKER = f"""#!/bin/sh
+echo "$@" >>calls
+case "$1 $2 $3 $4" in
+  "image inspect --format={{{{.Id}}}} "*) echo sha256:5555 ;;
+  "image inspect attnimg-base:bookworm "*) echo [] ;;
+  "image inspect "*) echo "no such image" >&2; exit 1 ;;
+  "pull -q registry.example.com:5000/team/python@{DIGEST} ") ;;
+  "pull -q docker.io/library/python@{DIGEST} ") ;;
+  *) echo "Error: manifest unknown" >&2; exit 1 ;;
+esac
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A folder with the files of docker/, an unresolved base, and the engine above."""
+    (tmp_path / "docker").mkdir()
+    for name in ("base_image.py", "base.sh"):
+        (tmp_path / "docker" / name).write_bytes((ROOT / "docker" / name).read_bytes())
+        (tmp_path / "docker" / name).chmod(0o755)
+    write_bake(tmp_path, PUBLIC)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/docker").write_text(DOCKER)
+    (tmp_path / "bin/docker").chmod(0o755)
+    return tmp_path
+
+
+def write_bake(folder: Path, base: str) -> None:
+    content = {"variable": {"BASE": {"default": f"docker-image://{base}"}}}
+    (folder / "docker/docker-bake.json").write_text(json.dumps(content))
+
+
+def fetch(checkout: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    path = f"{checkout / 'bin'}:{os.environ['PATH']}"
+    inherited = {key: value for key, value in os.environ.items() if key != "BASE_IMAGE"}
+    return subprocess.run(
+        [sys.executable, "docker/base_image.py"],
+        cwd=checkout, env={**inherited, "PATH": path, **env},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_a_base_of_the_environment_is_pulled_by_its_digest(checkout: Path) -> None:
+    asked = f"registry.example.com:5000/team/python:3.11@{DIGEST}"
+    done = fetch(checkout, BASE_IMAGE=asked)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"base: registry.example.com:5000/team/python:3.11 {DIGEST}\n"
+
+
+def test_the_base_of_the_recipe_is_pulled_by_its_digest(checkout: Path) -> None:
+    write_bake(checkout, f"{PUBLIC}@{DIGEST}")
+    assert fetch(checkout).stdout == f"base: {PUBLIC} {DIGEST}\n"
+    assert f"pull -q docker.io/library/python@{DIGEST}" in (checkout / "calls").read_text()
+
+
+@pytest.mark.parametrize(
+    ("asked", "what", "why"),
+    [
+        pytest.param("python:3.11", "BASE_IMAGE has no digest", "found 'python:3.11'", id="a tag"),
+        pytest.param("python@sha256:12", "no digest", "64 hexadecimal digits", id="half a digest"),
+        pytest.param(
+            f"team/other@{DIGEST}", "can't be pulled", "manifest unknown", id="what nobody has"
+        ),
+    ],
+)
+def test_a_base_of_the_environment_that_can_not_be_used_is_no_stand_in(
+    checkout: Path, asked: str, what: str, why: str
+) -> None:
+    done = fetch(checkout, BASE_IMAGE=asked)
+    assert done.returncode == 1
+    first, second, third = done.stderr.splitlines()
+    assert (what in first, why in second, third.startswith("  do:  ")) == (True, True, True)
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("base", "why"),
+    [
+        pytest.param(PUBLIC, "recipes/bases.toml has no digest", id="unresolved"),
+        pytest.param(
+            PUBLIC.replace("python:", "pythn:") + f"@{DIGEST}", "manifest unknown", id="no registry"
+        ),
+    ],
+)
+def test_the_stand_in_is_named_with_the_reason(checkout: Path, base: str, why: str) -> None:
+    write_bake(checkout, base)
+    done = fetch(checkout)
+    assert done.returncode == 0, done.stderr
+    assert why in done.stdout
+    assert done.stdout.splitlines()[-1] == "base: attnimg-base:bookworm sha256:5555"
