@@ -97,6 +97,29 @@ def test_a_value_that_axolotl_refuses_is_refused(
 
 
 @pytest.mark.parametrize(
+    ("keys", "contradicting"),
+    [
+        ({"expert_backend": "sonicmoe", "use_scattermoe": True}, ["use_scattermoe"]),
+        ({"expert_backend": "ScatterMoE", "use_sonicmoe": True}, ["use_sonicmoe"]),
+        ({"expert_backend": "eager", "use_scattermoe": True, "use_sonicmoe": True},
+         ["use_scattermoe", "use_sonicmoe"]),
+        ({"use_scattermoe": True, "use_sonicmoe": 1}, ["use_sonicmoe"]),
+        ({"expert_backend": "ScatterMoE", "use_scattermoe": True, "use_sonicmoe": False}, []),
+        ({"expert_backend": "sonicmoe", "use_scattermoe": False}, []),
+        ({"expert_backend": None, "use_scattermoe": True, "use_sonicmoe": None}, []),
+        ({"expert_backend": "nonsense", "use_scattermoe": True}, ["expert_backend"]),
+    ],
+)  # fmt: skip
+def test_two_kernels_for_the_experts_contradict_each_other_as_in_axolotl(
+    keys: dict[str, Any], contradicting: list[str]
+) -> None:
+    errors = check_values({**RUN, **keys}, file="c.yaml").errors
+    assert [(error.code, error.key) for error in errors] == [
+        ("bad-value", key) for key in contradicting
+    ]
+
+
+@pytest.mark.parametrize(
     ("keys", "named", "absent"),
     [
         ({}, ("gradient_checkpointing: true", "sequence_len", "qlora"), ("micro_batch_size",)),
