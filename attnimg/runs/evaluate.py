@@ -145,20 +145,23 @@ def evaluate(
     if not config.test_datasets and not config.val_set_size:
         raise _nothing_to_evaluate(target)
     silence_libraries()
-    inputs: dict[str, Any] = {}
-
-    def load(selected: Selected) -> Any:
-        inputs["tokenizer"], inputs["parts"] = _load_data(config, target.run, report)
-        return _load_weights(config, target.run, selected, inputs["tokenizer"], report.log)
-
     with ExitStack() as undo:
         undo.enter_context(application.restore_registries())
         task = read_checked_task(config, machine, report)
         task, plan = with_model_config(config, task, select(task, report), report)
+        # Before the proofs, so that a mistake in the data is reported without waiting for them.
+        tokenizer, parts = _load_data(config, target.run, report)
+
+        def load(selected: Selected) -> Any:
+            return _load_weights(config, target.run, selected, tokenizer, report.log)
+
         applied = select_verify_apply(task, load, report=report, plan=plan)
         folder = undo.enter_context(TemporaryDirectory())
         config = config.model_copy(update={"output_dir": folder})
-        return _evaluate_parts(config, machine, applied, **inputs, report=report, advance=advance)
+        return _evaluate_parts(
+            config, machine, applied, tokenizer=tokenizer, parts=parts, report=report,
+            advance=advance,
+        )  # fmt: skip
 
 
 def _of_preferences(target: Target) -> AttnimgError:
