@@ -132,7 +132,10 @@ def test_data_comes_from_the_config_file(folder: Path, capsys: pytest.CaptureFix
 
 
 def test_a_broken_record_is_named_before_any_proof(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("ATTNIMG_CACHE", str(tmp_path))
     values = yaml.safe_load((folder / "lora.yaml").read_text())
