@@ -45,6 +45,18 @@ INFO = {
                  "assistant_tag": "bot"},
     },
     "corpus": {"file_name": "corpus.jsonl", "columns": {"prompt": "content"}},
+    "pairs": {"file_name": "p.json", "ranking": True, "columns": {
+        "prompt": "ask", "chosen": "good", "rejected": "bad"}},
+    "pair_chats": {"file_name": "p.json", "ranking": True, "formatting": "sharegpt", "columns": {
+        "messages": "conversations", "chosen": "good", "rejected": "bad"}},
+    "labels": {"file_name": "p.json", "columns": {
+        "prompt": "ask", "response": "said", "kto_tag": "ok"}},
+    "label_chats": {"file_name": "p.json", "formatting": "sharegpt", "columns": {
+        "messages": "conversations", "kto_tag": "ok"}},
+    "unranked": {"file_name": "p.json", "columns": {"chosen": "good", "rejected": "bad"}},
+    "tools": {"file_name": "t.json", "formatting": "sharegpt", "columns": {
+        "messages": "conversations", "tools": "functions"}},
+    "hub_chats": {"hf_hub_url": "org/chats", "formatting": "sharegpt"},
     "hub": {"hf_hub_url": "org/data", "subset": "en", "split": "test"},
     "images": {"file_name": "i.json", "columns": {"images": "images"}},
     "lost": {},
@@ -417,7 +429,18 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {**TRL, "max_seq_length": 5, "max_length": 6}, "max_seq_length"),
     "an unknown key": ({**TRL, "max_lenght": 5}, "max_lenght"),
     "a key nobody knows": ({**TRL, "wubble": 5}, "wubble"),
-    "a stage of preferences": ({**FACTORY, "stage": "dpo"}, "stage"),
+    "a stage of rewards": ({**FACTORY, "stage": "rm"}, "stage"),
+    "a loss without a reference": (
+        {**FACTORY, "stage": "dpo", "dataset": "pairs", "pref_loss": "orpo"}, "pref_loss"),
+    "another part of the loss": (
+        {**FACTORY, "stage": "dpo", "dataset": "pairs", "pref_ftx": 0.5}, "pref_ftx"),
+    "pairs without a template": (
+        {**{k: v for k, v in FACTORY.items() if k != "template"}, "stage": "dpo",
+         "dataset": "pairs"}, "dataset"),
+    "no pairs": ({**FACTORY, "stage": "dpo"}, "dataset"),
+    "pairs that are not ranked": ({**FACTORY, "stage": "dpo", "dataset": "unranked"}, "dataset"),
+    "pairs in supervised fine-tuning": ({**FACTORY, "dataset": "pairs"}, "dataset"),
+    "conversations with labels": ({**FACTORY, "stage": "kto", "dataset": "label_chats"}, "dataset"),
     "freeze": ({**FACTORY, "finetuning_type": "freeze"}, "finetuning_type"),
     "no training": ({**FACTORY, "do_train": False}, "do_train"),
     "an unknown attention": ({**FACTORY, "flash_attn": "fa9"}, "flash_attn"),
@@ -548,7 +571,8 @@ def edits(do: str, key: str) -> list[dict[str, Any]]:
 BY_HAND = {
     "a tokenizer as the template", "model_init_kwargs", "a part of a dataset",
     "datasets that are no list", "no datasets", "arguments that are no mapping", "variables",
-    "an unknown key", "a stage of preferences", "images", "an unknown dataset",
+    "an unknown key", "images", "no pairs", "pairs that are not ranked",
+    "pairs in supervised fine-tuning", "conversations with labels", "an unknown dataset",
     "a dataset without a file", "an unknown formatting", "records without an answer",
     "text with a prompt", "no datasets of LLaMA-Factory", "a remote folder", "no such folder",
     "end tokens in a prompt", "documents of any length", "a share of the steps", "a stable rate",
@@ -615,6 +639,63 @@ def test_what_trls_scripts_for_preferences_do_is_written_out() -> None:
     assert (found["dpo_label_smoothing"], found["special_tokens"]) == (0.1, {"pad_token": "<p>"})
     assert "dpo_label_smoothing" not in converted({**DPO, "label_smoothing": 0.1}, first=PAIR)
     assert converted({**DPO, "loss_type": "ipo"}, first=PAIR)["dpo_loss_type"] == ["ipo"]
+
+
+def test_the_stages_of_preferences_of_llama_factory_are_converted() -> None:
+    values = {**FACTORY, "stage": "dpo", "dataset": "pairs", "pref_beta": 0.2}
+    found = converted(values)
+    assert {key: found[key] for key in ("rl", "rl_beta", "learning_rate", "adapter")} == {
+        "rl": "dpo", "rl_beta": 0.2, "learning_rate": 5e-5, "adapter": "lora",
+    }  # fmt: skip
+    (entry,) = found["datasets"]
+    assert entry["type"] == {
+        "field_prompt": "ask", "field_chosen": "good", "field_rejected": "bad", "prompt_format":
+        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+        "<|im_end|>\n<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n",
+    }  # fmt: skip
+    assert converted({**values, "pref_loss": "ipo"})["dpo_loss_type"] == ["ipo"]
+    assert converted({**values, "max_samples": 5})["datasets"][0]["split"] == "train[:5]"
+    system = converted({**values, "default_system": "{a}"})["datasets"][0]["type"]
+    assert system["prompt_format"].startswith("<|im_start|>system\n{{a}}<|im_end|>")
+    chats = converted({**values, "dataset": "pair_chats"})
+    assert chats["datasets"] == [{
+        "path": "data/p.json", "type": "chat_template.default", "field_messages": "conversations",
+        "message_property_mappings": {"role": "from", "content": "value"},
+        "field_chosen": "good", "field_rejected": "bad",
+    }]  # fmt: skip
+    assert chats["chat_template"] == "jinja"
+    labels = {**values, "stage": "kto", "dataset": "labels", "kto_chosen_weight": 1.5}
+    found = converted(labels)
+    assert (found["rl"], found["kto_desirable_weight"]) == ("kto", 1.5)
+    assert found["datasets"][0]["type"].items() >= {
+        "field_prompt": "ask", "field_completion": "said", "field_label": "ok"
+    }.items()  # fmt: skip
+
+
+def test_texts_that_pairs_do_not_have_here_are_refused() -> None:
+    info = {"ranking": True, "file_name": "p.json", "columns": {
+        "query": "more", "chosen": "good", "rejected": "bad"}}  # fmt: skip
+    Path("data/dataset_info.json").write_text(json.dumps({"pairs": info}))
+    values = {**FACTORY, "stage": "dpo", "dataset": "pairs"}
+    pair = {"instruction": "a", "good": "b", "bad": "c"}
+    assert "more" in refused(values, first={**pair, "more": "x"})["dataset"]
+    assert "columns" in refused(values, records=None)["dataset"]
+    assert converted(values, first={**pair, "more": ""}) == converted(values, first=pair)
+
+
+def test_columns_that_llama_factory_does_not_read_are_turned_off() -> None:
+    chat = {"conversations": SAMPLES["conversations"]}
+    values = {**FACTORY, "dataset": "chats"}
+    plain = converted(values, first=chat)["datasets"][0]
+    assert not plain.keys() & {"field_system", "field_tools"}
+    both = converted(values, first={**chat, "system": "s", "tools": "[]"})["datasets"][0]
+    assert both == {**plain, "field_system": "(none)", "field_tools": "(none)"}
+    hub = converted({**values, "dataset": "hub_chats"}, records=None)["datasets"][0]
+    assert (hub["field_system"], hub["field_tools"]) == ("(none)", "(none)")
+    tools = {**values, "dataset": "tools"}
+    assert "tools" in refused(tools, first={**chat, "functions": "[]"})["dataset"]
+    assert refused(tools, records=None)["dataset"]
+    assert converted(tools, first={**chat, "functions": ""})["datasets"][0]["path"] == "data/t.json"
 
 
 TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
