@@ -35,6 +35,17 @@ def printable(text: str) -> str:
     return CONTROL_CHARACTERS.sub(lambda found: ascii(found.group())[1:-1], text)
 
 
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """Return a number with its noun: "1 document", "2 documents", "1,234 documents".
+
+    Args:
+        count: how many.
+        noun: what is counted, in the singular.
+        plural: for a noun that does not only get an s.
+    """
+    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
+
+
 def shortened(text: str) -> str:
     """Return text cut to 4,000 characters, followed by the number of characters left out."""
     if len(text) <= _LONGEST_PART:

@@ -13,7 +13,7 @@ from attnimg.cli import as_text, json_line
 from attnimg.cli.evaluate import require_one_process
 from attnimg.cli.progress import exit_on_sigterm
 from attnimg.cli.train import PrintedReport
-from attnimg.errors import AttnimgError, printable
+from attnimg.errors import AttnimgError, counted, printable
 from attnimg.machine.kernel_cache import use_shipped_kernels
 from attnimg.runs.chat import Answer, ChatModel, Message, Settings, answer, load_chat
 from attnimg.runs.folder import find_run
@@ -129,7 +129,7 @@ def _ending(found: Answer) -> str:
         return "stopped"
     if found.finish == "context":
         return "cut off at the end of the model's context; /reset begins a new conversation"
-    return f"cut off after {found.tokens:,} tokens; --max-new-tokens allows more"
+    return f"cut off after {counted(found.tokens, 'token')}; --max-new-tokens allows more"
 
 
 def _lines() -> Iterator[str]:

@@ -102,7 +102,7 @@ def _losses(config: Config) -> Iterator[Finding]:
         return
     losses, weights = config.dpo_loss_type or ["sigmoid"], config.dpo_loss_weights
     if weights and (config.dpo_loss_type is None or len(weights) != len(losses)):
-        why = f"found {len(weights)} weights and {len(config.dpo_loss_type or ())} losses"
+        why = f"weights: {len(weights)}, losses: {len(config.dpo_loss_type or ())}"
         key, what = "dpo_loss_weights", "dpo_loss_weights needs one loss for each in dpo_loss_type"
         yield bad_value(key, what, why, f"remove {key}")
     key, smoothing = "dpo_label_smoothing", config.dpo_label_smoothing or 0.0

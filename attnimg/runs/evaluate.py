@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnimg import application
 from attnimg.config.schema import Config, trains_preferences
-from attnimg.errors import AttnimgError
+from attnimg.errors import AttnimgError, counted
 from attnimg.facts import Machine
 from attnimg.pipeline import Applied, Selected, select, select_verify_apply
 from attnimg.runs.folder import WITHOUT_TRAINING, RunFolder, find_run, has_receipt, locate
@@ -231,10 +231,11 @@ def _compare_data(figures: tuple[SourceFigures, ...], config: Config, run: RunFo
     ]
     before = [found for found in _trained_figures(run) if not found["key"].startswith("test_")]
     if len(before) != len(figures):
-        changed.append(f"found {len(figures)} datasets, trained on {len(before)}")
+        changed.append(f"found {counted(len(figures), 'dataset')}, trained on {len(before)}")
     changed += [
-        f"{now.key} ({now.path}): found {now.documents:,} documents, SHA-256 {now.content[:12]}; "
-        f"trained on {then.get('documents')}, {str(then.get('content'))[:12]}"
+        f"{now.key} ({now.path}): found {counted(now.documents, 'document')}, "
+        f"SHA-256 {now.content[:12]}; trained on {then.get('documents')}, "
+        f"{str(then.get('content'))[:12]}"
         for now, then in zip(figures, before, strict=False)
         if not _has_same_split(now, then, config)
     ]

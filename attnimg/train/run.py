@@ -18,6 +18,7 @@ from attnimg import application
 from attnimg.config import check_values
 from attnimg.config.schema import Config, dataset_entries, has_reference
 from attnimg.context import describe_context
+from attnimg.errors import counted
 from attnimg.facts import Finding, LayersTask, Machine, Plan
 from attnimg.files import read_regular
 from attnimg.memory.report import memory_line, memory_warning, report_memory
@@ -298,7 +299,7 @@ def _load_documents(
     lengths = [len(documents.train), len(documents.validation or ())]
     if lengths[1]:
         unit = documents.figures[0].unit
-        report.log(f"{lengths[0]:,} {unit} to train on, {lengths[1]:,} to evaluate")
+        report.log(f"{counted(lengths[0], unit)} to train on, {lengths[1]:,} to evaluate")
     require_embeddings(config, (documents.train, documents.validation), tokenizer)
     content = [figures.content for figures in documents.figures]
     _require_same(
