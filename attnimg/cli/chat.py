@@ -50,8 +50,10 @@ def chat(
 
             set_seed(seed)
         if sys.stdin.isatty():
-            report.log("/reset begins a new conversation, /exit ends; Ctrl-C stops an answer")
+            report.log(HELP)
         Conversation(model, settings, system=system, raw=raw, as_json_lines=as_json_lines).run()
+
+HELP = "/reset begins a new conversation, /exit ends, /help shows this; Ctrl-C stops an answer"
 
 
 class Conversation:
@@ -89,6 +91,9 @@ class Conversation:
         for line in _lines():
             if line == "/exit":
                 return
+            if line == "/help":
+                sys.stderr.write(f"  {HELP}\n")
+                continue
             if line == "/reset":
                 self.messages = list(self.begin)
                 continue

@@ -258,6 +258,8 @@ def _type(
             why += f"{draft.get('dataset_text_field')}, or prompt and completion"
             do = "set dataset_text_field to the column of the text"
         draft.refuse(key, why=why, do=do)
+        for other in ("assistant_only_loss", "completion_only_loss", "dataset_text_field"):
+            draft.note(other, "refused", reason=f"it depends on the format of {key}", do=do)
         return None
     if first is not None and not _is_readable(draft, key, kind, first, columns):
         return None

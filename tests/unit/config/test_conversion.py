@@ -505,6 +505,7 @@ SECRETS: dict[str, tuple[dict[str, Any], str]] = {
         {**TRL, "lr_scheduler_type": "cosine_with_min_lr",
          "lr_scheduler_kwargs": f'{{"min_lr": 0.1, "token": "{SECRET}"}}'}, "lr_scheduler_kwargs"),
     "an unknown key": ({**TRL, "my_api_key": SECRET}, "my_api_key"),
+    "a password of digits": ({**TRL, "hub_token": 8374620918}, "hub_token"),
     "a token": ({**TRL, "hub_token": SECRET}, "hub_token"),
     "LLaMA-Factory's token": ({**FACTORY, "hf_hub_token": SECRET}, "hf_hub_token"),
     "LLaMA-Factory's targets": ({**FACTORY, "additional_target": [f"https://u:{SECRET}@h"]},
@@ -521,6 +522,7 @@ def test_a_secret_is_refused_and_never_shown(name: str) -> None:
     values, key = SECRETS[name]
     found = convert(values, None if "axolotl" not in name else "axolotl")
     assert SECRET not in repr(found)
+    assert "8374620918" not in repr(found)
     assert any(re.split(r"[.\[]", error.key or "")[0] == key for error in found.errors)
     assert found.text == ""
 
@@ -534,6 +536,18 @@ def test_texts_that_only_look_like_secrets_are_kept() -> None:
     path = "https://example.com/data.jsonl"
     found = converted({**TRL, "dataset_name": path}, columns=["text"])
     assert found["datasets"][0]["path"] == path
+
+
+def test_what_depends_on_an_unknown_format_is_not_done() -> None:
+    values = {**TRL, "assistant_only_loss": True, "dataset_text_field": "text"}
+    for options in ({"columns": None}, {"columns": ["body"]}):
+        given = values if options["columns"] else {**TRL, "assistant_only_loss": True}
+        found = convert(given, **options)
+        answers = {answer.key: answer.answer for answer in found.answers}
+        assert answers["assistant_only_loss"] == "refused"
+        assert {error.key for error in found.errors} == {"dataset_name"}
+    answers = {one.key: one.answer for one in convert({**TRL, "assistant_only_loss": True}).answers}
+    assert answers["assistant_only_loss"] == "done"
 
 
 def test_null_that_is_written_is_not_called_a_default() -> None:
