@@ -53,6 +53,7 @@ def chat(
             report.log(HELP)
         Conversation(model, settings, system=system, raw=raw, as_json_lines=as_json_lines).run()
 
+
 HELP = "/reset begins a new conversation, /exit ends, /help shows this; Ctrl-C stops an answer"
 
 

@@ -15,6 +15,7 @@ from attnimg.config import check_values
 from attnimg.config.attention import LEGACY
 from attnimg.config.keys import (
     COMPUTED,
+    allowed_options,
     allowed_values,
     dataset_key_answers,
     key_answers,
@@ -65,6 +66,8 @@ def test_no_key_has_two_answers() -> None:
 @pytest.mark.parametrize("key", ACCEPTED)
 def test_an_accepted_key_is_a_warning_that_says_why_and_what_to_do(key: str) -> None:
     value = (allowed_values(key) or (True,))[0]
+    if options := allowed_options(key):
+        value = {options[0]: True}
     found = check_values({**RUN, "micro_batch_size": 2, key: value}, file="c.yaml")
     assert found.ok
     if True in key_answers()[key].accepts:
@@ -85,6 +88,10 @@ def test_an_accepted_key_is_a_warning_that_says_why_and_what_to_do(key: str) -> 
         ("expert_backend", "builtin", ([], [])),
         ("moe_grouped_backend", "dequant", (["bad-value"], [])),
         ("moe_grouped_backend", "auto", ([], ["hint-not-used"])),
+        ("torch_compile_options", {"emulate_precision_casts": True}, (["bad-value"], [])),
+        ("torch_compile_options", ["shape_padding"], (["bad-value"], [])),
+        ("torch_compile_options", {"shape_padding": True}, ([], ["hint-not-used"])),
+        ("torch_compile_options", {}, ([], [])),
         ("eval_max_new_tokens", 128, ([], ["hint-not-used"])),
         ("generation_temperature", 0.7, ([], ["hint-not-used"])),
         ("generate_samples", True, (["unsupported-key"], [])),
