@@ -95,7 +95,7 @@ COMMANDS = {
                 "--from",
                 "The trainer of the config, if its keys fit several trainers.",
                 dest="trainer",
-                choices=("trl", "llama-factory", "axolotl"),
+                choices=("trl", "trl-dpo", "trl-kto", "trl-orpo", "llama-factory", "axolotl"),
             ),
             _argument(
                 "--dataset-format",

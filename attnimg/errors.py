@@ -17,7 +17,7 @@ from attnimg.redact import redact
 
 # Control characters of ASCII and Latin-1, and bidirectional ones, which reorder text.
 # Source: Unicode 17, categories Cc and Cf (Bidi_Control), less tab and newline (2026-11-27).
-_CONTROL_CHARACTERS = re.compile(
+CONTROL_CHARACTERS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
 )
 
@@ -32,7 +32,18 @@ def printable(text: str) -> str:
         text: from an external source, such as a path, a config key or a library's message. Tabs
             and newlines are kept.
     """
-    return _CONTROL_CHARACTERS.sub(lambda found: ascii(found.group())[1:-1], text)
+    return CONTROL_CHARACTERS.sub(lambda found: ascii(found.group())[1:-1], text)
+
+
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """Return a number with its noun: "1 document", "2 documents", "1,234 documents".
+
+    Args:
+        count: how many.
+        noun: what is counted, in the singular.
+        plural: for a noun that does not only get an s.
+    """
+    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
 
 
 def shortened(text: str) -> str:

@@ -21,7 +21,7 @@ from attnimg.api.arguments import backend_name
 from attnimg.api.choice import LoggedReport
 from attnimg.backends._transformers import applied_form, attention_function, is_called_directly
 from attnimg.config.attention import VARIABLE
-from attnimg.errors import AttnimgError
+from attnimg.errors import AttnimgError, counted
 from attnimg.facts import Arch, AttentionFunction, DType, LayerGroup, MaskKind, Model, Problem
 from attnimg.machine.kernel_cache import use_shipped_kernels
 from attnimg.selection import known_bad
@@ -339,7 +339,7 @@ def _require_boundaries(
         if (ends[0], ends[-1]) != (0, len(tokens)):
             raise _mismatch(
                 f"{name} does not go from 0 to the number of tokens",
-                f"found {ends[0]} to {ends[-1]} for {len(tokens)} tokens",
+                f"found {ends[0]} to {ends[-1]} for {counted(len(tokens), 'token')}",
             )
         lengths = ends.diff()
         if lengths.min() < 0:

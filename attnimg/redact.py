@@ -46,12 +46,14 @@ def has_credentials(uri: str) -> bool:
 
 
 def is_secret_key(key: str) -> bool:
-    """Return whether the text values of a config key are secret."""
+    """Return whether the texts and numbers of a config key are secret."""
     return _SECRET_KEY.search(key) is not None
 
 
 def is_secret(key: str, value: object) -> bool:
     """Return whether a config key has a secret as its value; hf_use_auth_token: true has none."""
+    if is_secret_key(key) and isinstance(value, int | float) and not isinstance(value, bool):
+        return True  # a password of digits, which YAML reads as a number
     if not isinstance(value, str) or not value:
         return False
     if is_secret_key(key) or _HUB_TOKEN.search(value) or _USER_AT_HOST.fullmatch(value):

@@ -18,6 +18,7 @@ from recipes.pages.api_page import api_page
 from recipes.pages.built import built_table
 from recipes.pages.choices import choices_json, choices_page, choose_on_all_gpus
 from recipes.pages.config_keys_page import config_keys_page
+from recipes.pages.convert_keys_page import convert_keys_page
 from recipes.pages.image_pages import (
     fa4_models_page,
     gates_page,
@@ -71,6 +72,7 @@ def render_files(
         "docs/what-auto-chooses.md": choices_page(gpu_choices),
         "docs/checkpoints.md": checkpoints_page(read_causal_types(), reloaded=reload),
         "docs/config-keys.md": config_keys_page(config_keys),
+        "docs/convert-keys.md": convert_keys_page(),
         "docs/attnimg.schema.json": generated_json(config_schema()),
         "tests/unit/golden/choices.json": choices_json(gpu_choices, parsed),
         "docs/model-types.md": families_page(families),

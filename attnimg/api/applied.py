@@ -14,7 +14,7 @@ from attnimg.api.arguments import read_facts
 from attnimg.api.choice import Choice, LoggedReport, Settings, in_use, log, select
 from attnimg.backends import find_backend
 from attnimg.context import build_context
-from attnimg.errors import AttnimgError, PackingLeak
+from attnimg.errors import AttnimgError, PackingLeak, counted
 from attnimg.facts import Backend, Machine, Problem, Proof
 from attnimg.machine.kernel_cache import use_shipped_kernels
 from attnimg.task import gpu_text
@@ -377,8 +377,9 @@ def _require_boundaries(batch: Mapping[str, Any], collator: str, *, documents: i
         return
     raise PackingLeak(
         f"the collator {collator} packs documents without their boundaries",
-        why=f"found {', '.join(sorted(batch))} for {documents} documents in "
-        f"{len(batch['input_ids'])} row(s); needed position_ids that start at 0 in each document",
+        why=f"found {', '.join(sorted(batch))} for {counted(documents, 'document')} in "
+        f"{counted(len(batch['input_ids']), 'row')}; needed position_ids that start at 0 in each "
+        "document",
         do="pass a collator that returns position_ids, as transformers' DataCollatorWithFlattening",
         code="packing-not-isolated",
         key="collator",

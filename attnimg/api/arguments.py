@@ -183,10 +183,13 @@ def _named_model(name: str) -> ModelFacts:
     if path is None and (missing := model_config.missing_folder(name)) is not None:
         raise missing
     if path is None:
+        do = f"run hf download {name} config.json, or pass the loaded model"
+        if model_config.may_be_path(name):
+            do = f"pass the path of the model's folder; if {name} is a name on the hub, {do}"
         raise AttnimgError(
             f"the config.json of {name} is not on this machine",
             why="found neither a folder of that name nor a snapshot in the Hugging Face cache",
-            do=f"run hf download {name} config.json, or pass the loaded model",
+            do=do,
             code="model-not-at-hand",
             key="model",
         )

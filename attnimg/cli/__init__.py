@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from attnimg.errors import shortened
+from attnimg.errors import CONTROL_CHARACTERS, shortened
 from attnimg.redact import redact
 
 if TYPE_CHECKING:
@@ -21,8 +20,8 @@ Styled = list[tuple[str, str]]
 def json_line(value: dict[str, Any]) -> str:
     """Return a JSON object as one line, with control characters escaped."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    # JSON itself escapes only those below U+0020.
-    return re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found.group()):04x}", text)
+    # JSON itself escapes only those below U+0020, not those that reorder text on a terminal.
+    return CONTROL_CHARACTERS.sub(lambda found: f"\\u{ord(found.group()):04x}", text)
 
 
 def finding_json(finding: Finding) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from attnimg.cli import Styled, findings_text
-from attnimg.errors import printable
+from attnimg.errors import counted, printable
 from attnimg.facts import Backend, Finding, LayerGroup, Machine, Model, Plan, Problem, Reason
 from attnimg.memory.report import MemoryReport, memory_line, size, values_text
 from attnimg.selection.run_findings import OtherLayers, describe_other_layers, other_layers
@@ -181,7 +181,7 @@ def _model_text(model: Model | None) -> str:
         return "not on this machine: head sizes, windows and sinks are not known"
     parts = [_layer_text(group) for group in model.layers]
     if others := sum(count for _, count in model.other_layers):
-        parts.append(f"{others} layers without softmax attention")
+        parts.append(f"{counted(others, 'layer')} without softmax attention")
     return f"{model.type}: {'; '.join(parts) or 'no attention layers found'}"
 
 
@@ -189,7 +189,8 @@ def _layer_text(group: LayerGroup) -> str:
     size = f"head_dim {group.head_dim_qk}"
     if group.head_dim_v != group.head_dim_qk:
         size += f"/{group.head_dim_v}"
-    text = f"{group.count} layers, {group.heads} heads, {group.kv_heads} kv_heads, {size}"
+    text = ", ".join((counted(group.count, "layer"), counted(group.heads, "head"),
+                      counted(group.kv_heads, "kv_head"), size))  # fmt: skip
     extras = [
         f"window {group.window}" if group.window else "",
         f"softcap {group.softcap:g}" if group.softcap else "",

@@ -13,7 +13,7 @@ from attnimg.cli import as_text, json_line
 from attnimg.cli.evaluate import require_one_process
 from attnimg.cli.progress import exit_on_sigterm
 from attnimg.cli.train import PrintedReport
-from attnimg.errors import AttnimgError, printable
+from attnimg.errors import AttnimgError, counted, printable
 from attnimg.machine.kernel_cache import use_shipped_kernels
 from attnimg.runs.chat import Answer, ChatModel, Message, Settings, answer, load_chat
 from attnimg.runs.folder import find_run
@@ -50,8 +50,11 @@ def chat(
 
             set_seed(seed)
         if sys.stdin.isatty():
-            report.log("/reset begins a new conversation, /exit ends; Ctrl-C stops an answer")
+            report.log(HELP)
         Conversation(model, settings, system=system, raw=raw, as_json_lines=as_json_lines).run()
+
+
+HELP = "/reset begins a new conversation, /exit ends, /help shows this; Ctrl-C stops an answer"
 
 
 class Conversation:
@@ -89,6 +92,9 @@ class Conversation:
         for line in _lines():
             if line == "/exit":
                 return
+            if line == "/help":
+                sys.stderr.write(f"  {HELP}\n")
+                continue
             if line == "/reset":
                 self.messages = list(self.begin)
                 continue
@@ -129,7 +135,7 @@ def _ending(found: Answer) -> str:
         return "stopped"
     if found.finish == "context":
         return "cut off at the end of the model's context; /reset begins a new conversation"
-    return f"cut off after {found.tokens:,} tokens; --max-new-tokens allows more"
+    return f"cut off after {counted(found.tokens, 'token')}; --max-new-tokens allows more"
 
 
 def _lines() -> Iterator[str]:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any
 
 from attnimg.cli import Styled, finding_json, findings_text, json_line
-from attnimg.errors import printable
+from attnimg.errors import counted, printable
 from attnimg.facts import Finding
 from attnimg.redact import redact
 
@@ -97,7 +97,7 @@ def _without_garbage_collection() -> Iterator[None]:
 def _summary(checked: CheckResult) -> Styled:
     """Return the summary line of a file."""
     counts = ", ".join(
-        f"{len(findings)} {word}{'s' if len(findings) > 1 else ''}"
+        f"{counted(len(findings), word)}"
         for findings, word in ((checked.errors, "error"), (checked.warnings, "warning"))
         if findings
     )

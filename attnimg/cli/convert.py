@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnimg.cli import Styled, finding_json, findings_text, json_line
 from attnimg.cli.check import print_styled
-from attnimg.errors import AttnimgError, printable, shortened
+from attnimg.errors import AttnimgError, counted, printable, shortened
 from attnimg.redact import redact
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def _report(found: Conversion, *, file: str, output: str | None) -> Iterator[Sty
             yield from findings_text(findings, kind)
     if found.errors:
         count = len(found.errors)
-        mark, end = ("no", "red"), f"  {count} error{'s' if count > 1 else ''}; nothing was written"
+        mark, end = ("no", "red"), f"  {counted(count, 'error')}; nothing was written"
     else:
         mark, end = ("ok", "green"), f"  {output}" if output else ""
     yield [mark, (f"  {file}  ", ""), (f"from {NAMES[found.trainer]}", "cyan"), (end, "")]

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from attnimg.cli import json_line
 from attnimg.cli.progress import TaskProgress, exit_on_sigterm
 from attnimg.cli.train import PrintedReport
-from attnimg.errors import AttnimgError, printable
+from attnimg.errors import AttnimgError, counted, printable
 from attnimg.machine.kernel_cache import use_shipped_kernels
 from attnimg.runs.evaluate import Evaluation, find_target
 from attnimg.runs.evaluate import evaluate as evaluate_target
@@ -44,7 +44,7 @@ def result_text(result: Evaluation) -> str:
     error = "" if result.standard_error is None else f" +- {result.standard_error:.4f}"
     return (
         f"{name}: loss {result.loss:.4f}{error}, perplexity {result.perplexity:,.2f}, "
-        f"{result.documents:,} documents, {result.tokens:,} tokens, "
+        f"{counted(result.documents, 'document')}, {counted(result.tokens, 'token')}, "
         f"{result.trained_tokens:,} with loss"
     )
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attnimg.cli.samples_text import WITHOUT_LOSS, dropped_texts, facts
-from attnimg.errors import AttnimgError
+from attnimg.errors import AttnimgError, counted
 from attnimg.files import data_file
 from attnimg.train.checkpoint import write_errors
 from attnimg.train.samples import SPACES, Omitted, Sample, SampledRow, Token, visible
@@ -121,7 +121,7 @@ def _page(
     yield f"</section>\n{_LEGEND}"
     for (key, split), group in groupby(samples, key=lambda one: (one.source.key, one.split)):
         chosen = list(group)
-        count = f"{len(chosen)} document{'s' if len(chosen) > 1 else ''}"
+        count = counted(len(chosen), "document")
         yield (
             f"<section><h2>{_text(key)} <small>{split}: {count}, chosen at random "
             f"(seed {seed})</small></h2>\n<p class=path>{_text(chosen[0].source.path)}, "
@@ -139,18 +139,21 @@ def _cards(prepared: Preprocessed) -> Iterator[str]:
     found, schedule = prepared.train.figures, prepared.schedule
     share = found["trained_tokens"] / max(1, found["tokens"])
     unit = prepared.documents.figures[0].unit
-    yield _card(f"{found['documents']:,}", f"{unit} to train on")
+    number, _, name = counted(found["documents"], unit).partition(" ")
+    yield _card(number, f"{name} to train on")
     yield _card(f"{found['tokens']:,}", "tokens")
-    yield _card(f"{share:.1%}", f"trained: {found['trained_tokens']:,} tokens", share)
+    yield _card(f"{share:.1%}", f"trained: {counted(found['trained_tokens'], 'token')}", share)
     if found["filled_share"] is not None:
         yield _card(
             f"{found['filled_share']:.1%}",
-            f"of {found['rows']:,} rows filled, {'packed' if found['packed'] else 'not packed'}",
+            f"of {counted(found['rows'], 'row')} filled, "
+            f"{'packed' if found['packed'] else 'not packed'}",
             found["filled_share"],
         )
     yield _card(f"{schedule.steps_per_epoch:,}", "optimizer steps in an epoch")
     if prepared.evaluation is not None:
-        yield _card(f"{prepared.evaluation.figures['documents']:,}", f"{unit} to evaluate on")
+        number, _, name = counted(prepared.evaluation.figures["documents"], unit).partition(" ")
+        yield _card(number, f"{name} to evaluate on")
 
 
 def _card(value: str, label: str, share: float | None = None) -> str:
@@ -192,7 +195,8 @@ def _row(row: SampledRow) -> Iterator[str]:
     filled = sum(sample.length for sample in row.documents)
     yield (
         f"<section><h2>A packed row <small>row {row.number:,} of {row.rows:,}: "
-        f"{len(row.documents)} documents, {filled:,} of {row.capacity:,} tokens</small></h2>\n"
+        f"{counted(len(row.documents), 'document')}, {filled:,} of {row.capacity:,} tokens"
+        "</small></h2>\n"
         "<p>Documents in a row do not attend to each other; positions start at 0 in each.</p>\n"
     )
     widths = [100 * sample.length / row.capacity for sample in row.documents]
@@ -211,7 +215,7 @@ def _document(sample: Sample, title: str) -> str:
     share = sample.trained / max(1, sample.length)
     note = f"<p class=note>{_text(sample.note)}</p>" if sample.note else ""
     return (
-        f"<article><h3>{title}<small>{sample.length:,} tokens, {sample.trained:,} trained "
+        f"<article><h3>{title}<small>{counted(sample.length, 'token')}, {sample.trained:,} trained "
         f'<meter value="{share:.4f}">{share:.0%}</meter></small></h3>{note}\n'
         f"<div class=d dir=auto>{''.join(_runs(sample.tokens))}</div></article>\n"
     )
@@ -227,8 +231,8 @@ def _runs(tokens: Iterable[Token | Omitted]) -> Iterator[str]:
 def _token(token: Token | Omitted) -> str:
     if isinstance(token, Omitted):
         return (
-            f"<span class=more>{token.tokens:,} tokens are not shown, {token.trained:,} of them "
-            "trained</span>"
+            f"<span class=more>not shown: {counted(token.tokens, 'token')}, {token.trained:,} of "
+            "them trained</span>"
         )
     state = "trained" if token.trained else "masked"
     if not token.position:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, TextIO
 from rich.console import Console
 from rich.text import Text
 
-from attnimg.errors import printable
+from attnimg.errors import counted, printable
 from attnimg.train.data import summary_line
 from attnimg.train.samples import Omitted, Sample, SampledRow, Token, visible
 
@@ -101,8 +101,8 @@ def facts(prepared: Preprocessed) -> Iterator[tuple[str, str]]:
         until = f"max_steps: {config.max_steps}"
     yield (
         "steps",
-        f"{schedule.steps_per_epoch:,} optimizer steps in an epoch, {rows:,} "
-        f"row{'s' if rows > 1 else ''} in each{processes}; {schedule.total_steps:,} in the run "
+        f"{counted(schedule.steps_per_epoch, 'optimizer step')} in an epoch, "
+        f"{counted(rows, 'row')} in each{processes}; {schedule.total_steps:,} in the run "
         f"({until})",
     )
     yield "kept in", _kept_text(prepared)
@@ -122,7 +122,7 @@ def _split_facts(name: str, split: Split, unit: str) -> Iterator[tuple[str, str]
     share = found["trained_tokens"] / max(1, found["tokens"])
     yield (
         name,
-        f"{found['documents']:,} {unit}, {found['tokens']:,} tokens, "
+        f"{counted(found['documents'], unit)}, {counted(found['tokens'], 'token')}, "
         f"{found['trained_tokens']:,} trained ({share:.1%})",
     )
     if found["filled_share"] is None:
@@ -156,8 +156,8 @@ def print_samples(samples: Sequence[Sample], row: SampledRow | None, out: Printe
         filled = sum(sample.length for sample in row.documents)
         _print(
             out,
-            f"\nrow {row.number} of {row.rows}: {len(row.documents)} documents, {filled:,} of "
-            f"{row.capacity:,} tokens; none of them attends to another",
+            f"\nrow {row.number} of {row.rows}: {counted(len(row.documents), 'document')}, "
+            f"{filled:,} of {row.capacity:,} tokens; none of them attends to another",
             style="bold",
         )
         start = 0
@@ -172,7 +172,7 @@ def _print_document(sample: Sample, title: str, out: Printer) -> None:
     rule = out.signs.line * 3
     _print(
         out,
-        f"\n{rule} {title} {rule} {sample.length:,} tokens, {sample.trained:,} trained",
+        f"\n{rule} {title} {rule} {counted(sample.length, 'token')}, {sample.trained:,} trained",
         style=_FAINT,
     )
     if sample.note:
@@ -190,7 +190,8 @@ def tokens_text(tokens: Iterable[Token | Omitted], signs: Signs) -> Text:
             inside = trained
         if isinstance(token, Omitted):
             text.append(
-                f"\n... {token.tokens:,} tokens, {token.trained:,} of them trained ...\n", _FAINT
+                f"\n... {counted(token.tokens, 'token')}, {token.trained:,} of them trained ...\n",
+                _FAINT,
             )
             continue
         shade = (_TRAINED if trained else _MASKED)[token.position % 2]

@@ -24,6 +24,7 @@ from attnimg.config.attention import (
     replace_legacy_keys,
     variable_findings,
 )
+from attnimg.config.expert_kernels import expert_kernel_errors
 from attnimg.config.other_names import (
     EMPTY_IN_ENTRY_IS_UNSET,
     replace_batch_size,
@@ -282,7 +283,7 @@ def _missing_keys(values: dict[str, Any]) -> list[Finding]:
 
 def _other_keys(values: dict[str, Any], *, failed: set[str | None]) -> list[Finding]:
     """Return findings on keys that the schema does not have, unless they already have an error."""
-    found = []
+    found = list(expert_kernel_errors(values))
     for key, value in values.items():
         if key in failed or (key in Config.model_fields and key not in keys.IN_SCHEMA):
             continue
@@ -294,6 +295,8 @@ def _other_keys(values: dict[str, Any], *, failed: set[str | None]) -> list[Find
                 why = f"found {_short(value)}; needed one of {', '.join(allowed)}, as in axolotl"
                 what = f"{key} has an invalid value"
                 found.append(make_error("bad-value", key, what, why, f"remove {key}"))
+            elif (error := _wrong_options(key, value)) is not None:
+                found.append(error)
             elif answer.applies(value):
                 found.append(_fitting(_answered(key, value, answer), values))
         elif not key.startswith("lora_"):
@@ -301,6 +304,17 @@ def _other_keys(values: dict[str, Any], *, failed: set[str | None]) -> list[Find
         elif value is not False:  # adapter keys of axolotl's plugins have no effect if false
             found.append(replace(_unknown_key(key, key), code="unsupported-key"))
     return found
+
+
+def _wrong_options(key: str, value: Any) -> Finding | None:
+    """Return the error for a mapping with names that axolotl refuses; None without any."""
+    allowed = keys.allowed_options(key)
+    if not allowed or not value or (isinstance(value, dict) and value.keys() <= {*allowed}):
+        return None
+    why = (
+        f"found {_short(value)}; needed a mapping with some of {', '.join(allowed)}, as in axolotl"
+    )
+    return make_error("bad-value", key, f"{key} has an invalid value", why, f"remove {key}")
 
 
 def _fitting(finding: Finding, values: dict[str, Any]) -> Finding:

@@ -65,6 +65,11 @@ def allowed_values(key: str) -> tuple[str, ...]:
     return tuple(_table()["allowed"].get(key, ()))
 
 
+def allowed_options(key: str) -> tuple[str, ...]:
+    """Return the names that the mapping of a key of axolotl may have; none where any may be."""
+    return tuple(_table()["options"].get(key, ()))
+
+
 def other_values(key: str) -> tuple[str, ...]:
     """Return the values of a key that axolotl has and the schema does not."""
     return tuple(_table()["values"].get(key, ()))

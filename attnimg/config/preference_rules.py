@@ -36,7 +36,7 @@ _READ_BY = {
     "orpo_alpha": ("orpo",),
 }
 # Losses of TRL that read label_smoothing. Source: trl 1.16.0, dpo_trainer.py (2026-11-27)
-_SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")
+SMOOTHED_LOSSES = ("robust", "exo_pair", "aot", "aot_unpaired")
 # Losses for which TRL cannot weight pairs: it sorts them, or changes tensors in place that the
 # backward pass needs.
 _UNWEIGHTED = ("aot", "aot_unpaired", "hinge", "sft")
@@ -102,12 +102,12 @@ def _losses(config: Config) -> Iterator[Finding]:
         return
     losses, weights = config.dpo_loss_type or ["sigmoid"], config.dpo_loss_weights
     if weights and (config.dpo_loss_type is None or len(weights) != len(losses)):
-        why = f"found {len(weights)} weights and {len(config.dpo_loss_type or ())} losses"
+        why = f"weights: {len(weights)}, losses: {len(config.dpo_loss_type or ())}"
         key, what = "dpo_loss_weights", "dpo_loss_weights needs one loss for each in dpo_loss_type"
         yield bad_value(key, what, why, f"remove {key}")
     key, smoothing = "dpo_label_smoothing", config.dpo_label_smoothing or 0.0
-    if smoothing and not set(losses) & set(_SMOOTHED):
-        why = f"found dpo_loss_type: {losses}; needed one of {', '.join(_SMOOTHED)}"
+    if smoothing and not set(losses) & set(SMOOTHED_LOSSES):
+        why = f"found dpo_loss_type: {losses}; needed one of {', '.join(SMOOTHED_LOSSES)}"
         do = f"remove {key}, or set dpo_loss_type: [robust]"
         yield bad_value(key, f"no loss reads {key}", why, do)
     if "robust" in losses and smoothing >= 0.5:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnimg import application
 from attnimg.config.schema import Config, trains_preferences
-from attnimg.errors import AttnimgError
+from attnimg.errors import AttnimgError, counted
 from attnimg.facts import Machine
 from attnimg.pipeline import Applied, Selected, select, select_verify_apply
 from attnimg.runs.folder import WITHOUT_TRAINING, RunFolder, find_run, has_receipt, locate
@@ -145,20 +145,23 @@ def evaluate(
     if not config.test_datasets and not config.val_set_size:
         raise _nothing_to_evaluate(target)
     silence_libraries()
-    inputs: dict[str, Any] = {}
-
-    def load(selected: Selected) -> Any:
-        inputs["tokenizer"], inputs["parts"] = _load_data(config, target.run, report)
-        return _load_weights(config, target.run, selected, inputs["tokenizer"], report.log)
-
     with ExitStack() as undo:
         undo.enter_context(application.restore_registries())
         task = read_checked_task(config, machine, report)
         task, plan = with_model_config(config, task, select(task, report), report)
+        # Before the proofs, so that a mistake in the data is reported without waiting for them.
+        tokenizer, parts = _load_data(config, target.run, report)
+
+        def load(selected: Selected) -> Any:
+            return _load_weights(config, target.run, selected, tokenizer, report.log)
+
         applied = select_verify_apply(task, load, report=report, plan=plan)
         folder = undo.enter_context(TemporaryDirectory())
         config = config.model_copy(update={"output_dir": folder})
-        return _evaluate_parts(config, machine, applied, **inputs, report=report, advance=advance)
+        return _evaluate_parts(
+            config, machine, applied, tokenizer=tokenizer, parts=parts, report=report,
+            advance=advance,
+        )  # fmt: skip
 
 
 def _of_preferences(target: Target) -> AttnimgError:
@@ -228,10 +231,11 @@ def _compare_data(figures: tuple[SourceFigures, ...], config: Config, run: RunFo
     ]
     before = [found for found in _trained_figures(run) if not found["key"].startswith("test_")]
     if len(before) != len(figures):
-        changed.append(f"found {len(figures)} datasets, trained on {len(before)}")
+        changed.append(f"found {counted(len(figures), 'dataset')}, trained on {len(before)}")
     changed += [
-        f"{now.key} ({now.path}): found {now.documents:,} documents, SHA-256 {now.content[:12]}; "
-        f"trained on {then.get('documents')}, {str(then.get('content'))[:12]}"
+        f"{now.key} ({now.path}): found {counted(now.documents, 'document')}, "
+        f"SHA-256 {now.content[:12]}; trained on {then.get('documents')}, "
+        f"{str(then.get('content'))[:12]}"
         for now, then in zip(figures, before, strict=False)
         if not _has_same_split(now, then, config)
     ]

@@ -19,7 +19,7 @@ from attnimg import config as configs
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.files import read_regular
-from attnimg.selection.model_config import missing_folder
+from attnimg.selection.model_config import may_be_path, missing_folder
 from attnimg.train.check import require_unlocked
 from attnimg.train.checkpoint import list_checkpoints
 from attnimg.train.intact import find_damage, find_newest_intact
@@ -278,11 +278,16 @@ def _require_base(run: RunFolder, *, command: str) -> None:
     do = f"run attnimg {command} with --base-model and the folder of the model"
     if now is None:
         is_hub = base is not None and missing_folder(base) is None
+        download = f"run hf download {base}"
+        if is_hub and may_be_path(str(base)):
+            do += f"; if {base} is a name on the hub, {download}"
+        elif is_hub:
+            do = f"{download}, or {do[4:]}"
         raise AttnimgError(
             f"the base model of {run.folder} is not on this machine",
             why=f"looked for {base or 'nothing: ' + ADAPTER_CONFIG + ' names no base model'}; "
             "needed config.json and all weights",
-            do=f"run hf download {base}, or {do[4:]}" if is_hub else do,
+            do=do,
             code="base-model-differs",
             key="base_model",
         )

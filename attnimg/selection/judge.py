@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from attnimg.backends import arch_code, arch_mismatch, conflicting_variables, local_kernel, runs_on
+from attnimg.errors import counted
 from attnimg.facts import (
     Backend,
     HeadDims,
@@ -157,12 +158,18 @@ def _model_reasons(backend: Backend, machine: Machine, problem: Problem) -> Iter
     for layer in model.layers:
         yield from layer_reasons(layer, needs.head_dims, major, features)
         if layer.features >= {"softcap", "sinks"} <= needs.exclusive:
-            text = f"{layer.count} layers use a logit soft cap and sinks, supports only one"
+            text = f"{_layers(layer, 'use')} a logit soft cap and sinks, supports only one"
             yield Reason(code="sinks", text=text)
     capped = any(layer.softcap for layer in model.layers)
     if problem.dropout and capped and needs.exclusive >= {"softcap", "dropout"}:
         text = f"found attention dropout {problem.dropout} and a soft cap, supports only one"
         yield Reason(code="dropout", text=text)
+
+
+def _layers(layer: LayerGroup, verb: str) -> str:
+    """Return the number of layers with a verb: "2 layers use", "1 layer uses"."""
+    one = {"use": "uses", "have": "has"}[verb]
+    return f"{counted(layer.count, 'layer')} {one if layer.count == 1 else verb}"
 
 
 def layer_reasons(
@@ -183,13 +190,13 @@ def layer_reasons(
     }
     used = layer.features
     for feature in sorted(used - features):
-        text = f"{layer.count} layers use {texts[feature]}, not supported here"
+        text = f"{_layers(layer, 'use')} {texts[feature]}, not supported here"
         yield Reason(code=feature, text=text)
     rules = tuple(
         rule for rule in rules if not rule.majors or major is None or major in rule.majors
     )
     sized = [rule for rule in rules if _supports_qk(rule, layer) and _supports_v(rule, layer)]
-    size = f"{layer.count} layers have head_dim {layer.head_dim_qk}"
+    size = f"{_layers(layer, 'have')} head_dim {layer.head_dim_qk}"
     if layer.head_dim_v != layer.head_dim_qk:
         size += f" (v {layer.head_dim_v})"
     if rules and not sized:

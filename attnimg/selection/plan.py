@@ -15,7 +15,7 @@ from typing import Any
 
 from attnimg.backends import all_backends, find_backend
 from attnimg.config.attention import VARIABLE, name_errors
-from attnimg.errors import AttnimgError, set_backend
+from attnimg.errors import AttnimgError, counted, set_backend
 from attnimg.facts import (
     Arch,
     Backend,
@@ -481,7 +481,7 @@ def _groups_reason(groups: Sequence[GroupChoice], chosen: Verdict) -> str:
 
 def _describe_layers(group: LayerGroup) -> str:
     """Return a group of layers as text: its number, its head_dim, and its features."""
-    text = f"{group.count} layers of head_dim {group.head_dim_qk}"
+    text = f"{counted(group.count, 'layer')} of head_dim {group.head_dim_qk}"
     if group.head_dim_v != group.head_dim_qk:
         text += f" (v {group.head_dim_v})"
     extras = [

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from attnimg.errors import KernelError, set_backend
+from attnimg.errors import KernelError, counted, set_backend
 from attnimg.facts import Backend, Finding, LayerGroup, Machine, Model, Plan, Problem
 from attnimg.selection.gpus_and_images import gpu_catalogue
 from attnimg.selection.model_types import UNLISTED, other_layer_kinds
@@ -145,7 +145,7 @@ def check_other_layers(
     errors, warnings = [], []
     for layers in other_layers(problem.model, machine):
         assert problem.model is not None
-        count = "the layers" if layers.count is None else f"{layers.count} layers"
+        count = "the layers" if layers.count is None else counted(layers.count, "layer")
         missing = " and ".join(layers.missing)
         if problem.packing and layers.keeps_apart is False:
             error = Finding(

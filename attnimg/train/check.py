@@ -19,7 +19,7 @@ from pathlib import Path
 from rich.console import Console
 
 from attnimg.config.schema import Config
-from attnimg.errors import AttnimgError, bad_value, printable
+from attnimg.errors import AttnimgError, bad_value, counted, printable
 from attnimg.facts import Machine
 from attnimg.train import records
 from attnimg.train.checkpoint import (
@@ -217,7 +217,8 @@ def _check_shared_memory(config: Config) -> None:
         raise AttnimgError(
             "shared memory (/dev/shm) is too small for dataloader_num_workers",
             why=f"found {free / 2**20:,.1f} MiB free; needed {needed / 2**20:,.1f} for "
-            f"{workers} workers with {batches} batches of {tokens:,} tokens each",
+            f"{counted(workers, 'worker')} with {counted(batches, 'batch', 'batches')} of "
+            f"{tokens:,} tokens each",
             do="set dataloader_num_workers: 0, or start the container with --shm-size=1g",
             code="out-of-memory",
             key="dataloader_num_workers",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from attnimg.config.schema import Config, trains_preferences
-from attnimg.errors import AttnimgError, memory_errors
+from attnimg.errors import AttnimgError, counted, memory_errors
 from attnimg.facts import RunContext
 from attnimg.redact import redact
 from attnimg.train import records
@@ -315,7 +315,7 @@ def _train(session: Session, receipt: dict[str, object]) -> FitResult:
     if first:
         subtitle = (
             f"base model {Path(str(config.base_model)).name}, attention {session.run.backend}, "
-            f"{session.run.context.dtype}, {steps:,} steps"
+            f"{session.run.context.dtype}, {counted(steps, 'step')}"
         )
         picture = records.plot_loss(session.folder, title="Training loss", subtitle=subtitle)
         files += [path for path in (picture, session.folder / records.METRICS_FILE) if path]

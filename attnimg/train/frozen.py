@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from attnimg.config.weight_patterns import parse_weight_pattern
-from attnimg.errors import AttnimgError, bad_value
+from attnimg.errors import AttnimgError, bad_value, counted
 
 if TYPE_CHECKING:
     import torch
@@ -74,7 +74,7 @@ def freeze_except(
             log(f"warning: {KEY}: {text} names no weight of the model, such as {names[-1]}")
     if log is not None:
         for text, weights in named.items():
-            more = f" and {len(weights) - 1} more weights" if len(weights) > 1 else ""
+            more = f" and {counted(len(weights) - 1, 'more weight')}" if len(weights) > 1 else ""
             log(f"{KEY}: trains {text} of {weights[0]}{more}")
     model.attnimg_frozen_rows = [rows for rows in kept if rows is not None]
 
@@ -113,7 +113,7 @@ def _freeze_rows(
             raise bad_value(
                 KEY,
                 f"{KEY}: {name} has fewer rows than named",
-                why=f"found {count:,} rows; needed {max(first + 1, last or 0):,}",
+                why=f"found {counted(count, 'row')}; needed {max(first + 1, last or 0):,}",
                 do=f"name rows below {count} in {KEY}",
             )
         frozen[first:last] = False

@@ -20,7 +20,7 @@ from threading import Thread
 from typing import Any
 
 from attnimg.config.schema import Config
-from attnimg.errors import AttnimgError, exception_text
+from attnimg.errors import AttnimgError, counted, exception_text
 from attnimg.redact import redact
 from attnimg.train.tracker_callback import CheckpointCallback
 from attnimg.train.trackers import hub_unavailable, limit_requests
@@ -142,7 +142,7 @@ class HubCallback(CheckpointCallback):
                 exit_code=1,
             )
         self.record["commit"] = commit
-        self.log(f"hub: pushed {len(pushed)} files: {commit}")
+        self.log(f"hub: pushed {counted(len(pushed), 'file')}: {commit}")
         return None
 
     def _commit(self, files: Mapping[str, Path], message: str) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from attnimg.config.schema import Config
-from attnimg.errors import AttnimgError, bad_value
+from attnimg.errors import AttnimgError, bad_value, counted
 from attnimg.train.expert_adapters import adapting_quantized, is_parametrized, named_weights
 from attnimg.train.saved_adapter import saved_settings
 
@@ -126,7 +126,7 @@ def _require_layers(model: Any, config: Config) -> None:
         raise bad_value(
             key,
             f"{key}: the model has no layer {missing[0]}",
-            why=f"found {count} layers, from 0 to {count - 1}",
+            why=f"found {counted(count, 'layer')}, from 0 to {count - 1}",
             do=f"set {key}: {present}" if present else f"remove {key}",
         )
 

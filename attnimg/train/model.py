@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from attnimg.config.schema import Config
-from attnimg.errors import AttnimgError, bad_value, out_of_memory_error
+from attnimg.errors import AttnimgError, bad_value, counted, out_of_memory_error
 from attnimg.facts import DType, RunContext
 from attnimg.selection.model_config import LANGUAGE_PARTS
 from attnimg.selection.model_types import (
@@ -177,11 +177,12 @@ def _check_loaded(
     )
     missing = sorted(loading.get("missing_keys", ()))
     if missing and config.overrides_of_model_config:
-        why = f"the model's files lack {len(missing)} weights, such as {', '.join(missing[:3])}"
+        count = counted(len(missing), "weight")
+        why = f"the model's files lack {count}, such as {', '.join(missing[:3])}"
         raise unfit_fields(config.overrides_of_model_config, why)
     if missing:
         raise bad_model(
-            f"{config.base_model} lacks {len(missing)} weights of its architecture",
+            f"{config.base_model} lacks {counted(len(missing), 'weight')} of its architecture",
             why=f"missing {', '.join(missing[:3])}; they would start random",
             do=DOWNLOAD_AGAIN,
         )
@@ -190,8 +191,8 @@ def _check_loaded(
     unused = unused_weights(model, read_tensor_headers(folder), loading.get("unexpected_keys", ()))
     if unused and log is not None:
         log(
-            f"warning: {len(unused)} weights of {config.base_model} are not part of "
-            f"{type(model).__name__} and will not be saved: {', '.join(unused[:3])}"
+            f"warning: {counted(len(unused), 'weight')} of {config.base_model} will not be saved, "
+            f"since {type(model).__name__} does not have them: {', '.join(unused[:3])}"
             + ("..." if len(unused) > 3 else "")
         )
 
@@ -479,7 +480,7 @@ def require_finite(model: Any, *, name: str, files: Iterable[Path]) -> None:
     bad += [label for label, tensor in _read_tensors(files) if not _is_finite(tensor)]
     if not bad:
         return
-    more = f" and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
+    more = f" and {counted(len(bad) - 1, 'more tensor')}" if len(bad) > 1 else ""
     raise AttnimgError(
         f"{name} has weights that are NaN or infinite",
         why=f"found {bad[0]}{more}; needed finite numbers",

@@ -371,8 +371,9 @@ def hash_files(folder: Path, files: Sequence[Path]) -> dict[str, str]:
     return dict(zip(names, found, strict=True))
 
 
-# Files that Trainer writes with a model, and that only Trainer reads.
-TRAINER_FILES = ("training_args.bin",)
+# Files that are written with a model and not kept: one that only Trainer reads, and PEFT's model
+# card, a form of which nothing is filled in.
+TRAINER_FILES = ("training_args.bin", "README.md")
 
 # Settings that trainers change for training, and that must not be saved with the model.
 _TRAINING_SETTINGS = ("use_cache", "output_router_logits")

@@ -1,6 +1,6 @@
 """Train a run from its config: check, select, load, verify, train.
 
-select a backend -> check inputs -> model config -> verify -> tokenizer, documents -> model -> fit
+select a backend -> check inputs -> model config -> tokenizer, documents -> verify -> model -> fit
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from attnimg import application
 from attnimg.config import check_values
 from attnimg.config.schema import Config, dataset_entries, has_reference
 from attnimg.context import describe_context
+from attnimg.errors import counted
 from attnimg.facts import Finding, LayersTask, Machine, Plan
 from attnimg.files import read_regular
 from attnimg.memory.report import memory_line, memory_warning, report_memory
@@ -197,8 +198,11 @@ def fit_selected(
     layer_kernels = {f"{hub.repo}:{hub.layer}": kernel_record(hub) for hub in hubs}
     if config.use_kernels:
         _require_same(config, task.machine, {"kernels of use_kernels": layer_kernels})
+    # Before the proofs, so that a mistake in the data is reported without waiting for them.
+    tokenizer = load_tokenizer(config, log=report.log)
+    documents = _load_documents(config, task.machine, tokenizer, report)
+    inputs: dict[str, Any] = {"tokenizer": tokenizer, "documents": documents}
     other_proofs = prove_run(config, [*tasks, *of_hub], machine=task.machine, log=report.log)
-    inputs: dict[str, Any] = {}
     replaced: dict[str, str] = {}
     by_hub: dict[str, dict[str, str]] = {}
 
@@ -217,17 +221,15 @@ def fit_selected(
             _require_same(
                 config, task.machine, {"plan": _comparable_plan(selected.plan), "kernels": hashes}
             )
-            inputs["tokenizer"] = load_tokenizer(config, log=report.log)
-            inputs["documents"] = _load_documents(config, task.machine, inputs["tokenizer"], report)
             model = _load_model(
-                config, task, selected, **inputs, replace_layers=replace_layers, resume=resume,
-                report=report,
+                config, task, selected, tokenizer=tokenizer, documents=documents,
+                replace_layers=replace_layers, resume=resume, report=report,
             )  # fmt: skip
             if needs_reference(config):
                 inputs["reference"] = load_reference(
                     config,
                     model,
-                    tokenizer=inputs["tokenizer"],
+                    tokenizer=tokenizer,
                     implementation=selected.implementation,
                     context=selected.context,
                     needs_dtype_cast=selected.backend.needs_dtype_cast,
@@ -287,6 +289,7 @@ def _load_documents(
     """Load the data, report its statistics, and raise unless all processes have the same data."""
     from attnimg.train.data import load_documents, sample_text, summary_line
     from attnimg.train.model_files import hash_tokenizer
+    from attnimg.train.tokenizer import require_embeddings
 
     documents = load_documents(config, tokenizer)
     for figures in documents.figures:
@@ -296,7 +299,8 @@ def _load_documents(
     lengths = [len(documents.train), len(documents.validation or ())]
     if lengths[1]:
         unit = documents.figures[0].unit
-        report.log(f"{lengths[0]:,} {unit} to train on, {lengths[1]:,} to evaluate")
+        report.log(f"{counted(lengths[0], unit)} to train on, {lengths[1]:,} to evaluate")
+    require_embeddings(config, (documents.train, documents.validation), tokenizer)
     content = [figures.content for figures in documents.figures]
     _require_same(
         config,
@@ -323,12 +327,10 @@ def _load_model(
     from attnimg.train.model import load_model
     from attnimg.train.model_files import hash_model, hash_tokenizer
     from attnimg.train.resume import attention_and_precision, data_identity, require_same_identity
-    from attnimg.train.tokenizer import require_embeddings
 
     computed = attention_and_precision(selected.backend.name, selected.context)
     data = data_identity(config, documents.figures, tokenizer)
     require_same_identity({**data, **computed, "tokenizer": hash_tokenizer(config)}, config, resume)
-    require_embeddings(config, (documents.train, documents.validation), tokenizer)
     report.log(f"run: {describe_context(selected.context)}")
     model = load_model(
         config,

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import Trainer
 
-from attnimg.errors import AttnimgError
+from attnimg.errors import AttnimgError, counted
 from attnimg.train.checkpoint import FileHasher
 from attnimg.train.model_files import load_renamed, read_tensor_headers
 
@@ -163,7 +163,9 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]  # transformers' type
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
                 missing = [] if load_renamed(self.model, folder) else self._missing_weights(folder)
             if missing:
-                raise ValueError(f"{len(missing)} weights are missing: {', '.join(missing[:3])}")
+                raise ValueError(
+                    f"missing: {counted(len(missing), 'weight')}, {', '.join(missing[:3])}"
+                )
 
     def _missing_weights(self, folder: Path) -> list[str]:
         """Return the model's weights that a checkpoint lacks, under any name of a tied weight."""

@@ -13,7 +13,7 @@ from importlib.metadata import distributions
 from typing import Any
 
 from attnimg.config.schema import Config, dataset_entries, is_chat
-from attnimg.errors import AttnimgError
+from attnimg.errors import AttnimgError, counted
 from attnimg.train.data import choose_chat_template
 from attnimg.train.lora import untrained_embeddings
 from attnimg.train.model import find_class, load_model_config, load_without_weights
@@ -210,7 +210,7 @@ def require_trained_tokens(config: Config, added: Iterable[str]) -> None:
     tokens = sorted(added)
     if tokens and (missing := find_untrained_embeddings(config)):
         raise _untrained_error(
-            config, tokens, missing, f"{len(tokens)} new token(s) would not be trained"
+            config, tokens, missing, f"{counted(len(tokens), 'new token')} would not be trained"
         )
 
 
@@ -240,7 +240,8 @@ def require_embeddings(config: Config, splits: Iterable[Any], tokenizer: Any) ->
             config,
             [unknown[number] for number in sorted(unknown)],
             missing,
-            f"the documents have {len(unknown)} token(s) without an embedding in the model",
+            f"the documents have {counted(len(unknown), 'token')} without an embedding in the "
+            "model",
         )
 
 

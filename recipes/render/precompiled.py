@@ -62,7 +62,9 @@ def _reasons_against(name: str, group: LayerGroup, arch: str) -> str:
     needs = backend.needs
     features = needs.features - needs.features_missing.get(major, frozenset())
     reasons = layer_reasons(group, needs.head_dims, major, features)
-    return "; ".join(reason.text.removeprefix("1 layers ") for reason in reasons)
+    # A reason is about one layer of each kind; the text, about all of them.
+    texts = (reason.text.replace("1 layer has ", "have ", 1) for reason in reasons)
+    return "; ".join(text.replace("1 layer uses ", "use ", 1) for text in texts)
 
 
 def _shape(group: LayerGroup) -> dict[str, Any]:

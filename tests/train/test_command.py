@@ -186,13 +186,24 @@ def test_a_folder_in_use_is_not_overwritten(home: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "precious.txt").read_text() == "mine"
 
 
-def test_a_broken_record_is_named_by_file_and_line(home: Path, tmp_path: Path) -> None:
-    data = tmp_path / "bad.jsonl"
+def test_a_broken_record_is_named_by_file_and_line_before_any_proof(
+    home: Path, tmp_path: Path
+) -> None:
+    data, proofs = tmp_path / "bad.jsonl", {"ATTNIMG_CACHE": str(tmp_path / "proofs")}
+    entry = {"path": str(data), "type": "completion"}
     data.write_text('{"text": "fine"}\n{"text": 3}\n')
-    done = train(home, tmp_path, datasets=[{"path": str(data), "type": "completion"}])
+    done = train(home, tmp_path, datasets=[entry], environ=proofs)
     assert done.returncode == 2
     assert "bad.jsonl" in done.stderr
     assert "2" in done.stderr
+    assert "proof:" not in done.stderr
+    assert not [*(tmp_path / "proofs").rglob("*.json")], "no kernel was proven"
+    data.write_text('{"text": "fine"}\n{"text": "too"}\n')
+    done = train(home, tmp_path, "max_steps=1", datasets=[entry], environ=proofs)
+    assert done.returncode == 0, done.stderr
+    events = [done.stderr.index(text) for text in ("2 records", "proof: sdpa", "packing: isolated")]
+    assert events == sorted(events)
+    assert [*(tmp_path / "proofs").rglob("*.json")]
 
 
 def test_two_processes_train_one_run(home: Path, tmp_path: Path) -> None:

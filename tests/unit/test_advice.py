@@ -242,6 +242,11 @@ CASES: dict[str, Case] = {
     "both names": Case(code="canonical-plus-legacy", values={
         "flash_attention": True, "sdp_attention": True, "attn_implementation": "sdpa"}),
     "a typo of a key": Case(code="unknown-key", values={"micro_batchsize": 2}),
+    "two kernels for the experts": Case(
+        code="bad-value", options=2, values={"use_scattermoe": True, "use_sonicmoe": True}),
+    "a flag beside another kernel for the experts": Case(
+        code="bad-value", options=2,
+        values={"expert_backend": "sonicmoe", "use_scattermoe": True}),
     "another trainer's key": Case(code="unknown-key", values={"lr": 2e-4}),
     "a typo in an entry": Case(code="unknown-key", entry={"dstype": "json"}),
     "a key of nobody": Case(code="unknown-key", values={"zzzzz": 1}),

@@ -149,3 +149,17 @@ def test_a_terminal_gets_no_characters_that_reorder_text(
     assert code == 0
     assert "wandb_name: a\\u202eb" in out
     assert "\u202e" not in out
+
+
+@pytest.mark.parametrize("character", ["\u202e", "\u2066", "\u200f", "\x9b", "\x7f"])
+def test_json_escapes_what_would_change_a_terminal(
+    character: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = f"a{character}b"
+    write("old.yaml", f'{OLD}run_name: "{json.dumps(name)[1:-1]}"\nreport_to: wandb\n')
+    code, out, _ = run(capsys, "convert", "old.yaml", "--json")
+    assert code == 0
+    assert character not in out
+    found = json.loads(out)
+    assert found["config"]["wandb_name"] == name
+    assert parse_yaml(found["yaml"], name="new")["wandb_name"] == name

@@ -13,7 +13,16 @@ from rich.markup import escape
 
 from attnimg.__main__ import run
 from attnimg.cli import as_text, json_line
-from attnimg.errors import AttnimgError, printable, shortened
+from attnimg.errors import AttnimgError, counted, printable, shortened
+
+
+def test_one_thing_is_in_the_singular() -> None:
+    assert [counted(count, "row") for count in (0, 1, 2, 1234)] == [
+        "0 rows", "1 row", "2 rows", "1,234 rows",
+    ]  # fmt: skip
+    assert (counted(1, "batch", "batches"), counted(2, "batch", "batches")) == (
+        "1 batch", "2 batches",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -78,10 +87,10 @@ def test_a_warning_that_python_raises_is_a_refusal(
 
 
 def test_json_has_no_character_that_a_terminal_acts_on() -> None:
-    value = {"text": "\x1b[31m\x7f\x8b\x9f é"}
+    value = {"text": "\x1b[31m\x7f\x8b\x9f\u202e\u2066 é"}
     text = json_line(value)
     assert json.loads(text) == value
-    assert not re.search("[\x00-\x1f\x7f-\x9f]", text)
+    assert not re.search("[\x00-\x1f\x7f-\x9f\u202e\u2066]", text)
     assert "é" in text
 
 

@@ -357,6 +357,7 @@ def test_the_reference_of_a_saved_adapter_is_a_copy_of_it(
     for folder in (saved, out):
         assert not (folder / "ref").exists()
         assert (folder / "adapter_model.safetensors").is_file()
+        assert not (folder / "README.md").exists()
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")

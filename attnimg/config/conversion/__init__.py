@@ -13,8 +13,9 @@ from attnimg.config.attention import LEGACY
 from attnimg.config.conversion.axolotl import convert_axolotl
 from attnimg.config.conversion.draft import Draft, KeyAnswer, ReadRecords
 from attnimg.config.conversion.llama_factory import convert_llama_factory
-from attnimg.config.conversion.tables import NAMES, KeyTable, Trainer, key_table
+from attnimg.config.conversion.tables import NAMES, OF_TRL, KeyTable, Trainer, key_table
 from attnimg.config.conversion.trl import FORMATS, Format, convert_trl
+from attnimg.config.conversion.trl_preferences import convert_trl_preferences
 from attnimg.config.conversion.write import config_yaml
 from attnimg.config.keys import key_answers
 from attnimg.config.other_names import OTHER_NAMES
@@ -53,12 +54,15 @@ class Conversion:
 def find_trainer(values: Mapping[str, Any]) -> Trainer:
     """Return the trainer that a config is for: the only one that knows all of its keys.
 
-    If there is none, it is the only one with keys that the others do not have.
+    If there is none, it is the only one with keys that the others do not have, or else the one that
+    knows most keys. A config of TRL without keys of preference training is for supervised
+    fine-tuning.
 
     Raises:
         AttnimgError: none, or more than one (code ambiguous-config).
     """
-    known = {trainer: _known_keys(trainer) for trainer in NAMES}
+    known = {trainer: _known_keys(trainer) for trainer in NAMES if trainer not in OF_TRL[1:]}
+    known["trl"] = set[str]().union(*map(_known_keys, OF_TRL))
     own = {
         trainer: [
             key
@@ -68,19 +72,43 @@ def find_trainer(values: Mapping[str, Any]) -> Trainer:
         for trainer, keys in known.items()
     }
     found = [trainer for trainer, keys in own.items() if keys]
-    complete = [trainer for trainer in NAMES if known[trainer] >= set(values)]
-    for only in (complete, found):
+    complete = [trainer for trainer in known if known[trainer] >= set(values)]
+    for only in (complete, found, _fewest_unknown(known, values)):
         if len(only) == 1:
-            return only[0]
+            return _trainer_of_trl(values) if only[0] == "trl" else only[0]
     why = "found no key that only one of these trainers has"
-    names = " or ".join(NAMES[trainer] for trainer in found or NAMES)
     if found:
         listed = (f"{', '.join(own[trainer][:3])} of {NAMES[trainer]}" for trainer in found)
         why = f"found {' and '.join(listed)}"
-    raise AttnimgError(
-        f"it is not clear which trainer the config is for: {names}",
+    raise _ambiguous(found or [*known], why)
+
+
+def _trainer_of_trl(values: Mapping[str, Any]) -> Trainer:
+    """Return the trainer of TRL that knows most keys of a config.
+
+    Raises:
+        AttnimgError: several of preference training do.
+    """
+    known = {trainer: _known_keys(trainer) for trainer in OF_TRL}
+    fewest = _fewest_unknown(known, values)
+    if len(fewest) == 1 or "trl" in fewest:
+        return fewest[0]
+    shared = [key for key in values if key not in known["trl"]]
+    raise _ambiguous(fewest, f"found {', '.join(shared[:3])}, which all of them have")
+
+
+def _fewest_unknown(known: Mapping[Trainer, set[str]], values: Mapping[str, Any]) -> list[Trainer]:
+    """Return the trainers that know the most keys of a config."""
+    unknown = {trainer: len(values.keys() - keys) for trainer, keys in known.items()}
+    return [trainer for trainer, count in unknown.items() if count == min(unknown.values())]
+
+
+def _ambiguous(found: list[Trainer], why: str) -> AttnimgError:
+    return AttnimgError(
+        f"it is not clear which trainer the config is for: "
+        f"{' or '.join(NAMES[trainer] for trainer in found)}",
         why=why,
-        do=f"pass --from {' or --from '.join(found or NAMES)}",
+        do=f"pass --from {' or --from '.join(found)}",
         code="ambiguous-config",
     )
 
@@ -124,6 +152,8 @@ def convert_values(
     else:
         if trainer == "trl":
             convert_trl(draft, records=records, format_of_data=format_of_data)
+        elif trainer in OF_TRL:
+            convert_trl_preferences(draft, records=records, format_of_data=format_of_data)
         else:
             convert_llama_factory(draft, file=file, records=records)
         draft.finish()

@@ -7,7 +7,15 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
-from attnimg.config.conversion.tables import NAMES, Answer, KeyTable, SourceKey, Trainer
+from attnimg.config.conversion.tables import (
+    NAMES,
+    OF_TRL,
+    Answer,
+    KeyTable,
+    SourceKey,
+    Trainer,
+    key_table,
+)
 from attnimg.config.schema import Config, make_error
 from attnimg.errors import shortened
 from attnimg.facts import Finding
@@ -201,6 +209,10 @@ class Draft:
         similar = get_close_matches(key, self.table.keys, n=1, cutoff=0.75)
         why = f"{self.name} has no such key, and attnimg convert does not know what it means"
         do = f"did you mean {similar[0]}?" if similar else "remove it"
+        others = [trainer for trainer in OF_TRL if key in key_table(trainer).keys]
+        if self.trainer in OF_TRL and others:
+            why = f"it is a key of {' and '.join(NAMES[trainer] for trainer in others)}"
+            do = f"pass {' or '.join(f'--from {trainer}' for trainer in others)}, or remove it"
         what = f"{key if key.isprintable() and key else repr(key)} is not a key of {self.name}"
         self.errors.append(make_error("unknown-key", key, what, why, do))
         self.note(key, "refused", reason=why, do=do)

@@ -1,4 +1,4 @@
-"""Convert a config of `llamafactory-cli train` for the stages pt and sft.
+"""Convert a config of `llamafactory-cli train` for the stages pt, sft, dpo and kto.
 
 The meaning of each key is in data/convert/llama-factory.toml.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from attnimg.config.conversion.draft import Draft, ReadRecords
 from attnimg.config.conversion.llama_factory_data import convert_datasets, listed
+from attnimg.config.conversion.llama_factory_preferences import STAGES, convert_preferences
 from attnimg.config.conversion.training import convert_precision, convert_training
 
 _ATTENTION = {"auto": None, "disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2",
@@ -22,13 +23,14 @@ def convert_llama_factory(draft: Draft, *, file: str, records: ReadRecords) -> N
         records: reads the records of a dataset.
     """
     stage, method = draft.get("stage"), draft.get("finetuning_type")
-    if stage not in ("sft", "pt"):
-        draft.refuse("stage", why="attnimg convert converts the stages pt and sft",
-                     do="write the config of preference training by hand")  # fmt: skip
+    if stage not in ("sft", "pt", *STAGES):
+        draft.refuse("stage", why="attnimg trains the stages pt, sft, dpo and kto",
+                     do="set stage: sft")  # fmt: skip
     if method not in ("lora", "full"):
         draft.refuse("finetuning_type", why="attnimg trains with lora, qlora or full",
                      do="set finetuning_type: lora, or full")  # fmt: skip
     draft.answer("stage")
+    convert_preferences(draft)
     draft.put("base_model", draft.get("model_name_or_path"), "model_name_or_path")
     revision = draft.get("model_revision")
     draft.put("revision_of_model", None if revision == "main" else revision, "model_revision")
@@ -124,6 +126,10 @@ def _lengths(draft: Draft, *, stage: str) -> None:
     length, neat = draft.get("cutoff_len"), bool(draft.get("neat_packing"))
     packing = draft.old.get("packing")
     packing = neat or (stage == "pt" if packing is None else packing)
+    if stage in STAGES:
+        for key in ("packing", "neat_packing", "train_on_prompt"):
+            draft.answer(key, reason=f"the stage {stage} does not read it")
+        neat = packing = False
     if packing and not neat:
         why = "documents in a row attend to each other; attnimg isolates documents"
         if stage == "pt":
@@ -142,7 +148,8 @@ def _lengths(draft: Draft, *, stage: str) -> None:
             "filled in another order"
         )
     draft.put("excess_length_strategy", "truncate")
-    draft.put("train_on_inputs", bool(draft.get("train_on_prompt")), "train_on_prompt")
+    if stage not in STAGES:
+        draft.put("train_on_inputs", bool(draft.get("train_on_prompt")), "train_on_prompt")
     streaming = draft.get("streaming")
     draft.put("streaming", streaming or None, "streaming")
     if streaming:

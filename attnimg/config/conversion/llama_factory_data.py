@@ -15,16 +15,24 @@ from pathlib import Path
 from typing import Any
 
 from attnimg.config.conversion.draft import Draft, ReadRecords
+from attnimg.config.conversion.llama_factory_preferences import (
+    INFO,
+    STAGES,
+    refuse_unread,
+    type_of_pairs,
+)
 from attnimg.config.schema import ROLES, make_error
 from attnimg.files import read_regular
 
-INFO, _INFO_BYTES = "dataset_info.json", 8_000_000
+_INFO_BYTES = 8_000_000
 # Columns of records that change the text in ways that are not converted.
-_COLUMNS_REFUSED = ("tools", "images", "videos", "audios", "history", "chosen", "rejected",
-                    "kto_tag")  # fmt: skip
+_COLUMNS_REFUSED = ("images", "videos", "audios", "history")
+_OF_PREFERENCES = ("chosen", "rejected", "kto_tag")
 _ENTRY_REFUSED = ("num_samples", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name",
                   "folder", "ranking")  # fmt: skip
 _ENTRY = {"file_name", "hf_hub_url", "formatting", "subset", "split", "columns", "tags"}
+# Keys of attnimg's entries that say where records are.
+_SOURCE = {"path", "name", "split"}
 # A column that no record has: naming it turns off a default column.
 _NONE = "(none)"
 # LLaMA-Factory's keys with names of datasets -> attnimg's keys.
@@ -55,9 +63,14 @@ def convert_datasets(draft: Draft, *, file: str, records: ReadRecords) -> None:
             spec = _entry(draft, key, name, found, root, template, stage=stage)
             if spec is None:
                 continue
-            chats = chats or spec["type"] == "chat_template"
-            source = {k: v for k, v in spec.items() if k != "type"}
-            if isinstance(spec["type"], dict):
+            is_chat = str(spec["type"]).startswith("chat_template")
+            chats = chats or is_chat
+            source = {k: v for k, v in spec.items() if k in _SOURCE}
+            if stage in STAGES:
+                refuse_unread(draft, key, name, found, records(source))
+            elif is_chat:
+                spec |= _unread_columns(draft, key, name, found, records(source))
+            if isinstance(spec["type"], dict) and stage not in STAGES:
                 _refuse_joined(draft, key, name, spec["type"], islice(records(source), most))
             if most is not None:
                 count = sum(1 for _ in islice(records(source), most + 1))
@@ -125,6 +138,39 @@ def _refuse_joined(
             return
 
 
+def _unread_columns(
+    draft: Draft,
+    key: str,
+    name: str,
+    found: Mapping[str, Any],
+    records: Iterable[Mapping[str, Any]],
+) -> dict[str, str]:
+    """Return the keys that turn off columns of conversations that LLaMA-Factory does not read.
+
+    attnimg reads the columns system and tools without being asked. Tools are refused: a template of
+    LLaMA-Factory writes them in its own form.
+    """
+    columns, seen, readable = found.get("columns") or {}, set[str](), False
+    for record in records:
+        readable = True
+        seen |= {column for column, value in record.items() if value}
+    tools = columns.get("tools")
+    if tools and (tools in seen or not readable):
+        why = f"{name} has a column of tools, {tools}, which LLaMA-Factory writes in its own form"
+        draft.refuse(key, why=why, do=f"remove {name} from {key}, or rewrite its records")
+    off = {
+        ours: _NONE
+        for ours, column in (("field_system", "system"), ("field_tools", "tools"))
+        if not columns.get(column) and (column in seen or not readable)
+    }
+    if off:
+        listed = " and ".join(off)
+        comment = f"no record has a column {_NONE}, so that {listed} read none"
+        before = draft.comments.get(_OURS[key])
+        draft.comments[_OURS[key]] = f"{before}; {comment}" if before else comment
+    return off
+
+
 def _read_info(draft: Draft, folder: str, *, file: str) -> tuple[dict[str, Any] | None, str]:
     """Read dataset_info.json: below the current folder, or beside the config."""
     beside = Path(file).parent
@@ -166,7 +212,11 @@ def _entry(
     has_url = isinstance(found.get("hf_hub_url"), str)
     refused = [entry for entry in _ENTRY_REFUSED
                if found.get(entry) and not (has_url and entry.endswith("hub_url"))]  # fmt: skip
-    refused += [f"columns.{column}" for column in _COLUMNS_REFUSED if columns.get(column)]
+    if stage in STAGES:
+        refused = [entry for entry in refused if entry != "ranking"]
+    others = () if stage in STAGES else _OF_PREFERENCES
+    refused += [f"columns.{column}" for column in (*_COLUMNS_REFUSED, *others)
+                if columns.get(column)]  # fmt: skip
     refused += [entry for entry in found if entry not in {*_ENTRY, *_ENTRY_REFUSED}]
     if refused:
         draft.refuse(key, why=f"{name} has {', '.join(refused)} in {INFO}, which is not converted",
@@ -187,6 +237,14 @@ def _entry(
     formatting = found.get("formatting", "alpaca")
     if stage == "pt":
         return _of_text(draft, key, name, spec, columns, formatting)
+    if stage in STAGES:
+        pairs = type_of_pairs(draft, key, name, found, template)
+        if pairs is None or isinstance(pairs["type"], dict):
+            return pairs and spec | pairs
+        messages = _of_messages(spec, columns, tags, given="columns" in found,
+                                tagged="tags" in found)  # fmt: skip
+        messages.pop("field_system", None)
+        return messages | pairs
     if formatting == "alpaca":
         return _of_alpaca(draft, key, name, spec, columns, template, given="columns" in found)
     if formatting in ("sharegpt", "openai"):

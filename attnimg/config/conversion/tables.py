@@ -12,12 +12,15 @@ from typing import Any, Literal
 
 from attnimg.files import read_data
 
-Trainer = Literal["trl", "llama-factory", "axolotl"]
+Trainer = Literal["trl", "trl-dpo", "trl-kto", "trl-orpo", "llama-factory", "axolotl"]
 Answer = Literal["done", "done-otherwise", "hint-not-used", "refused"]
 # The trainers' names in messages.
 NAMES: dict[Trainer, str] = {
-    "trl": "TRL", "llama-factory": "LLaMA-Factory", "axolotl": "axolotl",
+    "trl": "TRL", "trl-dpo": "TRL's DPO", "trl-kto": "TRL's KTO", "trl-orpo": "TRL's ORPO",
+    "llama-factory": "LLaMA-Factory", "axolotl": "axolotl",
 }  # fmt: skip
+# The trainers of TRL: supervised fine-tuning, and preferences.
+OF_TRL: tuple[Trainer, ...] = ("trl", "trl-dpo", "trl-kto", "trl-orpo")
 _NULL = "null"
 
 
@@ -72,12 +75,15 @@ class KeyTable:
 
 @cache
 def key_table(trainer: Trainer) -> KeyTable:
-    """Return the keys of TRL or LLaMA-Factory, with those of transformers that they share."""
+    """Return the keys of a trainer of TRL or of LLaMA-Factory, with those that it shares."""
     keys: dict[str, SourceKey] = {}
     renamed: dict[str, str] = {}
     templates: dict[str, Mapping[str, str]] = {}
-    for name in ("transformers", trainer):
+    shared = ("trl",) if trainer in OF_TRL[1:] else ()
+    for name in ("transformers", *shared, trainer):
         table = read_data(f"convert/{name}.toml")
+        for key in table.get("without", ()):
+            del keys[key]
         for key, entry in table["keys"].items():
             keys[key] = SourceKey(
                 answer="done",

@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any, get_args
 
 from attnimg.config.conversion.draft import Draft
+from attnimg.config.conversion.tables import OF_TRL
 from attnimg.config.optimizer_rules import SCHEDULER_NEEDS
 from attnimg.config.schema import Optimizer, Scheduler
 
@@ -62,8 +63,8 @@ def convert_precision(draft: Draft, *, bf16: bool, weights: str, sources: tuple[
     if name not in (None, "sdpa", "eager", "flex_attention"):
         key = next((key for key in ("attn_implementation", "flash_attn") if draft.given(key)), "")
         why = f"{name} needs bfloat16, and full fine-tuning keeps float32 weights in {draft.name}"
-        in_bfloat16 = {"trl": "dtype: bfloat16", "llama-factory": "pure_bf16: true"}
-        do = f"remove {key}, or set {in_bfloat16[draft.trainer]}"
+        in_bfloat16 = "dtype: bfloat16" if draft.trainer in OF_TRL else "pure_bf16: true"
+        do = f"remove {key}, or set {in_bfloat16}"
         draft.refuse(key, why=why, do=do)
     draft.put("bf16", False, *sources, comment=comment)
 
@@ -82,6 +83,12 @@ def _batch(draft: Draft) -> None:
     draft.put("gradient_accumulation_steps", steps, "gradient_accumulation_steps")
     most = draft.get("max_steps")
     draft.put("max_steps", None if most == -1 else most, "max_steps")
+    if type(most) is int and most > 0:
+        reason = "max_steps takes precedence over it, as in transformers"
+        draft.answer("num_train_epochs", reason=reason)
+    if draft.trainer == "trl-kto":
+        _order_of_kto(draft)
+        return
     by_length = bool(draft.get("group_by_length"))
     order = draft.get("train_sampling_strategy")
     if order not in ("random", "group_by_length"):
@@ -93,6 +100,18 @@ def _batch(draft: Draft) -> None:
     draft.put(
         "group_by_length", True if by_length else None, "group_by_length", "train_sampling_strategy"
     )
+
+
+def _order_of_kto(draft: Draft) -> None:
+    """Convert the order of records for KTO, which pairs each prompt with another answer."""
+    draft.answer("group_by_length", reason="train_sampling_strategy replaces it")
+    if draft.get("train_sampling_strategy") != "sequential" or draft.get("group_by_length"):
+        draft.refuse(
+            "train_sampling_strategy", why="attnimg reads the records of KTO in one order",
+            do="set train_sampling_strategy: sequential",
+        )  # fmt: skip
+        return
+    draft.put("shuffle_merged_datasets", False, "train_sampling_strategy")
 
 
 def _optimization(draft: Draft) -> None:

@@ -34,14 +34,7 @@ def convert_trl(draft: Draft, *, records: ReadRecords, format_of_data: Format | 
         records: reads the records of a dataset.
         format_of_data: the format of the datasets, where their columns can't be read.
     """
-    draft.put("base_model", draft.get("model_name_or_path"), "model_name_or_path")
-    revision = draft.get("model_revision")
-    draft.put("revision_of_model", None if revision == "main" else revision, "model_revision")
-    name = draft.get("attn_implementation")
-    draft.put("attn_implementation", name, "attn_implementation")
-    _adapter(draft)
-    convert_training(draft)
-    _precision(draft)
+    convert_model(draft)
     _tokens(draft)
     _lengths(draft)
     _datasets(draft, records=records, format_of_data=format_of_data)
@@ -55,6 +48,18 @@ def convert_trl(draft: Draft, *, records: ReadRecords, format_of_data: Format | 
             "activation_offloading", why="attnimg moves the activations of checkpointed layers",
             do="set gradient_checkpointing: true, or remove it",
         )  # fmt: skip
+
+
+def convert_model(draft: Draft) -> None:
+    """Convert the keys that all of TRL's scripts share, besides those of the data."""
+    draft.put("base_model", draft.get("model_name_or_path"), "model_name_or_path")
+    revision = draft.get("model_revision")
+    draft.put("revision_of_model", None if revision == "main" else revision, "model_revision")
+    name = draft.get("attn_implementation")
+    draft.put("attn_implementation", name, "attn_implementation")
+    _adapter(draft)
+    convert_training(draft)
+    _precision(draft)
 
 
 def _adapter(draft: Draft) -> None:
@@ -162,14 +167,27 @@ def _lengths(draft: Draft) -> None:
 
 
 def _datasets(draft: Draft, *, records: ReadRecords, format_of_data: Format | None) -> None:
+    specs = read_specs(draft)
+    kinds = [(spec.get("path"), _format(draft, _columns(records(spec))[0])) for spec in specs]
+    if len({kind for _, kind in kinds if kind}) > 1:
+        listed = ", ".join(f"{path} has {kind}" for path, kind in kinds if kind)
+        why = f"TRL takes the format of the first record for all datasets, and {listed}"
+        draft.refuse("datasets", why=why, do="name only datasets of one format")
+        return
+    types = [_type(draft, spec, records=records, format_of_data=format_of_data) for spec in specs]
+    write_specs(draft, [spec | found for spec, found in zip(specs, types, strict=True) if found],
+                complete=None not in types)  # fmt: skip
+    draft.answer("dataset_text_field", to=("datasets",) if draft.values.get("datasets") else ())
+
+
+def read_specs(draft: Draft) -> list[dict[str, Any]]:
+    """Return the path, name, files and split of each dataset; none if they can't be converted."""
     entries = draft.get("datasets")
-    sources: tuple[str, ...] = ("datasets",)
     if not entries:
-        sources = ("dataset_name", "dataset_config", "dataset_train_split")
         name, config = draft.get("dataset_name"), draft.get("dataset_config")
         if name is None:
             draft.errors.append(_missing("dataset_name"))
-            return
+            return []
         entries = [{"path": name, "name": config, "split": draft.get("dataset_train_split")}]
     elif draft.given("dataset_name"):
         for key in ("dataset_name", "dataset_config"):
@@ -183,7 +201,7 @@ def _datasets(draft: Draft, *, records: ReadRecords, format_of_data: Format | No
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         draft.refuse("datasets", why="needed a list of mappings, each with path",
                      do="write each dataset as `- path: ...`", code="bad-value")  # fmt: skip
-        return
+        return []
     specs = []
     for entry in entries:
         for key in entry.keys() - set(_ENTRY):
@@ -194,11 +212,23 @@ def _datasets(draft: Draft, *, records: ReadRecords, format_of_data: Format | No
         if spec.get("split") == "train":
             del spec["split"]
         specs.append(spec)
-    types = [_type(draft, spec, records=records, format_of_data=format_of_data) for spec in specs]
-    written = [{**spec, **found} for spec, found in zip(specs, types, strict=True) if found]
-    if len(written) != len(specs):
+    return specs
+
+
+def write_specs(draft: Draft, written: list[dict[str, Any]], *, complete: bool) -> None:
+    """Set datasets and test_datasets from entries with their types.
+
+    Args:
+        draft: the conversion.
+        written: the entries.
+        complete: whether none of them was refused.
+    """
+    if not complete or not written:
         return
-    for key in (*sources, "dataset_text_field"):
+    sources: tuple[str, ...] = ("datasets",)
+    if not draft.get("datasets"):
+        sources = ("dataset_name", "dataset_config", "dataset_train_split")
+    for key in sources:
         draft.answer(key, to=("datasets",))
     draft.values["datasets"] = written
     if evaluates(draft) and not draft.given("test_split_size") and not draft.given("datasets"):
@@ -228,6 +258,8 @@ def _type(
             why += f"{draft.get('dataset_text_field')}, or prompt and completion"
             do = "set dataset_text_field to the column of the text"
         draft.refuse(key, why=why, do=do)
+        for other in ("assistant_only_loss", "completion_only_loss", "dataset_text_field"):
+            draft.note(other, "refused", reason=f"it depends on the format of {key}", do=do)
         return None
     if first is not None and not _is_readable(draft, key, kind, first, columns):
         return None

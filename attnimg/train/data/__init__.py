@@ -20,7 +20,7 @@ from attnimg.config.schema import (
     dataset_entries,
     trains_preferences,
 )
-from attnimg.errors import AttnimgError, printable
+from attnimg.errors import AttnimgError, counted, printable
 from attnimg.train.data.chat_templates import choose_chat_template
 from attnimg.train.data.prepare import SourceFigures, load_source, summary_line
 from attnimg.train.data.prompts import TYPE_OF_COLUMN
@@ -310,9 +310,9 @@ def _no_documents(source: Source, figures: SourceFigures) -> AttnimgError:
         do = f"name the column with the text, or correct {source.key}.path"
     return AttnimgError(
         f"nothing to train on in {source.spec.path}",
-        why=f"of {figures.records:,} records, {figures.empty:,} have no text, {longer:,} are "
-        f"longer than sequence_len {figures.sequence_len:,}, {figures.too_short:,} parts are "
-        f"shorter than min_sample_len, and {figures.without_loss:,} have no trained token; needed "
+        why=f"of {counted(figures.records, 'record')}: {figures.empty:,} without text, {longer:,} "
+        f"longer than sequence_len {figures.sequence_len:,}, {figures.too_short:,} shorter than "
+        f"min_sample_len, {figures.without_loss:,} without a trained token; needed "
         "at least one document",
         do=do,
         code="empty-dataset",
@@ -333,9 +333,8 @@ def _split_validation(documents: Dataset, config: Config) -> tuple[Dataset, Data
     count = max(1, round(size * total)) if size <= 1 else round(size)
     if count >= total or (size > 1 and size != count):
         what = f"val_set_size {size:g} does not fit"
-        why = (
-            f"found {total:,} documents; needed a share below 1, or a whole number below {total:,}"
-        )
+        why = f"found {counted(total, 'document')}; needed a share below 1, or a whole number "
+        why += f"below {total:,}"
         do = "set val_set_size: 0.05, which is one document in twenty"
         do = do if total > 1 else "set val_set_size: 0, or add documents"
         raise AttnimgError(what, why=why, do=do, code="bad-value", key="val_set_size")

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from attnimg.config.schema import Config, is_chat, is_text, trains_preferences, type_name
-from attnimg.errors import AttnimgError
+from attnimg.errors import AttnimgError, counted
 from attnimg.files import NotPrivate, check_private
 from attnimg.train.data.chat_mistral import describe_tokenizer
 from attnimg.train.data.chat_templates import choose_chat_template
@@ -91,7 +91,7 @@ class SourceFigures:
         places: name of a count above -> where the first records are that it counts.
         kept: whether the documents are in dataset_prepared_path; those of the hub never are.
         reused: whether an earlier run put them there.
-        unit: what the documents are called in messages.
+        unit: what one of the documents is called in messages.
     """
 
     key: str
@@ -114,13 +114,13 @@ class SourceFigures:
     places: Mapping[str, list[str]] = field(default_factory=dict)
     kept: bool = False
     reused: bool = False
-    unit: str = "documents"
+    unit: str = "document"
 
 
 def summary_line(figures: SourceFigures) -> str:
     """Return the statistics of a source in one line, without counts of 0."""
-    parts = [f"{figures.records:,} records -> {figures.documents:,} {figures.unit}"]
-    longer = f"longer than {figures.sequence_len:,} tokens"
+    parts = [f"{counted(figures.records, 'record')} -> {counted(figures.documents, figures.unit)}"]
+    longer = f"longer than {counted(figures.sequence_len, 'token')}"
     for count, what in (
         (figures.empty, "empty ones dropped"),
         (figures.too_long, f"{longer} dropped"),
@@ -132,7 +132,7 @@ def summary_line(figures: SourceFigures) -> str:
         if count:
             parts.append(f"{count:,} {what}")
     share = figures.trained_tokens / max(1, figures.tokens)
-    parts.append(f"{figures.tokens:,} tokens, {share:.0%} with loss")
+    parts.append(f"{counted(figures.tokens, 'token')}, {share:.0%} with loss")
     reused = " (prepared earlier, reused)" if figures.reused else ""
     return f"{figures.path}: {', '.join(parts)}{reused}"
 
@@ -186,7 +186,9 @@ def prepare_source(
                 break
         else:
             if need:
-                warnings[STREAM_ENDED.format(source.spec.path, tally["documents"])] = None
+                warnings[
+                    STREAM_ENDED.format(source.spec.path, counted(tally["documents"], "document"))
+                ] = None
     figures = SourceFigures(
         key=source.key,
         path=source.spec.path,
@@ -200,7 +202,7 @@ def prepare_source(
     return figures, tuple(warnings)
 
 
-STREAM_ENDED = "{} has {:,} documents, fewer than max_steps needs: they are trained more than once"
+STREAM_ENDED = "{} has {}, fewer than max_steps needs: they are trained more than once"
 
 
 def schema() -> pyarrow.Schema:

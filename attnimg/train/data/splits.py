@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from attnimg.config.schema import DatasetSpec
-from attnimg.errors import AttnimgError
+from attnimg.errors import AttnimgError, counted
 from attnimg.train.data.records import bad_file, check_regular
 
 RowRange = tuple[str, int, int]  # a split, its first row and the one after its last
@@ -82,7 +82,7 @@ def find_rows(spec: DatasetSpec, lengths: Mapping[str, int], *, key: str) -> lis
         raise AttnimgError(what, why=why, do=do, code="bad-value", key=f"{key}.split") from None
     found = [(part.splitname, part.from_, max(part.from_, part.to)) for part in parts]
     if "[" in requested and all(start == stop for _, start, stop in found):
-        rows = ", ".join(f"{lengths[name]:,} rows in {name}" for name in names)
+        rows = ", ".join(f"{counted(lengths[name], 'row')} in {name}" for name in names)
         what = f"no rows in {requested} of {spec.path}"
         why = f"found {rows}, and {key}.split selects none of them"
         do = f"set {key}.split: {names[0]}"

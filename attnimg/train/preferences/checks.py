@@ -26,7 +26,7 @@ def equal_answers(source: Source, same: Tally, pairs: int) -> Iterator[str]:
     why = "the difference between two answers is trained, and it is always 0 here"
     if same["answers"] == pairs:
         raise bad_file(
-            f"all {pairs:,} pairs of {source.key} have equal answers",
+            f"no pair of {source.key} has two different answers",
             why=f"{why}; the first is {same.places['answers'][0]}",
             do="write different answers, or remove the entry",
             key=source.key,

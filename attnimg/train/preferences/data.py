@@ -134,7 +134,7 @@ def prepare_preferences(
         key=source.key,
         path=source.spec.path,
         type=type_name(source.spec),
-        unit="answers" if config.rl == "kto" else "pairs",
+        unit="answer" if config.rl == "kto" else "pair",
         sequence_len=config.sequence_len,
         content=content.hexdigest(),
         read=read.hexdigest(),

@@ -185,7 +185,7 @@ def test_the_trainers_collator_makes_the_batch_of_the_check():
     for call in (attnimg.check_packing, partial(attnimg.apply, packing=True)):
         with pytest.raises(attnimg.PackingLeak, match="the collator Collator packs") as caught:
             call(model, collator=Collator(return_position_ids=False))
-        assert "found input_ids, labels for 2 documents in 1 row(s)" in caught.value.why
+        assert "found input_ids, labels for 2 documents in 1 row;" in caught.value.why
     assert running(model) == "sdpa"
 
 

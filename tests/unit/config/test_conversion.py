@@ -17,7 +17,7 @@ import yaml
 from attnimg.config import check_values
 from attnimg.config.conversion import Conversion, Trainer, convert_values, find_trainer
 from attnimg.config.conversion.llama_factory_data import chat_template
-from attnimg.config.conversion.tables import key_table
+from attnimg.config.conversion.tables import NAMES, OF_TRL, key_table
 from attnimg.config.conversion.write import config_yaml
 from attnimg.config.read import parse_value, parse_yaml
 from attnimg.config.schema import Config
@@ -25,6 +25,11 @@ from attnimg.errors import AttnimgError
 
 TRL: dict[str, Any] = {"model_name_or_path": "org/model", "dataset_name": "chat.jsonl"}
 LORA = {**TRL, "use_peft": True, "lora_target_modules": ["q_proj", "v_proj"]}
+DPO = {**TRL, "beta": 0.2, "f_divergence_type": "reverse_kl"}
+KTO = {**TRL, "beta": 0.2, "desirable_weight": 2.0}
+ORPO = {**TRL, "beta": 0.2, "generate_during_eval": False}
+PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
+LABELED = {"prompt": "a", "completion": "b", "label": True}
 FACTORY: dict[str, Any] = {
     "model_name_or_path": "org/model", "stage": "sft", "dataset": "alpaca", "template": "qwen",
     "dataset_dir": "data",
@@ -40,6 +45,18 @@ INFO = {
                  "assistant_tag": "bot"},
     },
     "corpus": {"file_name": "corpus.jsonl", "columns": {"prompt": "content"}},
+    "pairs": {"file_name": "p.json", "ranking": True, "columns": {
+        "prompt": "ask", "chosen": "good", "rejected": "bad"}},
+    "pair_chats": {"file_name": "p.json", "ranking": True, "formatting": "sharegpt", "columns": {
+        "messages": "conversations", "chosen": "good", "rejected": "bad"}},
+    "labels": {"file_name": "p.json", "columns": {
+        "prompt": "ask", "response": "said", "kto_tag": "ok"}},
+    "label_chats": {"file_name": "p.json", "formatting": "sharegpt", "columns": {
+        "messages": "conversations", "kto_tag": "ok"}},
+    "unranked": {"file_name": "p.json", "columns": {"chosen": "good", "rejected": "bad"}},
+    "tools": {"file_name": "t.json", "formatting": "sharegpt", "columns": {
+        "messages": "conversations", "tools": "functions"}},
+    "hub_chats": {"hf_hub_url": "org/chats", "formatting": "sharegpt"},
     "hub": {"hf_hub_url": "org/data", "subset": "en", "split": "test"},
     "images": {"file_name": "i.json", "columns": {"images": "images"}},
     "lost": {},
@@ -398,13 +415,32 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no datasets": ({"model_name_or_path": "m", "packing_strategy": "bfd"}, "dataset_name"),
     "arguments that are no mapping": (
         {**TRL, "lr_scheduler_kwargs": "[1]"}, "lr_scheduler_kwargs"),
-    "a key of trl dpo": ({**TRL, "beta": 0.2}, "beta"),
+    "another loss of DPO": ({**DPO, "ld_alpha": 0.5}, "ld_alpha"),
+    "dropout of DPO": ({**DPO, "disable_dropout": False}, "disable_dropout"),
+    "the end of long pairs": ({**DPO, "truncation_mode": "keep_end"}, "truncation_mode"),
+    "pairs of any length": ({**DPO, "max_length": None}, "max_length"),
+    "another loss of KTO": ({**KTO, "loss_type": "apo_zero_unpaired"}, "loss_type"),
+    "another order of KTO": (
+        {**KTO, "train_sampling_strategy": "random"}, "train_sampling_strategy"),
+    "answers of a length of ORPO": (
+        {**DPO, "max_completion_length": 5, "loss_weights": None}, "max_completion_length"),
     "variables": ({**TRL, "env": {"A": 1}}, "env"),
     "an older name and its present one": (
         {**TRL, "max_seq_length": 5, "max_length": 6}, "max_seq_length"),
     "an unknown key": ({**TRL, "max_lenght": 5}, "max_lenght"),
     "a key nobody knows": ({**TRL, "wubble": 5}, "wubble"),
-    "a stage of preferences": ({**FACTORY, "stage": "dpo"}, "stage"),
+    "a stage of rewards": ({**FACTORY, "stage": "rm"}, "stage"),
+    "a loss without a reference": (
+        {**FACTORY, "stage": "dpo", "dataset": "pairs", "pref_loss": "orpo"}, "pref_loss"),
+    "another part of the loss": (
+        {**FACTORY, "stage": "dpo", "dataset": "pairs", "pref_ftx": 0.5}, "pref_ftx"),
+    "pairs without a template": (
+        {**{k: v for k, v in FACTORY.items() if k != "template"}, "stage": "dpo",
+         "dataset": "pairs"}, "dataset"),
+    "no pairs": ({**FACTORY, "stage": "dpo"}, "dataset"),
+    "pairs that are not ranked": ({**FACTORY, "stage": "dpo", "dataset": "unranked"}, "dataset"),
+    "pairs in supervised fine-tuning": ({**FACTORY, "dataset": "pairs"}, "dataset"),
+    "conversations with labels": ({**FACTORY, "stage": "kto", "dataset": "label_chats"}, "dataset"),
     "freeze": ({**FACTORY, "finetuning_type": "freeze"}, "finetuning_type"),
     "no training": ({**FACTORY, "do_train": False}, "do_train"),
     "an unknown attention": ({**FACTORY, "flash_attn": "fa9"}, "flash_attn"),
@@ -469,6 +505,7 @@ SECRETS: dict[str, tuple[dict[str, Any], str]] = {
         {**TRL, "lr_scheduler_type": "cosine_with_min_lr",
          "lr_scheduler_kwargs": f'{{"min_lr": 0.1, "token": "{SECRET}"}}'}, "lr_scheduler_kwargs"),
     "an unknown key": ({**TRL, "my_api_key": SECRET}, "my_api_key"),
+    "a password of digits": ({**TRL, "hub_token": 8374620918}, "hub_token"),
     "a token": ({**TRL, "hub_token": SECRET}, "hub_token"),
     "LLaMA-Factory's token": ({**FACTORY, "hf_hub_token": SECRET}, "hf_hub_token"),
     "LLaMA-Factory's targets": ({**FACTORY, "additional_target": [f"https://u:{SECRET}@h"]},
@@ -485,6 +522,7 @@ def test_a_secret_is_refused_and_never_shown(name: str) -> None:
     values, key = SECRETS[name]
     found = convert(values, None if "axolotl" not in name else "axolotl")
     assert SECRET not in repr(found)
+    assert "8374620918" not in repr(found)
     assert any(re.split(r"[.\[]", error.key or "")[0] == key for error in found.errors)
     assert found.text == ""
 
@@ -498,6 +536,18 @@ def test_texts_that_only_look_like_secrets_are_kept() -> None:
     path = "https://example.com/data.jsonl"
     found = converted({**TRL, "dataset_name": path}, columns=["text"])
     assert found["datasets"][0]["path"] == path
+
+
+def test_what_depends_on_an_unknown_format_is_not_done() -> None:
+    values = {**TRL, "assistant_only_loss": True, "dataset_text_field": "text"}
+    for options in ({"columns": None}, {"columns": ["body"]}):
+        given = values if options["columns"] else {**TRL, "assistant_only_loss": True}
+        found = convert(given, **options)
+        answers = {answer.key: answer.answer for answer in found.answers}
+        assert answers["assistant_only_loss"] == "refused"
+        assert {error.key for error in found.errors} == {"dataset_name"}
+    answers = {one.key: one.answer for one in convert({**TRL, "assistant_only_loss": True}).answers}
+    assert answers["assistant_only_loss"] == "done"
 
 
 def test_null_that_is_written_is_not_called_a_default() -> None:
@@ -535,11 +585,12 @@ def edits(do: str, key: str) -> list[dict[str, Any]]:
 BY_HAND = {
     "a tokenizer as the template", "model_init_kwargs", "a part of a dataset",
     "datasets that are no list", "no datasets", "arguments that are no mapping", "variables",
-    "an unknown key", "a stage of preferences", "images", "an unknown dataset",
+    "an unknown key", "images", "no pairs", "pairs that are not ranked",
+    "pairs in supervised fine-tuning", "conversations with labels", "an unknown dataset",
     "a dataset without a file", "an unknown formatting", "records without an answer",
     "text with a prompt", "no datasets of LLaMA-Factory", "a remote folder", "no such folder",
     "end tokens in a prompt", "documents of any length", "a share of the steps", "a stable rate",
-    "the hub without a name", "a key of trl dpo",
+    "the hub without a name", "pairs of any length",
 }  # fmt: skip
 
 
@@ -582,8 +633,153 @@ def test_the_template_of_a_conversation_is_that_of_llama_factory() -> None:
     )
 
 
+def test_what_trls_scripts_for_preferences_do_is_written_out() -> None:
+    shared = {
+        "base_model": "org/model", "datasets": [{"path": "chat.jsonl"}], "rl_beta": 0.2,
+        "sequence_len": 1024, "excess_length_strategy": "truncate",
+        "micro_batch_size": 8, "num_epochs": 3.0, "learning_rate": 1e-6, "lr_scheduler": "linear",
+        "bf16": False, "gradient_checkpointing": True,
+        "logging_steps": 10, "save_strategy": "steps", "save_steps": 500,
+    }  # fmt: skip
+    assert converted(DPO, first=PAIR) == {**shared, "rl": "dpo"}
+    assert converted(ORPO, first=PAIR) == {**shared, "rl": "orpo"}
+    assert converted(KTO, first=LABELED) == {
+        **shared, "rl": "kto", "kto_desirable_weight": 2.0, "kto_undesirable_weight": 1.0,
+        "shuffle_merged_datasets": False,
+    }  # fmt: skip
+    losses = {"loss_type": ["robust", "sft"], "loss_weights": [1.0, 0.5], "label_smoothing": 0.1}
+    found = converted({**DPO, **losses, "use_weighting": False, "pad_token": "<p>"}, first=PAIR)
+    assert (found["dpo_loss_type"], found["dpo_loss_weights"]) == (["robust", "sft"], [1.0, 0.5])
+    assert (found["dpo_label_smoothing"], found["special_tokens"]) == (0.1, {"pad_token": "<p>"})
+    assert "dpo_label_smoothing" not in converted({**DPO, "label_smoothing": 0.1}, first=PAIR)
+    assert converted({**DPO, "loss_type": "ipo"}, first=PAIR)["dpo_loss_type"] == ["ipo"]
+
+
+def test_the_stages_of_preferences_of_llama_factory_are_converted() -> None:
+    values = {**FACTORY, "stage": "dpo", "dataset": "pairs", "pref_beta": 0.2}
+    found = converted(values)
+    assert {key: found[key] for key in ("rl", "rl_beta", "learning_rate", "adapter")} == {
+        "rl": "dpo", "rl_beta": 0.2, "learning_rate": 5e-5, "adapter": "lora",
+    }  # fmt: skip
+    (entry,) = found["datasets"]
+    assert entry["type"] == {
+        "field_prompt": "ask", "field_chosen": "good", "field_rejected": "bad", "prompt_format":
+        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+        "<|im_end|>\n<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n",
+    }  # fmt: skip
+    assert converted({**values, "pref_loss": "ipo"})["dpo_loss_type"] == ["ipo"]
+    assert converted({**values, "max_samples": 5})["datasets"][0]["split"] == "train[:5]"
+    system = converted({**values, "default_system": "{a}"})["datasets"][0]["type"]
+    assert system["prompt_format"].startswith("<|im_start|>system\n{{a}}<|im_end|>")
+    chats = converted({**values, "dataset": "pair_chats"})
+    assert chats["datasets"] == [{
+        "path": "data/p.json", "type": "chat_template.default", "field_messages": "conversations",
+        "message_property_mappings": {"role": "from", "content": "value"},
+        "field_chosen": "good", "field_rejected": "bad",
+    }]  # fmt: skip
+    assert chats["chat_template"] == "jinja"
+    labels = {**values, "stage": "kto", "dataset": "labels", "kto_chosen_weight": 1.5}
+    found = converted(labels)
+    assert (found["rl"], found["kto_desirable_weight"]) == ("kto", 1.5)
+    assert found["datasets"][0]["type"].items() >= {
+        "field_prompt": "ask", "field_completion": "said", "field_label": "ok"
+    }.items()  # fmt: skip
+
+
+def test_texts_that_pairs_do_not_have_here_are_refused() -> None:
+    info = {"ranking": True, "file_name": "p.json", "columns": {
+        "query": "more", "chosen": "good", "rejected": "bad"}}  # fmt: skip
+    Path("data/dataset_info.json").write_text(json.dumps({"pairs": info}))
+    values = {**FACTORY, "stage": "dpo", "dataset": "pairs"}
+    pair = {"instruction": "a", "good": "b", "bad": "c"}
+    assert "more" in refused(values, first={**pair, "more": "x"})["dataset"]
+    assert "columns" in refused(values, records=None)["dataset"]
+    assert converted(values, first={**pair, "more": ""}) == converted(values, first=pair)
+
+
+def test_columns_that_llama_factory_does_not_read_are_turned_off() -> None:
+    chat = {"conversations": SAMPLES["conversations"]}
+    values = {**FACTORY, "dataset": "chats"}
+    plain = converted(values, first=chat)["datasets"][0]
+    assert not plain.keys() & {"field_system", "field_tools"}
+    both = converted(values, first={**chat, "system": "s", "tools": "[]"})["datasets"][0]
+    assert both == {**plain, "field_system": "(none)", "field_tools": "(none)"}
+    hub = converted({**values, "dataset": "hub_chats"}, records=None)["datasets"][0]
+    assert (hub["field_system"], hub["field_tools"]) == ("(none)", "(none)")
+    tools = {**values, "dataset": "tools"}
+    assert "tools" in refused(tools, first={**chat, "functions": "[]"})["dataset"]
+    assert refused(tools, records=None)["dataset"]
+    assert converted(tools, first={**chat, "functions": ""})["datasets"][0]["path"] == "data/t.json"
+
+
+TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("values", "first", "expected"),
+    [
+        (DPO, {"prompt": TURNS[:1], "chosen": TURNS[1:], "rejected": TURNS[1:]},
+         {"type": "chat_template.default", "field_messages": "prompt"}),
+        (DPO, {"chosen": TURNS, "rejected": TURNS}, {"type": "chat_template.argilla_chat"}),
+        (DPO, {"chosen": "a", "rejected": "b"}, None),
+        (DPO, {**PAIR, "system": "s"}, None),
+        (DPO, {**PAIR, "images": []}, None),
+        (DPO, LABELED, None),
+        (ORPO, {"chosen": TURNS, "rejected": TURNS}, None),
+        (KTO, PAIR, None),
+        (KTO, {"prompt": TURNS[:1], "completion": TURNS[1:], "label": True}, None),
+    ],
+)  # fmt: skip
+def test_the_columns_decide_on_the_type_of_preferences(
+    values: dict[str, Any], first: dict[str, Any], expected: dict[str, Any] | None
+) -> None:
+    if expected is None:
+        assert set(refused(values, first=first)) == {"dataset_name"}
+    else:
+        assert converted(values, first=first)["datasets"] == [{"path": "chat.jsonl", **expected}]
+
+
+def test_preferences_that_are_not_here_need_their_format() -> None:
+    assert "--dataset-format text" in refused(DPO, columns=None)["dataset_name"]
+    assert converted(DPO, columns=None, format_of_data="text") == converted(DPO, first=PAIR)
+    chats = converted(DPO, columns=None, format_of_data="messages")
+    assert chats["datasets"][0]["type"] == "chat_template.default"
+    assert refused(KTO, columns=None, format_of_data="messages")
+
+
+def test_datasets_of_several_formats_are_refused_by_name() -> None:
+    values = {"model_name_or_path": "m", "datasets": [{"path": "a"}, {"path": "b"}]}
+    kinds = {"a": CHAT, "b": {"text": "c"}}
+    found = convert_values(
+        values, trainer="trl", file="old.yaml", records=lambda entry: [kinds[entry["path"]]]
+    )
+    (error,) = found.errors
+    assert (error.key, "a has messages, b has text" in error.why) == ("datasets", True)
+    kinds["b"] = CHAT
+    found = convert_values(
+        values, trainer=find_trainer(values), file="old.yaml",
+        records=lambda entry: [kinds[entry["path"]]],
+    )  # fmt: skip
+    assert [entry["path"] for entry in found.values["datasets"]] == ["a", "b"]
+
+
+def test_epochs_are_not_written_beside_steps() -> None:
+    for values in (TRL, FACTORY):
+        assert "num_epochs" in converted(values)
+        assert "num_epochs" not in converted({**values, "max_steps": 5})
+        found = convert({**values, "max_steps": 5, "num_train_epochs": 2})
+        assert (found.values["max_steps"], "num_epochs" in found.values) == (5, False)
+        (answer,) = [one for one in found.answers if one.key == "num_train_epochs"]
+        assert "max_steps takes precedence" in answer.reason
+        assert converted({**values, "max_steps": -1})["num_epochs"] == 3
+
+
 def test_the_trainer_is_found_from_its_keys() -> None:
     assert find_trainer(TRL) == "trl"
+    for values, trainer in ((DPO, "trl-dpo"), (KTO, "trl-kto"), (ORPO, "trl-orpo")):
+        assert find_trainer(values) == trainer
+    assert find_trainer({"model_name_or_path": "m", "datasets": []}) == "trl"
+    assert find_trainer({"model_name_or_path": "m", "datasets": [], "wubble": 1}) == "trl"
     assert find_trainer(FACTORY) == "llama-factory"
     assert find_trainer({"base_model": "m", "datasets": []}) == "axolotl"
     # No key is TRL's alone, but neither of the others has them all.
@@ -592,6 +788,7 @@ def test_the_trainer_is_found_from_its_keys() -> None:
         ({"model_name_or_path": "m", "learning_rate": 1}, "TRL or LLaMA-Factory"),
         ({"stage": "sft", "use_peft": True}, "TRL or LLaMA-Factory"),
         ({"wubble": 1}, "TRL or LLaMA-Factory or axolotl"),
+        ({**TRL, "beta": 0.2}, "TRL's DPO or TRL's KTO or TRL's ORPO"),
     ):
         with pytest.raises(AttnimgError, match="not clear") as caught:
             find_trainer(values)
@@ -646,12 +843,11 @@ FOREIGN = [
 ]
 
 
-@pytest.mark.parametrize("trainer", ["trl", "llama-factory", "axolotl"])
+@pytest.mark.parametrize("trainer", NAMES)
 def test_any_value_is_converted_or_refused(trainer: Trainer) -> None:
     draw = random.Random(trainer)
-    start: dict[str, Any] = {"trl": TRL, "llama-factory": FACTORY, "axolotl": {"base_model": "m"}}[
-        trainer
-    ]
+    others = {"llama-factory": FACTORY, "axolotl": {"base_model": "m"}}
+    start: dict[str, Any] = others.get(trainer, TRL)
     known = [*Config.model_fields, "flash_attention", "plugins"]
     if trainer != "axolotl":
         known = [*key_table(trainer).keys, *key_table(trainer).renamed]
@@ -664,18 +860,28 @@ def test_any_value_is_converted_or_refused(trainer: Trainer) -> None:
             assert not check_values(dict(found.values), file="x").errors
 
 
-def test_the_table_has_the_keys_and_defaults_of_the_installed_trl() -> None:
+@pytest.mark.parametrize("trainer", OF_TRL)
+@pytest.mark.filterwarnings("ignore:.*experimental")
+def test_the_table_has_the_keys_and_defaults_of_the_installed_trl(trainer: Trainer) -> None:
     from transformers import TrainingArguments
-    from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, SFTConfig
+    from trl import (
+        DatasetMixtureConfig,
+        DPOConfig,
+        KTOConfig,
+        ModelConfig,
+        ScriptArguments,
+        SFTConfig,
+    )
+    from trl.experimental.orpo import ORPOConfig
 
-    keys = key_table("trl").keys
+    script = {"trl": SFTConfig, "trl-dpo": DPOConfig, "trl-kto": KTOConfig, "trl-orpo": ORPOConfig}
+    keys = key_table(trainer).keys
     own = {**fields(TrainingArguments)}
-    for kind in (ScriptArguments, ModelConfig, DatasetMixtureConfig, SFTConfig):
+    for kind in (ScriptArguments, ModelConfig, DatasetMixtureConfig, script[trainer]):
         own |= fields(kind)
-    of_dpo = {key: value for key, value in fields(DPOConfig).items() if key not in own}
-    assert {key for key, entry in keys.items() if not entry.removed} == {*own, *of_dpo}
-    found = {key: keys[key].default for key in {**own, **of_dpo} if key != "optim"}
-    assert found == {key: value for key, value in {**own, **of_dpo}.items() if key != "optim"}
+    assert {key for key, entry in keys.items() if not entry.removed} == own.keys()
+    found = {key: keys[key].default for key in own if key != "optim"}
+    assert found == {key: value for key, value in own.items() if key != "optim"}
     assert own["optim"] == "adamw_torch_fused"
 
 
@@ -688,7 +894,7 @@ def fields(kind: type) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("trainer", ["trl", "llama-factory"])
+@pytest.mark.parametrize("trainer", [*OF_TRL, "llama-factory"])
 def test_each_key_that_is_done_names_our_keys(trainer: Trainer) -> None:
     for key, entry in key_table(trainer).keys.items():
         assert set(entry.to) <= Config.model_fields.keys(), key

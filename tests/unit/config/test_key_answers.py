@@ -15,6 +15,7 @@ from attnimg.config import check_values
 from attnimg.config.attention import LEGACY
 from attnimg.config.keys import (
     COMPUTED,
+    allowed_options,
     allowed_values,
     dataset_key_answers,
     key_answers,
@@ -65,6 +66,8 @@ def test_no_key_has_two_answers() -> None:
 @pytest.mark.parametrize("key", ACCEPTED)
 def test_an_accepted_key_is_a_warning_that_says_why_and_what_to_do(key: str) -> None:
     value = (allowed_values(key) or (True,))[0]
+    if options := allowed_options(key):
+        value = {options[0]: True}
     found = check_values({**RUN, "micro_batch_size": 2, key: value}, file="c.yaml")
     assert found.ok
     if True in key_answers()[key].accepts:
@@ -85,6 +88,10 @@ def test_an_accepted_key_is_a_warning_that_says_why_and_what_to_do(key: str) -> 
         ("expert_backend", "builtin", ([], [])),
         ("moe_grouped_backend", "dequant", (["bad-value"], [])),
         ("moe_grouped_backend", "auto", ([], ["hint-not-used"])),
+        ("torch_compile_options", {"emulate_precision_casts": True}, (["bad-value"], [])),
+        ("torch_compile_options", ["shape_padding"], (["bad-value"], [])),
+        ("torch_compile_options", {"shape_padding": True}, ([], ["hint-not-used"])),
+        ("torch_compile_options", {}, ([], [])),
         ("eval_max_new_tokens", 128, ([], ["hint-not-used"])),
         ("generation_temperature", 0.7, ([], ["hint-not-used"])),
         ("generate_samples", True, (["unsupported-key"], [])),
@@ -94,6 +101,29 @@ def test_a_value_that_axolotl_refuses_is_refused(
     key: str, value: object, codes: tuple[list[str], list[str]]
 ) -> None:
     assert answers(**{key: value}) == codes
+
+
+@pytest.mark.parametrize(
+    ("keys", "contradicting"),
+    [
+        ({"expert_backend": "sonicmoe", "use_scattermoe": True}, ["use_scattermoe"]),
+        ({"expert_backend": "ScatterMoE", "use_sonicmoe": True}, ["use_sonicmoe"]),
+        ({"expert_backend": "eager", "use_scattermoe": True, "use_sonicmoe": True},
+         ["use_scattermoe", "use_sonicmoe"]),
+        ({"use_scattermoe": True, "use_sonicmoe": 1}, ["use_sonicmoe"]),
+        ({"expert_backend": "ScatterMoE", "use_scattermoe": True, "use_sonicmoe": False}, []),
+        ({"expert_backend": "sonicmoe", "use_scattermoe": False}, []),
+        ({"expert_backend": None, "use_scattermoe": True, "use_sonicmoe": None}, []),
+        ({"expert_backend": "nonsense", "use_scattermoe": True}, ["expert_backend"]),
+    ],
+)  # fmt: skip
+def test_two_kernels_for_the_experts_contradict_each_other_as_in_axolotl(
+    keys: dict[str, Any], contradicting: list[str]
+) -> None:
+    errors = check_values({**RUN, **keys}, file="c.yaml").errors
+    assert [(error.code, error.key) for error in errors] == [
+        ("bad-value", key) for key in contradicting
+    ]
 
 
 @pytest.mark.parametrize(

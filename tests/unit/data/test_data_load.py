@@ -90,7 +90,7 @@ def test_raise_names_the_record(run_on: Run, json_lines: Write, tokenizer: Any) 
 
 def test_nothing_left_is_an_error(run_on: Run, json_lines: Write, tokenizer: Any) -> None:
     path = json_lines({"text": "", "body": "x y"}, {"text": " ", "body": "z"})
-    with pytest.raises(AttnimgError, match="2 have no text") as caught:
+    with pytest.raises(AttnimgError, match="2 without text") as caught:
         load_documents(run_on(path), tokenizer)
     assert caught.value.code == "empty-dataset"
     assert "name the column" in caught.value.do

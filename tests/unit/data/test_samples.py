@@ -337,7 +337,7 @@ def test_the_answers_of_a_pair_are_shown_separately(
     for name, answer in (("chosen", "Good."), ("rejected", "Bad.")):
         assert f"data.jsonl, line 1, {name}" in text
         assert f"{prompt}⟦{answer}" in text
-    assert "1 pairs" in dict(facts(prepared))["training"]
+    assert "1 pair, " in dict(facts(prepared))["training"]
     (figures,) = prepared.documents.figures
     assert prepared.train.figures["tokens"] == figures.tokens
     assert prepared.train.figures["trained_tokens"] == figures.trained_tokens

@@ -20,6 +20,8 @@ def test_the_page_quotes_the_record() -> None:
         f"accepts {text['accepted']} of {text['examples']} examples that train on text, "
         f"{maintained['accepted']} of {maintained['examples']} of them maintained"
     ) in PAGE
+    of_rl = RECORD["shares"]["rl"]
+    assert f"accepts {of_rl['accepted']} of the {of_rl['examples']} examples with `rl`" in PAGE
     trained = {name for name, found in RECORD["trained"].items() if "trained" in found}
     assert f"{len(trained)} of the {len(RECORD['trained'])} trained" in PAGE
     assert all(f"`{name}`" in PAGE for name in RECORD["trained"].keys() - trained)

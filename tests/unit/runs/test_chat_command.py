@@ -76,7 +76,7 @@ def test_a_pipe_is_answered_line_by_line(
     folder: Path, plain: ChatModel, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    lines = "hi\nand then?\n\n/reset\nhi\n/exit\nnever answered\n"
+    lines = "hi\nand then?\n\n/help\n/reset\nhi\n/exit\nnever answered\n"
     arguments = (str(folder / "out"), "--max-new-tokens", "6", "--system", "Be brief.")
     assert command(monkeypatch, lines, "--json", *arguments) == 0
     said = capsys.readouterr()
@@ -89,6 +89,7 @@ def test_a_pipe_is_answered_line_by_line(
     assert (first["prompt"], first["tokens"], first["finish"]) == ("hi", 6, "length")
     assert second["prompt_tokens"] > first["prompt_tokens"]
     assert "got      " in said.err, "the backend is named"
+    assert said.err.count("/exit ends") == 1, "only /help lists the commands in a pipe"
     assert command(monkeypatch, "hi\n", *arguments) == 0
     said = capsys.readouterr()
     assert said.out == first["text"] + "\n"

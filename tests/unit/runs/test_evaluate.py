@@ -131,6 +131,27 @@ def test_data_comes_from_the_config_file(folder: Path, capsys: pytest.CaptureFix
     assert "the folder has no receipt.json" in capsys.readouterr().err
 
 
+def test_a_broken_record_is_named_before_any_proof(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("ATTNIMG_CACHE", str(tmp_path))
+    values = yaml.safe_load((folder / "lora.yaml").read_text())
+    values["test_datasets"] = [{"path": str(tmp_path / "bad.jsonl"), "type": "completion"}]
+    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text": 3}\n')
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump(values))
+    assert command("evaluate", str(tmp_path / "bad.yaml"), "--base") == 2
+    said = capsys.readouterr().err
+    assert "bad.jsonl, line 2" in said
+    assert "proof:" not in said
+    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text": "too"}\n')
+    assert command("evaluate", str(tmp_path / "bad.yaml"), "--base") == 0
+    said = capsys.readouterr().err
+    assert said.index("2 documents") < said.index("proof: sdpa passed")
+
+
 @pytest.mark.parametrize("change", ["a new line", "seed", "val_set_size", "other data"])
 def test_documents_that_were_trained_are_not_evaluated(
     folder: Path, change: str, capsys: pytest.CaptureFixture[str]

@@ -76,6 +76,27 @@ def test_a_moved_base_model_is_found_by_its_content(trained: Path, tmp_path: Pat
     assert "--base-model" in error.do
 
 
+@pytest.mark.parametrize(
+    ("base", "first", "second"),
+    [
+        ("{folder}/gone", "run attnimg merge with --base-model", ""),
+        ("gone", "run attnimg merge with --base-model", "run hf download gone"),
+        ("models/gone", "run attnimg merge with --base-model", "run hf download models/gone"),
+        ("org/model", "run hf download org/model, or attnimg merge with --base-model", ""),
+    ],
+)
+def test_a_name_like_a_folder_s_is_first_taken_for_one(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, base: str, first: str, second: str
+) -> None:
+    monkeypatch.chdir(copied)
+    (copied / "models").mkdir()
+    name = base.format(folder=copied)
+    do = refused(copied, base_model=name).do
+    assert do.startswith(first)
+    assert second in do
+    assert second or "; if " not in do
+
+
 def test_another_base_model_is_refused(trained: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
