@@ -166,6 +166,11 @@ classes: .venv/ready ## List the model classes of the pinned transformers, and w
 engine: ## Start a Docker engine if none is running; needs root
 	@docker/engine.sh
 
+.PHONY: podman
+podman: ## Install Podman for `make test/%`, from Debian's packages, if there is none; needs root
+	@command -v podman >/dev/null || { echo "podman: installing the packages podman and catatonit"; \
+	  apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends podman catatonit; }
+
 base: engine ## Make the base image, from a registry or from Debian's packages
 	@docker/base.sh
 
