@@ -232,11 +232,11 @@ def find_runtime(environment: Mapping[str, str], *, root: Path = Path("/")) -> R
         return KUBERNETES
     if {"APPTAINER_CONTAINER", "SINGULARITY_CONTAINER"} & set(environment):
         return APPTAINER
-    if (root / "run" / ".containerenv").exists():
+    if os.path.lexists(root / "run" / ".containerenv"):
         return PODMAN
-    if (root / ".dockerenv").exists():
+    if os.path.lexists(root / ".dockerenv"):
         return DOCKER
-    if "SLURM_JOB_ID" in environment and (root / "opt" / "attnimg").exists():
+    if "SLURM_JOB_ID" in environment and os.path.lexists(root / "opt" / "attnimg"):
         return ENROOT
     return None
 
@@ -256,7 +256,8 @@ def library_path(environment: Mapping[str, str], *, root: Path = Path("/")) -> s
     """
 
     def having(folders: Iterator[str] | tuple[str, ...] | list[str]) -> list[str]:
-        return [name for name in folders if (root / name.lstrip("/") / LIBCUDA).exists()]
+        # os.path, as Path.exists raises in a folder that this user can't read.
+        return [name for name in folders if os.path.exists(root / name.lstrip("/") / LIBCUDA)]  # noqa: PTH110
 
     listed = [name for name in environment.get("LD_LIBRARY_PATH", "").split(":") if name]
     if having(listed) or having(_SYSTEM_LIBRARIES):

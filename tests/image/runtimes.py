@@ -30,6 +30,7 @@ def write_driver(folder: Path) -> Path:
     smi, library = folder / "bin" / "nvidia-smi", folder / "lib64" / "libcuda.so.1"
     for path in (smi, library):
         path.parent.mkdir(parents=True)
+    folder.chmod(0o755)  # pytest's folders are for its own user
     smi.write_text(NVIDIA_SMI)
     smi.chmod(0o755)
     source = folder / "libcuda.c"

@@ -148,7 +148,6 @@ def test_enroot_simulated_starts_a_login_shell(docker: Run) -> None:
     assert wrote(done)["HF_HOME"] == f"/tmp/attnimg-{UID}/huggingface-{UID}"
     done = docker("-l", "-c", 'exec "$@"', "rc", "attnimg", "doctor", options=options)
     assert f"/cache is not writable for user {UID}; caches are in /tmp/attnimg-{UID}" in done.stdout
-    assert "--container-mounts=" in done.stdout
     assert faults(done.stdout) == []
 
 
@@ -241,11 +240,28 @@ def test_exec_and_healthcheck_see_what_the_entrypoint_chose(image: str, tmp_path
     assert health.startswith("healthy"), health
 
 
-def test_a_small_memory_limit_is_named(docker: Run, workspace: Path) -> None:
-    options = (*mounted(workspace), "--memory=300m", "--memory-swap=300m")
-    train = ("train", "examples/demo/demo.yaml", "max_steps=2", "attn_implementation=sdpa")
-    done = docker(*train, options=options)
-    assert done.returncode == 1
-    assert "memory-too-small" in done.stderr
-    assert "the memory limit of the container or job, 300 MiB, was reached" in done.stderr
-    assert "raise the memory limit" in done.stderr
+# A parent of 400 MB, with torch, whose child needs more than is left of 600 MB.
+FULL = """
+import subprocess, sys, tempfile
+from attnimg.cgroup import oom_kills
+from attnimg.verification import runner
+kills, larger = oom_kills(), b"x" * (150 << 20)
+code = "import attnimg.verification.worker as w; w._die_before_parent(); b'x' * (1 << 30)"
+with tempfile.TemporaryFile() as output:
+    child = subprocess.run([sys.executable, "-c", code], stderr=output)
+    print(runner._exit_reason(child.returncode, case="x", output=output, kills=kills).text)
+"""
+
+
+def test_a_proof_that_the_memory_limit_kills_is_named(docker: Run) -> None:
+    options = (PYTHON, "--network=none", "--memory=600m", "--memory-swap=600m")
+    done = docker("-c", FULL, options=options)
+    assert done.returncode == 0, done.stderr
+    wanted = "as the memory limit of the container or job, 600 MiB, was reached"
+    assert done.stdout == f"x: killed by SIGKILL, {wanted}\n"
+
+
+def test_the_forecast_uses_the_memory_limit(docker: Run, workspace: Path) -> None:
+    options = (*mounted(workspace), "--memory=256m", "--memory-swap=256m")
+    done = docker("explain", "examples/demo/demo.yaml", options=options)
+    assert "more than the 0.2 GiB of this device" in done.stdout + done.stderr

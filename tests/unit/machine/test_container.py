@@ -213,6 +213,15 @@ def test_the_driver_s_library(
     assert library_path(environment, root=tmp_path) == wanted
 
 
+@pytest.mark.skipif(UID == 0, reason="root can read every folder")
+def test_a_driver_s_folder_that_can_t_be_read_is_none(tmp_path: Path) -> None:
+    folder = tmp_path / "usr" / "local" / "nvidia" / "lib64"
+    folder.mkdir(parents=True)
+    (folder / "libcuda.so.1").write_text("")
+    folder.chmod(0)
+    assert library_path({}, root=tmp_path) is None
+
+
 def test_the_driver_s_programs_are_found_without_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
