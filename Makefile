@@ -171,6 +171,11 @@ classes: .venv/ready ## List the model classes of the pinned transformers, and w
 engine: ## Start a Docker engine if none is running; needs root
 	@docker/engine.sh
 
+.PHONY: podman
+podman: ## Install Podman for `make test/%`, from Debian's packages, if there is none; needs root
+	@command -v podman >/dev/null || { echo "podman: installing the packages podman and catatonit"; \
+	  apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends podman catatonit; }
+
 base: engine ## Pull the base image by its digest, or make a stand-in of Debian's packages
 	@docker/base_image.py
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from attnimg import __version__
 from attnimg.errors import AttnimgError, memory_errors, printable
+from attnimg.machine import container
 from attnimg.redact import redact
 
 
@@ -231,12 +232,25 @@ def main() -> None:
     if not debug:
         # Hide errors that libraries raise at the end of the process, after the reported one.
         sys.unraisablehook = lambda _: None
+    _use_container()
     code = run([argument for argument in sys.argv[1:] if argument != "--debug"], debug=debug)
     if "WORLD_SIZE" in os.environ:
         from attnimg.train.distributed import end_process
 
         end_process(code)
     sys.exit(code)
+
+
+def _use_container() -> None:
+    """Choose the folders of caches and find the driver's libraries, before either is needed."""
+    if (path := container.library_path(os.environ)) is not None:
+        # The loader reads the variable only when a process starts.
+        os.environ["LD_LIBRARY_PATH"] = path
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    container.apply(create=True)
+    note = container.replaced_cache(os.environ)
+    if note is not None and os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(f"attnimg: {printable(note)}\n")
 
 
 def run(arguments: Sequence[str], *, debug: bool = False) -> int:

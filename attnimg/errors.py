@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
+from attnimg.cgroup import memory_limit
 from attnimg.redact import redact
 
 # Control characters of ASCII and Latin-1, and bidirectional ones, which reorder text.
@@ -247,7 +248,6 @@ def _memory_text() -> str:
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY:
         found.append(f"ulimit -v allows this process {limit >> 20:,} MiB")
-    with suppress(OSError, ValueError):  # "max" without a limit
-        most = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        found.append(f"the container may use {most >> 20:,} MiB")
+    if (most := memory_limit()) is not None:
+        found.append(f"the container or job may use {most >> 20:,} MiB")
     return "; ".join(found) or "the amount of free memory is unknown"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from attnimg import application
 from attnimg.backends._transformers import is_called_directly
+from attnimg.cgroup import memory_limit
 from attnimg.context import build_context
 from attnimg.errors import AttnimgError, KernelError, PackingLeak, set_backend
 from attnimg.facts import (
@@ -344,6 +345,8 @@ def _nothing_fits(plan: Plan) -> KernelError:
 
 def _failed_proof(failed: Proof, *, do: str) -> KernelError:
     found = "\n".join(f"found {reason.code}: {reason.text}" for reason in failed.reasons)
+    if failed.reasons[0].code == "oom" and memory_limit() is not None:
+        do = "raise the memory limit of the container or job (docker run --memory), or lift it"
     return KernelError(
         f"{failed.backend} failed its proof on this machine",
         why=f"{found}\nneeded: the outputs and gradients of plain attention",

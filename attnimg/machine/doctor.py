@@ -8,6 +8,7 @@ from typing import Literal
 
 from attnimg.backends import all_backends, conflicting_variables, find_backend, runs_on
 from attnimg.facts import Machine, Reason
+from attnimg.machine.container import DOCKER
 from attnimg.machine.host import WORKING_FOLDER, Folder, Host
 from attnimg.machine.kernel_cache import (
     ShippedKernels,
@@ -31,6 +32,8 @@ _GIB = 1 << 30
 # A checkpoint of a 7B model with its optimizer has under 1 GiB for LoRA, 80 GiB for full
 # fine-tuning. With less than the first nothing can be saved, with less than the second little.
 _DISK_FAIL, _DISK_WARN = 1 * _GIB, 20 * _GIB
+# A cache without a model of the hub has proofs and compiled code of some megabytes (our choice).
+_CACHE_FAIL = 16 << 20
 # With Docker's default, 64 MiB, data loader workers and NCCL fail with a bus error.
 # Source: https://github.com/NVIDIA/nccl/issues/290 (2026-11-21).
 _SHM_WARN = 1 * _GIB
@@ -75,7 +78,7 @@ def check_machine(
     )
     return (
         Check("image", "ok", name),
-        *_check_gpu(machine, image, images),
+        *_check_gpu(machine, host, image, images),
         *_check_packages(host, image),
         *_check_shipped_kernels(machine, host),
         *check_variants(machine, host),
@@ -86,34 +89,37 @@ def check_machine(
 
 
 def _check_gpu(
-    machine: Machine, image: ImageFacts | None, images: Mapping[str, ImageFacts]
+    machine: Machine, host: Host, image: ImageFacts | None, images: Mapping[str, ImageFacts]
 ) -> Iterator[Check]:
     """Check GPU and driver; suggest the right tag for a wrong image."""
     if machine.driver_problem:
         what = f"the GPU driver does not answer: {machine.driver_problem}"
-        do = "run nvidia-smi on the host; if it works there, start the container with --gpus all"
+        do = f"run nvidia-smi on the host; if it works there, {(host.runtime or DOCKER).gpu}"
         yield Check("driver", "fail", what, do)
         return
     if machine.arch.vendor == "cpu":
-        yield _check_absent_gpu(image)
+        yield _check_absent_gpu(host, image)
         return
     yield _check_architecture(machine, image, images)
     if machine.other_archs:
         what = f"GPUs differ: {machine.arch.name} and {', '.join(machine.other_archs)}"
         yield Check("mixed-gpus", "warn", what, "select GPUs of one kind with CUDA_VISIBLE_DEVICES")
+    if machine.arch.vendor == "nvidia" and host.cuda_error is not None:
+        what = f"nvidia-smi works, but programs can't load the driver's library: {host.cuda_error}"
+        do = (
+            "give the container the driver's compute part: NVIDIA_DRIVER_CAPABILITIES="
+            "compute,utility, or LD_LIBRARY_PATH with the folder of libcuda.so.1"
+        )
+        yield Check("libcuda", "fail", what, do)
     if machine.driver is not None:
         yield _check_driver(machine.driver, machine.arch.name, image, images)
 
 
-def _check_absent_gpu(image: ImageFacts | None) -> Check:
+def _check_absent_gpu(host: Host, image: ImageFacts | None) -> Check:
     if image is None or "cpu" in image.devices:
         return Check("gpu", "ok", "no GPU; this is checked as a CPU machine")
     what = f"no GPU is visible, and attnimg:{image.name} is for {' '.join(image.devices)}"
-    do = (
-        "start the container with --gpus all (AMD: --device /dev/kfd --device /dev/dri), "
-        "or run attnimg:cpu"
-    )
-    return Check("gpu", "fail", what, do)
+    return Check("gpu", "fail", what, f"{(host.runtime or DOCKER).gpu}; or run attnimg:cpu")
 
 
 def _check_architecture(
@@ -272,34 +278,45 @@ def _check_user(host: Host) -> Check:
 
 
 def _check_folders(host: Host) -> Iterator[Check]:
-    """Check whether HOME, the caches and the working folder are writable and have free space.
+    """Check whether HOME, the caches and the working folder are usable and have free space.
 
     Folders with the same result share a line, as the caches are mostly on one volume.
     """
     alike: dict[Check, list[str]] = {}
     for folder in host.folders:
         name = f"{folder.role} ({folder.path or 'not set'})"
-        alike.setdefault(_check_folder(folder, uid=host.uid), []).append(name)
+        alike.setdefault(_check_folder(folder, host), []).append(name)
     for check, names in alike.items():
         yield Check(check.code, check.status, f"{', '.join(names)}: {check.what}", check.do)
+    if host.replaced_cache is not None:
+        yield Check("cache", "warn", host.replaced_cache, (host.runtime or DOCKER).volume)
+    if host.noexec:
+        what = (
+            f"{' and '.join(host.noexec)}: mounted with noexec, so that torch.compile and Triton "
+            "can't load what they compile there"
+        )
+        yield Check("noexec", "warn", what, "mount it with exec: --tmpfs /cache:exec,mode=1777")
 
 
-def _check_folder(folder: Folder, *, uid: int) -> Check:
+def _check_folder(folder: Folder, host: Host) -> Check:
     if not folder.writable:
-        what = f"not writable for user {uid}"
+        what = f"not writable for user {host.uid}"
         if folder.role == WORKING_FOLDER:
             # output_dir may be elsewhere, so this is only a warning.
             do = "mount a folder that this user may write to: -v $PWD:/workspace"
             return Check("folder", "warn", what, do)
-        return Check(
-            "folder", "fail", what, "mount a volume that this user may write to: -v cache:/cache"
-        )
+        return Check("folder", "fail", what, (host.runtime or DOCKER).volume)
     if folder.free_bytes is None:
         return Check("folder", "ok", "writable")
     free = f"{folder.free_bytes / _GIB:.1f} GiB free"
     if folder.free_bytes >= _DISK_WARN:
         return Check("folder", "ok", f"writable, {free}")
-    status: Status = "fail" if folder.free_bytes < _DISK_FAIL else "warn"
+    if folder.role != WORKING_FOLDER:
+        # What a run needs there depends on its model: with one from a folder, next to nothing.
+        status: Status = "fail" if folder.free_bytes < _CACHE_FAIL else "warn"
+        what = f"{free}, a model from the hub may need more"
+        return Check("disk", status, what, "mount a larger volume there")
+    status = "fail" if folder.free_bytes < _DISK_FAIL else "warn"
     what = f"{free}, a checkpoint may need more"
     return Check("disk", status, what, "mount a larger volume there")
 

@@ -13,12 +13,18 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from attnimg.machine.container import (
+    CACHES,
+    LIBCUDA,
+    Runtime,
+    find_driver_program,
+    find_runtime,
+    replaced_cache,
+)
 from attnimg.machine.kernel_cache import ShippedKernels, shipped_kernels, shipped_triton
 from attnimg.machine.probe import canonical, changed_files, read_record
 
 WORKING_FOLDER = "the working folder"
-# Variables that name cache folders; their defaults are under HOME.
-_CACHES = ("HF_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME")
 # Top-level packages of the kernels; of two with one name on sys.path, one shadows the other.
 _KERNEL_PACKAGES = (
     "flash_attn",
@@ -63,6 +69,10 @@ class Host:
             folders, in the order of sys.path; the first one is imported.
         shipped_kernels: FlashAttention-4's precompiled kernels in the image; None without any.
         shipped_triton: SageAttention's precompiled Triton kernels in the image.
+        runtime: what started the container; None outside of one.
+        replaced_cache: why another cache folder is used; None if none is.
+        cuda_error: the loader's message on libcuda; None where it loads, and without nvidia-smi.
+        noexec: cache folders whose file system runs no code.
     """
 
     uid: int
@@ -75,6 +85,10 @@ class Host:
     shadows: Mapping[str, tuple[str, ...]]
     shipped_kernels: ShippedKernels | None = None
     shipped_triton: ShippedKernels | None = None
+    runtime: Runtime | None = None
+    replaced_cache: str | None = None
+    cuda_error: str | None = None
+    noexec: tuple[str, ...] = ()
 
 
 def this_host(*, shm: Path = Path("/dev/shm")) -> Host:
@@ -99,7 +113,30 @@ def this_host(*, shm: Path = Path("/dev/shm")) -> Host:
         shadows=_shadows(sys.path),
         shipped_kernels=shipped_kernels(),
         shipped_triton=shipped_triton(),
+        runtime=find_runtime(os.environ),
+        replaced_cache=replaced_cache(os.environ),
+        cuda_error=_cuda_error() if find_driver_program("nvidia-smi") else None,
+        noexec=tuple(_noexec()),
     )
+
+
+def _cuda_error() -> str | None:
+    """Load libcuda in another process, as a broken driver may crash it; return the error."""
+    import subprocess  # takes 3 ms, and is not needed without a GPU
+
+    code = f"import ctypes; ctypes.CDLL({LIBCUDA!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+    return lines[-1] if done.returncode else None
+
+
+def _noexec() -> Iterator[str]:
+    """Yield the folders of compilers' caches whose file system is mounted with noexec."""
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        folder = Path(os.environ.get(name) or "/nonexistent")
+        with suppress(OSError):
+            if os.statvfs(folder).f_flag & os.ST_NOEXEC:
+                yield str(folder)
 
 
 def _name_and_version(dist: metadata.Distribution) -> tuple[str, str]:
@@ -129,7 +166,8 @@ def _shadows(folders: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
 
 def _folders(home: str) -> Iterator[Folder]:
-    paths = {name: os.environ[name] for name in _CACHES if name in os.environ}
+    # The caches' defaults are under HOME.
+    paths = {name: os.environ[name] for name in CACHES if name in os.environ}
     for role, path in {"HOME": home, **paths, WORKING_FOLDER: str(Path.cwd())}.items():
         # The folder, or its nearest parent that exists.
         nearest = Path(path or "/nonexistent").absolute()

@@ -10,7 +10,7 @@ import base64
 import hashlib
 import os
 import re
-import shutil
+import sys
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -18,8 +18,10 @@ from importlib import metadata
 from pathlib import Path
 
 from attnimg.backends import kernel_variables
+from attnimg.cgroup import memory_limit
 from attnimg.errors import AttnimgError
 from attnimg.facts import LocalKernel, Machine
+from attnimg.machine.container import find_driver_program
 from attnimg.selection.gpus_and_images import arch_from_name
 
 _QUERY = "name,compute_cap,memory.total,driver_version"
@@ -55,7 +57,7 @@ class Recording:
             --format=csv,noheader,nounits; None without the program.
         kfd_nodes: `properties` of each node of amdgpu's topology, then those of its memory banks.
         amd_driver: version of the amdgpu module.
-        memory_bytes: of the host.
+        memory_bytes: of the host, or the limit of the container or job.
         cuda_visible_devices: the environment variable; None when it is not set.
         hip_visible_devices: the same for AMD.
     """
@@ -82,7 +84,9 @@ def this_machine(packages: Iterable[str], *, sys_root: Path = Path("/sys")) -> M
         nvidia_smi=_run_nvidia_smi(),
         kfd_nodes=_read_kfd(sys_root),
         amd_driver=_text(sys_root / "module" / "amdgpu" / "version"),
-        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        memory_bytes=min(
+            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), memory_limit() or sys.maxsize
+        ),
         cuda_visible_devices=os.environ.get("CUDA_VISIBLE_DEVICES"),
         hip_visible_devices=os.environ.get("HIP_VISIBLE_DEVICES"),
     )
@@ -185,8 +189,8 @@ def changed_files(dist: metadata.Distribution, record: Iterable[str]) -> tuple[s
 
 
 def _run_nvidia_smi() -> CommandResult | None:
-    """Run nvidia-smi; return None when it is not on PATH."""
-    program = shutil.which("nvidia-smi")
+    """Run nvidia-smi; return None when there is none."""
+    program = find_driver_program("nvidia-smi")
     if program is None:
         return None
     import subprocess  # takes 3 ms, and is not needed without a GPU

@@ -25,6 +25,7 @@ from pathlib import Path
 from attnimg.config.schema import Config, trackers
 from attnimg.errors import AttnimgError
 from attnimg.facts import Problem
+from attnimg.machine.container import can_write
 from attnimg.redact import redact
 
 _TRUE = frozenset({"y", "yes", "t", "true", "on", "1"})
@@ -64,8 +65,8 @@ def _is_number(text: str) -> bool:
     return True
 
 
-# Variables that a library parses, and that raise an error if it can't: the names, the needed value,
-# and its test.
+# Variables that a library reads, and that raise an error if it can't use them: the names, the
+# needed value, and its test.
 _PARSED: tuple[tuple[tuple[str, ...], str, Callable[[str], bool]], ...] = (
     (
         ("ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE", "ACCELERATE_ENABLE_RICH",
@@ -84,6 +85,12 @@ _PARSED: tuple[tuple[tuple[str, ...], str, Callable[[str], bool]], ...] = (
          "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"),
         "a whole number",
         _is_count,
+    ),
+    # torch would raise an AssertionError that does not name the variable.
+    (
+        ("TORCHINDUCTOR_CACHE_DIR",),
+        "a folder that this user may write to",
+        lambda text: can_write(Path(text)),
     ),
     (("OMP_NUM_THREADS",), "a number of threads, 1 or more", _are_threads),
     (
@@ -119,7 +126,7 @@ def require_parsable(environ: Mapping[str, str]) -> None:
     ]
     if found:
         raise AttnimgError(
-            "the environment has values that a library cannot read",
+            "the environment has values that a library cannot use",
             why="\n".join(f"found {name}={value}; needed {text}" for name, value, text in found),
             do=f"unset {' '.join(name for name, _, _ in found)}",
             code="bad-environment",

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from attnimg.backends import find_backend
+from attnimg.cgroup import memory_limit, oom_kills
 from attnimg.errors import signal_name
 from attnimg.facts import Figure, Geometry, LayersTask, OptimizerTask, Proof, Reason
 from attnimg.verification.training_conditions import is_compiled
@@ -136,7 +137,7 @@ def _run_child(
     }
     proofs: list[Proof] = []
     running, case = candidates[0].backend, "starting"
-    begun = time.monotonic()
+    begun, kills = time.monotonic(), oom_kills()
     with tempfile.TemporaryFile() as output, _start_child(task, output=output) as child:
         watchdog = Watchdog(child.pid, Limits(IMPORT_TIMEOUT_S, WALL_S))
         for line in _lines(child, watchdog, output=output):
@@ -171,7 +172,7 @@ def _run_child(
         elif timed_out:
             reason = Reason(code="timeout", text=f"{case}: {watchdog.description()}")
         else:
-            reason = _exit_reason(status, case=case, output=output)
+            reason = _exit_reason(status, case=case, output=output, kills=kills)
     seconds = time.monotonic() - begun
     return [*proofs, Proof(backend=running, reasons=(reason,), seconds=seconds)]
 
@@ -260,15 +261,23 @@ def _lines(
             pending = pending[:_LINE_BYTES]
 
 
-def _exit_reason(status: int, *, case: str, output: IO[bytes]) -> Reason:
-    """Return the reason why a child ended, from its exit status."""
+def _exit_reason(status: int, *, case: str, output: IO[bytes], kills: int) -> Reason:
+    """Return the reason why a child ended, from its exit status.
+
+    Args:
+        status: of the child.
+        case: what it was computing.
+        output: what it printed.
+        kills: oom_kills() before it started.
+    """
     output.seek(max(0, os.fstat(output.fileno()).st_size - _LINE_BYTES))
     lines = [line for line in output.read().decode(errors="replace").splitlines() if line.strip()]
     last = f": {lines[-1].strip()[:200]}" if lines else ""
     if status == -signal.SIGKILL:
-        return Reason(
-            code="oom", text=f"{case}: killed by SIGKILL, probably because memory ran out"
-        )
+        why = "probably because memory ran out"
+        if (limit := memory_limit()) is not None and oom_kills() > kills:
+            why = f"as the memory limit of the container or job, {limit >> 20:,} MiB, was reached"
+        return Reason(code="oom", text=f"{case}: killed by SIGKILL, {why}")
     if status < 0:
         name = signal_name(-status)
         return Reason(code="crash", text=f"{case}: killed by {name}{last}")

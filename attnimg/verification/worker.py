@@ -15,6 +15,7 @@ import resource
 import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -29,6 +30,7 @@ def main() -> None:
     """Prove all candidates on stdin."""
     task = json.loads(sys.stdin.read())
     _die_with_parent()
+    _die_before_parent()
     report = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     import torch
@@ -253,6 +255,12 @@ def _die_with_parent() -> None:
     """Make Linux kill this process when its parent ends, so that a hanging kernel does not stay."""
     # Source: prctl(2), PR_SET_PDEATHSIG is 1 (2026-11-25).
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def _die_before_parent() -> None:
+    """Make Linux kill this process first when memory runs out, so that its parent reports it."""
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
 
 
 def _cap_memory(memory_bytes: int, *, device: str) -> None:

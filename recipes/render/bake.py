@@ -84,6 +84,7 @@ def _targets(plan: ImagePlan) -> dict[str, dict[str, Any]]:
                 "ACCELERATOR": image.accelerator,
                 "LOCK": plan.lock,
                 "APT_PACKAGES": _APT[image.accelerator],
+                "VISIBLE_DEVICES": "all" if image.accelerator == "cuda" else "void",
             },
             "platforms": list(image.platforms),
         }

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from attnimg.facts import Arch, Machine
+from attnimg.machine import container
 from attnimg.machine.doctor import Check, check_machine, check_variants
 from attnimg.machine.fingerprint import RELEASE
 from attnimg.machine.host import WORKING_FOLDER, Folder, Host
@@ -158,8 +159,28 @@ def test_gpu_and_driver(
             "warn", "/workspace", id="a working folder that can't be written warns",
         ),
         pytest.param(
+            replace(HOST, folders=(HOME, replace(WORK, free_bytes=GIB // 2))),
+            "fail", "0.5 GiB", id="no room for checkpoints fails",
+        ),
+        pytest.param(
             replace(HOST, folders=(replace(HOME, free_bytes=GIB // 2), WORK)),
-            "fail", "0.5 GiB", id="no room fails",
+            "warn", "0.5 GiB", id="a cache in shared memory is enough for a model from a folder",
+        ),
+        pytest.param(
+            replace(HOST, folders=(replace(HOME, free_bytes=1 << 20), WORK)),
+            "fail", "0.0 GiB", id="no room at all fails",
+        ),
+        pytest.param(
+            replace(HOST, replaced_cache="/cache is not writable for user 7; caches are in /x"),
+            "warn", "caches are in /x", id="a replaced cache is told",
+        ),
+        pytest.param(
+            replace(HOST, noexec=("/cache/triton-7",)), "warn", "noexec",
+            id="a cache that runs no code is told",
+        ),
+        pytest.param(
+            replace(HOST, cuda_error="OSError: libcuda.so.1: cannot open shared object file"),
+            "fail", "cannot open", id="nvidia-smi without libcuda fails",
         ),
         pytest.param(
             replace(HOST, folders=(replace(HOME, free_bytes=5 * GIB), WORK)),
@@ -384,3 +405,23 @@ def test_the_kernels_that_an_amd_gpu_runs_are_named(
     (check,) = check_variants(machine, host)
     assert check.status == status
     assert what in check.what
+
+
+@pytest.mark.parametrize(
+    ("runtime", "gpu_flag", "volume_flag"),
+    [
+        pytest.param(None, "--gpus all", "-v cache:/cache", id="unknown"),
+        pytest.param(container.DOCKER, "--gpus all", "-v cache:/cache", id="Docker"),
+        pytest.param(container.PODMAN, "--device nvidia.com/gpu=all", "-v cache", id="Podman"),
+        pytest.param(container.APPTAINER, "--nv", "--bind", id="Apptainer"),
+        pytest.param(container.KUBERNETES, "nvidia.com/gpu in", "emptyDir", id="Kubernetes"),
+        pytest.param(container.ENROOT, "98-nvidia.sh", "--container-mounts", id="enroot"),
+    ],
+)
+def test_the_advice_is_for_the_runtime(
+    runtime: container.Runtime | None, gpu_flag: str, volume_flag: str
+) -> None:
+    host = replace(HOST, runtime=runtime, folders=(replace(HOME, writable=False), WORK))
+    without_gpu, without_cache = findings(NO_GPU, host)
+    assert gpu_flag in without_gpu.do
+    assert volume_flag in without_cache.do

@@ -1,0 +1,308 @@
+"""Choose the folders and the GPU driver's files that this process uses, in any container runtime.
+
+Docker, Podman, Kubernetes, enroot and Apptainer differ in the user, in the folders that are
+writable and in the place of the driver, and most of them can bypass an image's entrypoint. Nothing
+is therefore decided there. `attnimg` applies these settings when it starts; in an image,
+attnimg_container.pth applies them at the start of every other Python program, and main() prints
+them for docker/entrypoint.sh. They depend on the environment, the user and the file system only, so
+that `docker exec` and a HEALTHCHECK get the same. docs/runtimes.md has the rules.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+CACHE = "ATTNIMG_CACHE"
+# Set with the folder that could not be used, so that a later process can still report it.
+INSTEAD_OF = "ATTNIMG_CACHE_INSTEAD_OF"
+# Set with the number of the user that the variables were set for.
+FOR_USER = "ATTNIMG_FOLDERS_OF"
+# Variables of caches -> the folder's name. A user has a folder NAME-UID of each: Hugging Face's
+# library and compilers fail on files of another user, and what they load is run.
+CACHES = {
+    "HF_HOME": "huggingface",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "TRITON_CACHE_DIR": "triton",
+    "CUDA_CACHE_PATH": "cuda",
+    "XDG_CACHE_HOME": "xdg",
+    "MPLCONFIGDIR": "matplotlib",
+}
+
+# Where a runtime mounts the driver without adding it to the loader's folders. GKE's device plugin
+# mounts /usr/local/nvidia; `apptainer --nv` mounts libraries in /.singularity.d/libs.
+# Source: container-engine-accelerators 992db81, cmd/nvidia_gpu/nvidia_gpu.go, container-path;
+# apptainer 917d665, action_script.sh (read 2026-11-27).
+DRIVER_PROGRAMS = ("/usr/local/nvidia/bin",)
+DRIVER_LIBRARIES = ("/usr/local/nvidia/lib64", "/usr/local/nvidia/lib", "/.singularity.d/libs")
+# NVIDIA's runtimes mount it here, and run ldconfig.
+_SYSTEM_LIBRARIES = (
+    "/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/lib",
+)  # fmt: skip
+LIBCUDA = "libcuda.so.1"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What a process has to set.
+
+    Attributes:
+        variables: variables to set.
+        folders: folders to create, which only this user may write to.
+        tried: the folders that can't be used, if there is none for caches; otherwise empty.
+    """
+
+    variables: Mapping[str, str] = field(default_factory=dict)
+    folders: tuple[Path, ...] = ()
+    tried: tuple[Path, ...] = ()
+
+
+def choose_folders(
+    environment: Mapping[str, str],
+    *,
+    uid: int,
+    working_folder: Path,
+    tmp: Path = Path("/tmp"),
+    shm: Path = Path("/dev/shm"),
+) -> Settings:
+    """Return the variables of caches, HOME and TMPDIR to set, and the folders to create.
+
+    A variable of a cache that is set is kept.
+
+    Args:
+        environment: the environment variables.
+        uid: the user.
+        working_folder: the current one.
+        tmp: the folder for temporary files.
+        shm: the folder of shared memory.
+    """
+    named, home = environment.get(CACHE), environment.get("HOME")
+    # Folders in which programs have their caches by default. HOME of an image is in its cache
+    # volume: it is no better than the volume.
+    standard = []
+    if not named and (xdg := environment.get("XDG_CACHE_HOME")):
+        standard.append(Path(xdg) / "attnimg")
+    if home and not (named and Path(home).is_relative_to(named)):
+        standard.append(Path(home) / ".cache" / "attnimg")
+    candidates = [
+        *([Path(named)] if named else []),
+        *standard,
+        working_folder / ".cache",
+        tmp / f"attnimg-{uid}",
+        shm / f"attnimg-{uid}",
+    ]
+    base = next((path for path in candidates if why_unusable(path, uid) is None), None)
+    if base is None:
+        return Settings(tried=tuple(candidates))
+    variables: dict[str, str] = {}
+    folders = []
+
+    def use(variable: str, name: str, *, wanted: bool) -> None:
+        folder = _own_folder(base, name, uid)
+        if wanted:
+            variables[variable] = str(folder)
+        if variables.get(variable, environment.get(variable)) == str(folder):
+            folders.append(folder)
+
+    if base not in ([Path(named)] if named else standard):
+        variables |= {CACHE: str(base), INSTEAD_OF: named or str(Path(home or "/") / ".cache")}
+    for variable, name in CACHES.items():
+        # torch's default is in the temporary folder under USER, which is the same for all users of
+        # an image.
+        default = base in standard and (not named or variable != "TORCHINDUCTOR_CACHE_DIR")
+        use(variable, name, wanted=variable not in environment and not default)
+    use("HOME", "home", wanted=not home or not _is_home(Path(home), base, uid))
+    if "HOME" not in variables and home and Path(home).is_relative_to(base):
+        folders.append(Path(home))
+    temporary = [tmp, *([Path(environment["TMPDIR"])] if environment.get("TMPDIR") else [])]
+    use("TMPDIR", "tmp", wanted=not any(can_write(folder) for folder in temporary))
+    return Settings(variables=variables, folders=tuple(folders))
+
+
+def _is_home(home: Path, base: Path, uid: int) -> bool:
+    """Return whether this user can use HOME; in the volume, it must not be another user's."""
+    if home.is_relative_to(base) and os.path.lexists(home):
+        return _is_own(home, uid)
+    return can_write(home)
+
+
+def _own_folder(base: Path, name: str, uid: int) -> Path:
+    """Return base/NAME-UID, or base/NAME if that is this user's: earlier images wrote there."""
+    old = base / name
+    return old if os.path.lexists(old) and _is_own(old, uid) else base / f"{name}-{uid}"
+
+
+def _is_own(path: Path, uid: int) -> bool:
+    """Return whether a path is a folder of this user that not everybody can write to."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == uid and not found.st_mode & stat.S_IWOTH
+
+
+def why_unusable(base: Path, uid: int) -> str | None:
+    """Return why a folder can't have the caches of this user; None if it can.
+
+    Everybody may create folders in an image's /cache, also with another user's number.
+    """
+    if not can_write(base):
+        return "is not writable"
+    names = [base] if base.name.endswith(f"-{uid}") else []
+    names += [base / f"{name}-{uid}" for name in (*CACHES.values(), "home", "tmp")]
+    for path in names:
+        if os.path.lexists(path) and not _is_own(path, uid):
+            return f"has {path.name}, a folder of another user or one that all may write to,"
+    return None
+
+
+def can_write(path: Path) -> bool:
+    """Return whether this user can write to a folder, or create it."""
+    nearest = path.absolute()
+    try:
+        while not os.path.lexists(nearest) and nearest != nearest.parent:
+            nearest = nearest.parent
+        return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+    except OSError:  # a name that is too long
+        return False
+
+
+def replaced_cache(environment: Mapping[str, str]) -> str | None:
+    """Return a sentence on the cache folder that is used instead of another; None otherwise."""
+    if (named := environment.get(INSTEAD_OF)) is None:
+        return None
+    why = why_unusable(Path(named), os.geteuid()) or "was not usable"
+    return f"{named} {why} for user {os.geteuid()}; caches are in {environment.get(CACHE)}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Runtime:
+    """A program that starts containers.
+
+    Attributes:
+        name: its name.
+        gpu: what makes the GPU visible.
+        volume: what gives a user a cache folder.
+    """
+
+    name: str
+    gpu: str
+    volume: str
+
+
+DOCKER = Runtime(
+    name="Docker",
+    gpu="start the container with --gpus all (AMD: --device /dev/kfd --device /dev/dri)",
+    volume="mount a volume that this user may write to: -v cache:/cache",
+)
+PODMAN = Runtime(
+    name="Podman",
+    gpu="run nvidia-ctk cdi generate on the host, and start the container with "
+    "--device nvidia.com/gpu=all (AMD: --device /dev/kfd --device /dev/dri)",
+    volume="mount a volume that this user may write to: -v cache:/cache",
+)
+APPTAINER = Runtime(
+    name="Apptainer",
+    gpu="start it with --nv (AMD: --rocm)",
+    volume="bind a folder of yours: --bind $HOME/attnimg-cache:/cache",
+)
+KUBERNETES = Runtime(
+    name="Kubernetes",
+    gpu="request nvidia.com/gpu in resources.limits of the container",
+    volume="mount a volume at /cache, an emptyDir for example, with fsGroup in securityContext",
+)
+ENROOT = Runtime(
+    name="enroot",
+    gpu="request GPUs of Slurm (--gpus); the node needs enroot's hook 98-nvidia.sh",
+    volume="mount a folder of yours: --container-mounts=$HOME/attnimg-cache:/cache",
+)
+
+
+def find_runtime(environment: Mapping[str, str], *, root: Path = Path("/")) -> Runtime | None:
+    """Return what started the container of this process, by the marks that it leaves.
+
+    enroot leaves none: an image in a Slurm job without another mark is taken for one of enroot's.
+    """
+    if "KUBERNETES_SERVICE_HOST" in environment:
+        return KUBERNETES
+    if {"APPTAINER_CONTAINER", "SINGULARITY_CONTAINER"} & set(environment):
+        return APPTAINER
+    if os.path.lexists(root / "run" / ".containerenv"):
+        return PODMAN
+    if os.path.lexists(root / ".dockerenv"):
+        return DOCKER
+    if "SLURM_JOB_ID" in environment and os.path.lexists(root / "opt" / "attnimg"):
+        return ENROOT
+    return None
+
+
+def find_driver_program(name: str, path: str | None = None) -> str | None:
+    """Return the path of a program of the driver, on PATH or where runtimes mount it."""
+    path = os.environ.get("PATH", os.defpath) if path is None else path
+    return shutil.which(name, path=os.pathsep.join([path, *DRIVER_PROGRAMS]))
+
+
+def library_path(environment: Mapping[str, str], *, root: Path = Path("/")) -> str | None:
+    """Return LD_LIBRARY_PATH with the folder of libcuda; None if the loader finds it or none is.
+
+    Args:
+        environment: the environment variables.
+        root: the root of the file system.
+    """
+
+    def having(folders: Iterator[str] | tuple[str, ...] | list[str]) -> list[str]:
+        # os.path, as Path.exists raises in a folder that this user can't read.
+        return [name for name in folders if os.path.exists(root / name.lstrip("/") / LIBCUDA)]  # noqa: PTH110
+
+    listed = [name for name in environment.get("LD_LIBRARY_PATH", "").split(":") if name]
+    if having(listed) or having(_SYSTEM_LIBRARIES):
+        return None
+    found = having(DRIVER_LIBRARIES)
+    return ":".join([*listed, *found]) if found else None
+
+
+def apply(*, create: bool) -> Settings:
+    """Set the variables for this process and its children, and return the settings.
+
+    Args:
+        create: create all folders, so that only this user can write to them; otherwise only a
+            temporary folder, as the programs that use the others create them.
+    """
+    try:
+        working_folder = Path.cwd()
+    except OSError:  # it was removed, or this user can't read it
+        working_folder = Path("/")
+    settings = choose_folders(os.environ, uid=os.geteuid(), working_folder=working_folder)
+    os.environ.update(settings.variables)
+    os.environ[FOR_USER] = str(os.geteuid())
+    for folder in settings.folders:
+        if create or str(folder) == os.environ.get("TMPDIR"):
+            # A full disk is reported by whoever writes to the folder.
+            with suppress(OSError):
+                folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                folder.mkdir(mode=0o700, exist_ok=True)
+                # A program with another umask may have created it.
+                if folder.stat().st_mode & stat.S_IWGRP:
+                    folder.chmod(0o700)
+    return settings
+
+
+def main() -> None:
+    """Print the variables to set as shell commands, and a note to stderr."""
+    import shlex
+    import sys
+
+    apply(create=True)
+    if (path := library_path(os.environ)) is not None:
+        os.environ["LD_LIBRARY_PATH"] = path
+    # All of them: attnimg_container.pth has set them for this process already.
+    for name in (CACHE, INSTEAD_OF, FOR_USER, *CACHES, "HOME", "TMPDIR", "LD_LIBRARY_PATH"):
+        if name in os.environ:
+            print(f"export {name}={shlex.quote(os.environ[name])}")  # noqa: T201 - for the shell
+    if (note := replaced_cache(os.environ)) is not None:
+        print(f"attnimg: {note}", file=sys.stderr)  # noqa: T201 - stdout is read by the shell
