@@ -90,6 +90,27 @@ def pinned_versions(plan: ImagePlan, *, lock: str) -> dict[str, str]:
     return found | {step.kernel.name: step.kernel.version for step in plan.steps}
 
 
+def fixed_versions(plan: ImagePlan, *, lock: str) -> dict[str, str]:
+    """Return the packages that nobody may replace in an image, with their versions.
+
+    These are torch, what of CUDA it and the kernels load, Triton, the kernels, and the packages
+    that a kernel's recipe pins. All others may be another version: they have no part in the ABI.
+    The index has a CUDA build of the same version as the CPU build of torch, which has a label.
+    """
+    pins = (need.partition("==") for step in plan.steps for need in step.kernel.requires)
+    names = {
+        "torch",
+        *(step.kernel.name for step in plan.steps),
+        *(name.partition("[")[0] for name, _, version in pins if version),
+    }
+    found = {
+        name: version
+        for name, version in pinned_versions(plan, lock=lock).items()
+        if name in names or _CUDA_ONLY.fullmatch(name)
+    }
+    return found | ({"torch": f"{found['torch']}+cpu"} if plan.image.accelerator == "cpu" else {})
+
+
 def read_locks(plans: tuple[ImagePlan, ...], *, root: Path) -> dict[str, str]:
     """Read each image's lock file.
 
