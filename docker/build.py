@@ -2,6 +2,7 @@
 """Build a stage of one image on the base of `make base`; needs the standard library only.
 
     docker/build.py NAME                    the image, as attnimg:NAME
+    docker/build.py NAME-devel              the image with compilers, as attnimg:NAME-devel
     docker/build.py NAME --stage STAGE      that stage of the Dockerfile, as attnimg-STAGE:NAME;
                                             for one kernel with --kernel KERNEL
     docker/build.py NAME --wheels-to DIR    its kernels' wheels only, into DIR
@@ -25,6 +26,8 @@ from typing import Any, NoReturn
 
 BAKE = Path("docker/docker-bake.json")
 IMAGES = Path("attnimg/data/images.json")
+# The end of the name of an image with compilers.
+DEVEL = "-devel"
 # Free disk that a build needs, in GB: 6 for the toolchain, the same again while it is written, and
 # up to 10 for an image (2026-11-25).
 NEEDED_GB = {"cpu": 6, "cuda": 25, "rocm": 25}
@@ -146,6 +149,8 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="check only that the image exists")
     arguments = parser.parse_args()
     name, stage = arguments.name, "wheelhouse" if arguments.wheels_to else arguments.stage
+    if name.endswith(DEVEL) and stage == "runtime":
+        name, stage = name.removesuffix(DEVEL), "devel"
     targets = read_targets(name)
     if arguments.check:
         return
@@ -160,7 +165,7 @@ def main() -> None:
     for bake_target, context, place in contexts(name, targets, os.environ.get("WHEELS", "")):
         settings[f"{bake_target}.contexts.{context}"] = place
     check_free_disk(name, targets[f"{name}_common"]["args"]["ACCELERATOR"])
-    if stage not in ("runtime", "wheelhouse"):
+    if stage not in ("runtime", "wheelhouse", "devel"):
         settings[f"{target}.tags"] = f"attnimg-{stage}:{name}"
     command = ["docker", "buildx", "bake", f"--progress={os.environ.get('PROGRESS', 'auto')}"]
     command += ["-f", str(BAKE)]

@@ -122,7 +122,7 @@ def _name_and_version(dist: metadata.Distribution) -> tuple[str, str]:
 
 
 def _reason_against_added() -> str:
-    """Return why the packages of /opt/added are not used; docker/added/attnimg_added.py finds it."""
+    """Return why the packages of /opt/added are not used (docker/added/attnimg_added.py)."""
     if "attnimg_added" not in sys.modules:  # outside an image
         return ""
     return str(sys.modules["attnimg_added"].reason_against())

@@ -39,11 +39,14 @@ def declare_packages(own: Path, site: Path) -> None:
     for source in own.glob("*.dist-info"):
         info = site / source.name
         info.mkdir(exist_ok=True)
-        files = ("METADATA", "WHEEL", "INSTALLER", "RECORD")
-        for name in files[:2]:
+        # Python reads entry points of the first folder that has a package.
+        copied = [
+            name for name in ("METADATA", "WHEEL", "entry_points.txt") if (source / name).exists()
+        ]
+        for name in copied:
             (info / name).write_bytes((source / name).read_bytes())
         (info / "INSTALLER").write_text("attnimg\n", encoding="utf-8")
-        record = [f"{source.name}/{name},," for name in files]
+        record = [f"{source.name}/{name},," for name in (*copied, "INSTALLER", "RECORD")]
         if re.sub(r"[-_.]+", "-", source.name.partition("-")[0]).lower() in fixed:
             lines = (source / "RECORD").read_text(encoding="utf-8").splitlines()
             record = [f"{above}/{line}" for line in lines]
@@ -73,7 +76,8 @@ def make(folder: Path) -> None:
     if config.exists() and (folder / TESTED.name).read_bytes() != TESTED.read_bytes():
         why = f"{folder / TESTED.name} has other versions than {TESTED}"
         fail(f"{folder} was made in another image", why, "use an empty folder or volume")
-    if folder.is_dir() and not config.exists() and {*os.listdir(folder)} - {"lost+found"}:
+    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if not config.exists() and found - {"lost+found"}:
         why = "found files there, and no pyvenv.cfg"
         fail(f"{folder} is no virtual environment", why, "name an empty folder, or a new one")
     venv.EnvBuilder(symlinks=True).create(folder)

@@ -11,7 +11,7 @@ if ! { [ -O "$added/pyvenv.cfg" ] && cmp -s "$added/tested.txt" /etc/pip/tested.
     *) exec "$own" "$@" ;;
   esac
   "$own" -I /opt/attnimg/image_venv.py "$added" >&2
-  echo "attnimg: packages of user $(id -u) go to $added, before the image's, and end with this container;" \
+  echo "attnimg: packages go to $added, which ends with this container unless a volume is mounted there;" \
     "a Dockerfile keeps them: FROM the image, USER root, RUN pip install ..., USER 1000:1000" >&2
 fi
 # A user's own folder is the default here; in a virtual environment pip refuses to be told so.
