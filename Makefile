@@ -91,7 +91,7 @@ check: .venv/ready ## Format, lint, types, import layers
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python -m recipes check
 	$(BIN)/hadolint -c docker/hadolint.yaml docker/Dockerfile
-	$(BIN)/shellcheck docker/*.sh docker/install/*.sh .github/*.sh .ci/run
+	$(BIN)/shellcheck docker/*.sh docker/added/*.sh docker/install/*.sh .github/*.sh .ci/run
 	$(BIN)/actionlint .github/workflows/*.yml
 	$(BIN)/zizmor --offline --quiet .github
 
@@ -270,18 +270,20 @@ test/public-base: .venv/ready engine ## Build and judge attnimg:cpu on a base ma
 test/reproducible: .venv/ready engine ## Build attnimg:cpu twice without a cache and list what differs; 15 minutes
 	@mkdir -p build
 	@$(BIN)/python tests/reproducible/run.py
+test/children: .venv/ready build/cpu build/cpu-devel ## Build examples/child-images on attnimg:cpu: JupyterLab, axolotl, an extension; 10 minutes
+	CHILDREN_RECORD=1 IMAGE=attnimg:cpu $(BIN)/pytest --timeout 3600 tests/children
 
 test/%: .venv/ready ## Test the image attnimg:%
 	IMAGE=attnimg:$* $(BIN)/pytest tests/image
 
-gate/%: .venv/ready ## Check attnimg:% by all gates, or ARCHIVE=file or folder, or WHEELS=dist/%; no GPU
-	@if [ -z "$${ARCHIVE-}$${WHEELS-}" ]; then \
-	  docker image inspect attnimg:$* >/dev/null 2>&1 || { printf 'gate: %s\n  why: %s\n  do:  %s\n' \
-	    "there is no image attnimg:$*" "docker image inspect does not find it" \
+gate/%: .venv/ready ## Check attnimg:% by all gates, or ARCHIVE=file or folder, WHEELS=dist/%, CHILD=an image FROM it; no GPU
+	@if [ -z "$${ARCHIVE-}$${WHEELS-}" ]; then image=$${CHILD:-attnimg:$*}; \
+	  docker image inspect "$$image" >/dev/null 2>&1 || { printf 'gate: %s\n  why: %s\n  do:  %s\n' \
+	    "there is no image $$image" "docker image inspect does not find it" \
 	    "make build/$*, or make $@ ARCHIVE=FILE" >&2; exit 2; }; \
 	  mkdir -p build; trap 'rm -f build/$*.tar' EXIT; \
-	  echo "gate: saving attnimg:$* to build/$*.tar"; docker save attnimg:$* -o build/$*.tar; fi; \
-	$(BIN)/python -m recipes gate $* $(if $(WHEELS),--wheels "$$WHEELS") $(GATE_ARGS) \
+	  echo "gate: saving $$image to build/$*.tar"; docker save "$$image" -o build/$*.tar; fi; \
+	$(BIN)/python -m recipes gate $* $(if $(WHEELS),--wheels "$$WHEELS") $(if $(CHILD),--child) $(GATE_ARGS) \
 	  $(if $(or $(ARCHIVE),$(if $(WHEELS),,1)),--archive "$${ARCHIVE:-build/$*.tar}")
 
 scan/%: .venv/ready build/audit/ready ## Scan the Python packages of attnimg:% for known vulnerabilities

@@ -2,6 +2,7 @@
 """Build a stage of one image; needs the standard library only.
 
     docker/build.py NAME                    the image, as attnimg:NAME
+    docker/build.py NAME-devel              the image with compilers, as attnimg:NAME-devel
     docker/build.py NAME --stage STAGE      that stage of the Dockerfile, as attnimg-STAGE:NAME;
                                             for one kernel with --kernel KERNEL
     docker/build.py NAME --wheels-to DIR    its kernels' wheels only, into DIR
@@ -34,6 +35,8 @@ from torch_wheel import torch_wheel
 
 BAKE = Path("docker/docker-bake.json")
 IMAGES = Path("attnimg/data/images.json")
+# The end of the name of an image with compilers.
+DEVEL = "-devel"
 # Free disk that a build needs, in GB: up to 10 for an image; 6 for the toolchain, and the same
 # again while it is written (2026-11-25), unless all kernels come from WHEELS or CACHE.
 NEEDED_GB = {"cpu": 6, "cuda": 25, "rocm": 25}
@@ -179,6 +182,8 @@ def main() -> None:
     # It is where releases are pushed to; in the bake file it would be a part of this engine's tags.
     os.environ.pop("REGISTRY", None)
     name, stage = arguments.name, "wheelhouse" if arguments.wheels_to else arguments.stage
+    if name.endswith(DEVEL) and stage == "runtime":
+        name, stage = name.removesuffix(DEVEL), "devel"
     targets = read_targets(name)
     if arguments.check:
         return
@@ -202,7 +207,7 @@ def main() -> None:
         if wheels or (cache and len(found) == len(kernel_cache.kernel_names(name, targets))):
             needed = min(needed, NEEDED_GB_WITH_WHEELS)
         check_free_disk(name, needed)
-    if stage not in ("runtime", "wheelhouse"):
+    if stage not in ("runtime", "wheelhouse", "devel"):
         settings[f"{target}.tags"] = f"attnimg-{stage}:{name}"
     command = ["docker", "buildx", "bake", f"--progress={os.environ.get('PROGRESS', 'auto')}"]
     command += ["-f", str(BAKE), *(["--no-cache"] if arguments.no_cache else [])]

@@ -111,6 +111,7 @@ def gate(arguments: Namespace) -> None:
         image=arguments.archive or arguments.unpacked,
         wheels=arguments.wheels,
         root=arguments.root,
+        child=arguments.child,
     )
     _print((format_json if arguments.json else format_report)(arguments.name, artifact, results))
     if any(result.findings for result in results):
@@ -294,6 +295,7 @@ def _parser() -> ArgumentParser:
     )
     command = add("gate", gate, image=True)
     command.add_argument("--archive", type=Path, help="from `docker save`, or an OCI archive")
+    command.add_argument("--child", action="store_true", help="the archive is made FROM the image")
     command.add_argument("--unpacked", type=Path, help="the folder of an unpacked image")
     command.add_argument("--wheels", type=Path, help="a wheelhouse, with or without an image")
     command.add_argument("--json", action="store_true", help="write JSON")

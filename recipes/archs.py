@@ -12,6 +12,11 @@ def device_name(arch: str) -> str:
     return re.sub(r"(?<=\d)[af]$", "", arch) if arch.startswith("sm_") else arch
 
 
+def torch_arch(arch: str) -> str:
+    """Return torch's name of an architecture, as TORCH_CUDA_ARCH_LIST has it: 9.0a for sm_90a."""
+    return re.sub(r"sm_(\d+)(\d)([af]?)", r"\1.\2\3", arch)
+
+
 def can_run(arch: str, code: str) -> bool:
     """Return whether a device runs a code: the same major and no newer minor; PTX, no newer.
 

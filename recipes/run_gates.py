@@ -13,11 +13,14 @@ from attnimg.errors import AttnimgError
 from recipes.artifact.facts import Artifact, stage_sizes
 from recipes.artifact.packages import write_sbom
 from recipes.artifact.read import read_image, read_wheelhouse
+from recipes.child_images import CHILD, is_childs_own, mark_child, replaced_files
 from recipes.facts import Allowance, ImagePlan, Recipes
 from recipes.files import write_all
 from recipes.gates import ExpectedContents, Gate, GateFinding, all_gates
-from recipes.solve.lock import pinned_versions, read_locks
+from recipes.solve.lock import fixed_versions, pinned_versions, read_locks
 
+# Findings about a child's own files that are named in the text; JSON has all.
+_SHOWN = 5
 _EVERY_IMAGE = "docker/install/every_image.txt"
 
 
@@ -28,17 +31,25 @@ class GateResult:
     Attributes:
         findings: reasons why the artifact may not be shipped.
         allowed: findings that allowed.toml accepts, each with the reason.
+        own: findings about what a child image has added, which are only named.
         skip_reason: why the gate could not check the artifact; empty if it could.
     """
 
     gate: str
     findings: tuple[GateFinding, ...] = ()
     allowed: tuple[tuple[GateFinding, str], ...] = ()
+    own: tuple[GateFinding, ...] = ()
     skip_reason: str = ""
 
 
 def check_artifact(
-    plan: ImagePlan, recipes: Recipes, *, image: Path | None, wheels: Path | None, root: Path
+    plan: ImagePlan,
+    recipes: Recipes,
+    *,
+    image: Path | None,
+    wheels: Path | None,
+    root: Path,
+    child: bool = False,
 ) -> tuple[Artifact, tuple[GateResult, ...]]:
     """Check one artifact by every gate.
 
@@ -48,11 +59,14 @@ def check_artifact(
         image: an archive of `docker save`, an OCI archive, or an unpacked image.
         wheels: a wheelhouse; with `image` it is checked as if installed there.
         root: the checkout; dist/ there gets NAME-sbom.json and NAME-licences.txt.
+        child: the image is made FROM this one, by somebody else.
 
     Raises:
-        AttnimgError: neither is given, or one of them can't be read.
+        AttnimgError: neither is given, or one of them can't be read; or it is no child.
     """
     artifact = _read(image, wheels)
+    if child:
+        artifact = mark_child(artifact)
     if artifact.kind != "wheels":
         if image is not None:
             _log("syft")
@@ -75,6 +89,7 @@ def expected_contents(plan: ImagePlan, recipes: Recipes, *, lock: str) -> Expect
         torch_archs=torch.archs if torch and plan.image.accelerator == "cuda" else (),
         pins=pinned_versions(plan, lock=lock),
         base=recipes.bases.get(plan.image.base),
+        fixed=frozenset(fixed_versions(plan, lock=lock)),
     )
 
 
@@ -93,15 +108,22 @@ def _run_gate(
 ) -> GateResult:
     if reason := gate.skip_reason(artifact, expected):
         return GateResult(gate=gate.name, skip_reason=reason)
-    findings, allowed = [], []
-    own = [allowance for allowance in allowances if allowance.gate == gate.name]
+    findings, allowed, own = [], [], []
+    child, fixed = any(layer.name == CHILD for layer in artifact.layers), expected.fixed
+    ours = [allowance for allowance in allowances if allowance.gate == gate.name]
     for finding in gate.check(artifact, expected):
-        reasons = [allowance.reason for allowance in own if _allows(allowance, finding)]
+        reasons = [allowance.reason for allowance in ours if _allows(allowance, finding)]
         if reasons:
             allowed.append((finding, reasons[0]))
+        elif child and is_childs_own(finding, gate=gate.name, artifact=artifact, fixed=fixed):
+            own.append(finding)
         else:
             findings.append(finding)
-    return GateResult(gate=gate.name, findings=tuple(findings), allowed=tuple(allowed))
+    if child and gate.name == "pins":
+        findings += replaced_files(artifact, fixed)
+    return GateResult(
+        gate=gate.name, findings=tuple(findings), allowed=tuple(allowed), own=tuple(own)
+    )
 
 
 def _allows(allowance: Allowance, finding: GateFinding) -> bool:
@@ -121,6 +143,10 @@ def format_report(name: str, artifact: Artifact, results: Iterable[GateResult]) 
             text = f"skipped: {result.skip_reason}"
         extra = f" ({len(result.allowed)} allowed)" if result.allowed else ""
         lines.append(f"  {result.gate:<13} {text}{extra}")
+        if result.own:
+            shown = [f"{finding.file} ({finding.found})" for finding in result.own[:_SHOWN]]
+            more = [f"and {len(result.own) - _SHOWN} more"] if len(result.own) > _SHOWN else []
+            lines.append(f"    the child's own: {', '.join([*shown, *more])}")
         for finding in result.findings:
             lines.append(f"    {finding.file}")
             lines.append(f"      why: found {finding.found}; needed {finding.needed}")

@@ -20,6 +20,8 @@ from attnimg.selection.judge import is_older
 
 Status = Literal["ok", "warn", "fail"]
 
+# Packages that are named in one line.
+_SHOWN = 8
 _REBUILD = "build the child image again from a fresh attnimg image, and install without it"
 _DO_ABOUT_KERNELS = {
     "kernels-arch": "run the image that is made for this GPU",
@@ -160,6 +162,7 @@ def _check_packages(host: Host, image: ImageFacts | None) -> Iterator[Check]:
     """Compare the installed packages with the manifest, and look for kernels that are shadowed."""
     if image is not None:
         yield from _compare_with_manifest(host, image)
+        yield from _list_added(host, image)
     # Kernels that were only partly compiled (`make wheels/NAME TRIM=1`).
     if small := [
         f"{name} {text}" for name, text in host.installed.items() if text.endswith("+trim")
@@ -182,18 +185,38 @@ def _compare_with_manifest(host: Host, image: ImageFacts) -> Iterator[Check]:
         for name, version in image.packages.items()
         if host.installed.get(name) != version
     }
-    kernels = [differ.pop(name) for name in ("torch", *image.kernels) if name in differ]
-    if kernels:
-        what = f"not what attnimg:{image.name} was built and tested with: {', '.join(kernels)}"
+    fixed = [differ.pop(name) for name in sorted(image.fixed) if name in differ]
+    if fixed:
+        what = f"not what attnimg:{image.name} was built and tested with: {', '.join(fixed)}"
         yield Check("packages", "fail", what, _REBUILD)
     if differ:
         what = f"changed since attnimg:{image.name} was built: {', '.join(differ.values())}"
-        do = "run attnimg selftest, which tests whether they still work together"
+        do = (
+            "run attnimg selftest, which tests whether they still work together; the image's "
+            "versions: pip install -c /etc/pip/tested.txt"
+        )
         yield Check("packages", "warn", what, do)
-    if not kernels and not differ:
+    if not fixed and not differ:
         yield Check(
             "packages", "ok", f"all {len(image.packages)} packages have the versions of the image"
         )
+
+
+def _list_added(host: Host, image: ImageFacts) -> Iterator[Check]:
+    """Name the packages that a child image or a user has added; they are no fault."""
+    added = [
+        f"{name} {version}"
+        for name, version in sorted(host.installed.items())
+        if name not in image.packages
+    ]
+    if added:
+        shown = ", ".join(added[:_SHOWN])
+        more = f" and {len(added) - _SHOWN} more" if len(added) > _SHOWN else ""
+        yield Check("added", "ok", f"added to attnimg:{image.name}: {shown}{more}")
+    if host.unused_packages:
+        what = f"the packages in /opt/added are not used: {host.unused_packages}"
+        do = "mount an empty volume there and install again, or write a Dockerfile"
+        yield Check("added", "warn", what, do)
 
 
 def _check_shadowing(host: Host) -> Iterator[Check]:

@@ -67,6 +67,7 @@ class Host:
         damaged: distribution -> its missing or changed files, for flash_attn's packages.
         shadows: import package of a kernel that is in several folders of sys.path -> these
             folders, in the order of sys.path; the first one is imported.
+        unused_packages: why packages that a user has installed are not used; empty if they are.
         shipped_kernels: FlashAttention-4's precompiled kernels in the image; None without any.
         shipped_triton: SageAttention's precompiled Triton kernels in the image.
         runtime: what started the container; None outside of one.
@@ -83,6 +84,7 @@ class Host:
     cute_owners: tuple[str, ...]
     damaged: Mapping[str, tuple[str, ...]]
     shadows: Mapping[str, tuple[str, ...]]
+    unused_packages: str = ""
     shipped_kernels: ShippedKernels | None = None
     shipped_triton: ShippedKernels | None = None
     runtime: Runtime | None = None
@@ -94,7 +96,13 @@ class Host:
 def this_host(*, shm: Path = Path("/dev/shm")) -> Host:
     """Return the state of this host, without importing packages or writing files."""
     distributions = {_name_and_version(dist): dist for dist in metadata.distributions()}
-    flash = {name: d for (name, _), d in distributions.items() if name.startswith("flash-attn")}
+    # Of two versions in several folders of sys.path, the first is imported.
+    installed = dict(reversed(distributions.keys()))
+    flash = {
+        name: dist
+        for (name, version), dist in distributions.items()
+        if name.startswith("flash-attn") and installed[name] == version
+    }
     changed = {name: changed_files(dist, read_record(dist)) for name, dist in flash.items()}
     cute = "flash_attn/cute/"
     owners = [name for (name, _), d in distributions.items() if read_record(d, under=cute)]
@@ -107,10 +115,11 @@ def this_host(*, shm: Path = Path("/dev/shm")) -> Host:
         user=user,
         folders=tuple(_folders(home)),
         shm_bytes=shutil.disk_usage(shm).total if shm.is_dir() else None,
-        installed=dict(distributions.keys()),
+        installed=installed,
         cute_owners=tuple(sorted(owners)),
         damaged={name: files for name, files in changed.items() if files},
         shadows=_shadows(sys.path),
+        unused_packages=_reason_against_added(),
         shipped_kernels=shipped_kernels(),
         shipped_triton=shipped_triton(),
         runtime=find_runtime(os.environ),
@@ -147,6 +156,13 @@ def _name_and_version(dist: metadata.Distribution) -> tuple[str, str]:
     if name is None or version is None:  # an egg, or metadata in another format
         return canonical(dist.name), dist.version
     return canonical(name[1].strip()), version[1].strip()
+
+
+def _reason_against_added() -> str:
+    """Return why the packages of /opt/added are not used (docker/added/attnimg_added.py)."""
+    if "attnimg_added" not in sys.modules:  # outside an image
+        return ""
+    return str(sys.modules["attnimg_added"].reason_against())
 
 
 def _shadows(folders: Iterable[str]) -> dict[str, tuple[str, ...]]:

@@ -127,6 +127,7 @@ class ImageFacts:
         driver_min: lowest GPU driver version; None without a GPU.
         packages: distribution -> version: those that the recipe names; in an image, all of them.
         kernels: distribution of each attention kernel -> the devices it has code for.
+        fixed: those of `packages` that nothing may replace: torch, CUDA's, Triton, the kernels.
     """
 
     name: str
@@ -138,6 +139,7 @@ class ImageFacts:
     driver_min: str | None
     packages: Mapping[str, str]
     kernels: Mapping[str, frozenset[str]]
+    fixed: frozenset[str]
 
 
 @cache
@@ -230,4 +232,5 @@ def _image_facts(name: str, raw: Mapping[str, Any]) -> ImageFacts:
         driver_min=raw["driver_min"],
         packages=raw["packages"],
         kernels={kernel["name"]: frozenset(kernel["devices"]) for kernel in raw["kernels"]},
+        fixed=frozenset(raw["fixed"]),
     )

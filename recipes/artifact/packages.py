@@ -37,7 +37,19 @@ def find_distributions(files: Iterable[File]) -> tuple[Distribution, ...]:
         for folder in folders
         if posixpath.basename(posixpath.dirname(folder)) in _SITES
     ]
-    return tuple(sorted(found, key=lambda one: (one.name, one.folder)))
+    installed = (one for one in found if not _is_declaration(one))
+    return tuple(sorted(installed, key=lambda one: (one.name, one.folder)))
+
+
+def _is_declaration(package: Distribution) -> bool:
+    """Return whether a dist-info folder only says that the image has a package elsewhere.
+
+    docker/added/image_venv.py writes such ones; every file that they list is in another folder.
+    """
+    site = posixpath.dirname(package.folder)
+    return bool(package.files) and not any(
+        path.startswith(f"{site}/".lstrip("/")) for path in package.files
+    )
 
 
 def _read_distribution(folder: str, texts: Mapping[str, str]) -> Distribution:

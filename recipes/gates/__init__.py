@@ -41,12 +41,14 @@ class ExpectedContents:
         torch_archs: the machine code of its torch; empty if that was not read.
         pins: package -> version, of everything that may be installed.
         base: versions of the base's C and C++ libraries; None if they are not known.
+        fixed: packages that an image made FROM this one may not replace.
     """
 
     plan: ImagePlan
     torch_archs: tuple[str, ...] = ()
     pins: Mapping[str, str]
     base: Base | None = None
+    fixed: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

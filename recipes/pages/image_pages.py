@@ -120,7 +120,9 @@ def gates_page(gates: Iterable[Gate], allowances: Iterable[Allowance]) -> str:
         "- `make gate/cpu ARCHIVE=FILE` checks a file from `docker save`, an OCI archive or the\n"
         "  folder of an unpacked image;\n"
         "- `make gate/hopper WHEELS=dist/hopper` checks a wheelhouse, with `ARCHIVE` as if\n"
-        "  it were installed in that image.\n\n"
+        "  it were installed in that image;\n"
+        "- `make gate/cpu CHILD=IMAGE` checks an image that is made FROM `attnimg:cpu`: what it\n"
+        "  adds is named; another torch or kernel, and a secret outside packages, are refused.\n\n"
         "Each finding lists what was found, what is needed and what to do; `GATE_ARGS=--json`\n"
         "writes them as JSON. An image's SBOM and licences are written to `dist/`.\n"
     ]

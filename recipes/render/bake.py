@@ -4,6 +4,8 @@
     NAME_KERNEL -> NAME_fa4-kernels -> NAME           [ahead_of_time] in the kernel's recipe
     NAME_wheelhouse -> NAME_triton-kernels -> NAME    [triton] in the kernel's recipe
 
+    NAME_devel                                        NAME, with compilers: attnimg:NAME-devel
+
 An arrow is a named context: BuildKit builds the target on its left first, and again only if its
 inputs have changed. NAME_common has the arguments that all of them share.
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from recipes.archs import torch_arch
 from recipes.facts import ImagePlan, Step
 from recipes.files import generated_json
 
@@ -125,7 +128,25 @@ def _targets(plan: ImagePlan) -> dict[str, dict[str, Any]]:
         "labels": labels(plan),
         "tags": [f"${{REGISTRY}}attnimg:{name}" for name in (image.name, *image.aliases)],
     }
+    if image.accelerator != "rocm":  # its toolchain is not locked
+        targets[f"{image.name}_devel"] = _devel(plan, targets[image.name])
     return targets
+
+
+def _devel(plan: ImagePlan, runtime: dict[str, Any]) -> dict[str, Any]:
+    """Return the target of attnimg:NAME-devel: the image, with compilers and headers."""
+    title = f"attnimg:{plan.image.name}-devel"
+    cuda = {
+        "CUDA_HOME": "/usr/local/cuda",
+        "TORCH_CUDA_ARCH_LIST": " ".join(torch_arch(arch) for arch in plan.image.archs),
+    }
+    return {
+        **runtime,
+        "target": "devel",
+        "args": cuda if plan.image.accelerator == "cuda" else {},
+        "labels": {**runtime["labels"], "org.opencontainers.image.title": title},
+        "tags": [f"${{REGISTRY}}{title}"],
+    }
 
 
 def _source(step: Step) -> dict[str, str]:

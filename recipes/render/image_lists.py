@@ -8,7 +8,7 @@ from typing import Any
 from recipes.archs import device_name
 from recipes.facts import ImagePlan, Step, Unresolved
 from recipes.files import generated_json
-from recipes.solve.lock import pinned_versions
+from recipes.solve.lock import fixed_versions, pinned_versions
 
 # Packages of single images that a rule of attnimg depends on, besides kernels.
 _LISTED = ("liger-kernel",)
@@ -50,6 +50,7 @@ def _image(plan: ImagePlan, stack: Mapping[str, str], *, lock: str) -> dict[str,
         "driver_min": _or_none(plan.driver_min),
         "abi": plan.abi,
         "packages": dict(sorted(packages.items())),
+        "fixed": sorted(fixed_versions(plan, lock=lock)),
         "kernels": [_kernel(step) for step in plan.steps],
         "unresolved": dict(plan.unresolved),
     }

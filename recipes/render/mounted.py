@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from recipes.facts import ImagePlan, Step
 from recipes.files import NOTICE, generated_json
-from recipes.solve.lock import pinned_versions
+from recipes.solve.lock import fixed_versions, pinned_versions
 
 
 def mounted_files(plan: ImagePlan, *, lock: str) -> dict[str, str]:
@@ -24,7 +25,8 @@ def mounted_files(plan: ImagePlan, *, lock: str) -> dict[str, str]:
         "kernels": {step.kernel.name: step.key for step in built},
     }
     texts = {
-        f"docker/constraints/{name}.txt": constraints(plan, lock=lock),
+        f"docker/constraints/{name}.txt": constraints(pinned_versions(plan, lock=lock)),
+        f"docker/constraints/{name}-fixed.txt": constraints(fixed_versions(plan, lock=lock)),
         f"docker/images/{name}/wheelhouse.json": generated_json(wheelhouse),
     }
     if plan.cpu_torch:
@@ -64,8 +66,7 @@ def kernel_build(step: Step) -> dict[str, Any]:
     }
 
 
-def constraints(plan: ImagePlan, *, lock: str) -> str:
-    """Return an image's /etc/pip/constraint.txt: the versions that pip may not replace."""
-    versions = pinned_versions(plan, lock=lock)
+def constraints(versions: Mapping[str, str]) -> str:
+    """Return a file of constraints for pip and uv."""
     lines = (f"{name}=={versions[name]}" for name in sorted(versions))
     return "\n".join([f"# {NOTICE}", *lines]) + "\n"

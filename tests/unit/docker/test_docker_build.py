@@ -68,6 +68,7 @@ def docker(tmp_path: Path) -> Path:
     ("arguments", "target", "settings"),
     [
         pytest.param("hopper", "hopper", [], id="an image, with all that it is linked to"),
+        pytest.param("hopper-devel", "hopper_devel", [], id="the image with compilers"),
         pytest.param(
             "hopper --stage toolchain",
             "hopper_common",
@@ -104,6 +105,7 @@ def test_wheels_made_earlier_replace_every_kernel_but_what_is_compiled_from_one(
     replaced = {after for word, after in pairwise(command) if word == "--set"}
     assert replaced == {
         f"hopper.contexts.wheelhouse={wheels}",
+        f"hopper_devel.contexts.wheelhouse={wheels}",
         f"hopper_triton-kernels.contexts.wheelhouse={wheels}",
     }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +12,7 @@ from attnimg.facts import Arch, Machine
 from attnimg.machine import container
 from attnimg.machine.doctor import Check, check_machine, check_variants
 from attnimg.machine.fingerprint import RELEASE
-from attnimg.machine.host import WORKING_FOLDER, Folder, Host
+from attnimg.machine.host import WORKING_FOLDER, Folder, Host, this_host
 from attnimg.machine.kernel_cache import ShippedKernels
 from attnimg.selection.gpus_and_images import ImageFacts, image_catalogue
 
@@ -141,6 +143,10 @@ def test_gpu_and_driver(
             "fail", "flash-attn and flash-attn-4", id="two owners of flash_attn/cute fail",
         ),
         pytest.param(
+            replace(HOST, unused_packages="they belong to user 7, this is user 1000"),
+            "warn", "they belong to user 7", id="packages that are not used warn",
+        ),
+        pytest.param(
             replace(HOST, damaged={"flash-attn-4": ("a.py", "b.py", "c.py", "d.py")}),
             "fail", "and 1 more", id="changed files fail",
         ),
@@ -204,6 +210,51 @@ def test_a_kernel_of_which_a_part_was_compiled_is_told_although_the_image_has_it
     assert (found.code, found.status) == ("trimmed", "warn")
     assert "flash-attn 2.8.3.post2+trim" in found.what
     assert "without TRIM=1" in found.do
+
+
+def test_packages_that_were_added_are_named_and_no_fault() -> None:
+    names = {f"extra-{place}": "1.0" for place in range(10)}
+    host = replace(HOST, installed={**PACKAGES, "einops": "0.8.2", **names})
+    assert findings(host=host) == []
+    (added,) = [
+        check
+        for check in check_machine(H100, host, image=HOPPER, images=IMAGES)
+        if check.code == "added"
+    ]
+    assert added.status == "ok"
+    assert "einops 0.8.2, extra-0 1.0" in added.what
+    assert "and 3 more" in added.what
+
+
+@pytest.mark.parametrize(
+    ("name", "status"),
+    [
+        pytest.param("torch", "fail", id="torch"),
+        pytest.param("triton", "fail", id="Triton"),
+        pytest.param("nvidia-cudnn-cu13", "fail", id="a library of CUDA's"),
+        pytest.param("quack-kernels", "fail", id="what a kernel pins"),
+        pytest.param("urllib3", "warn", id="a security fix"),
+        pytest.param("transformers", "warn", id="transformers"),
+    ],
+)
+def test_what_the_kernels_depend_on_may_not_differ(name: str, status: str) -> None:
+    packages = {**PACKAGES, name: "1.0"}
+    host, image = replace(HOST, installed={**packages, name: "2.0"}), HOPPER
+    (found,) = findings(host=host, image=replace(image, packages=packages))
+    assert (found.code, found.status) == ("packages", status)
+    assert f"{name} 1.0 -> 2.0" in found.what
+
+
+def test_of_two_versions_on_sys_path_the_first_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder, version in (("added", "2.0"), ("image", "1.0")):
+        info = tmp_path / folder / f"twice-{version}.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: twice\nVersion: {version}\n")
+    found = [str(tmp_path / folder) for folder in ("added", "image")]
+    monkeypatch.setattr("sys.path", [*found, *sys.path])
+    assert this_host().installed["twice"] == "2.0"
 
 
 def test_one_fault_hides_no_other() -> None:

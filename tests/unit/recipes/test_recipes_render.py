@@ -199,17 +199,47 @@ def test_what_is_known_at_the_build_alone_is_a_variable_of_one_label(variable: s
 @pytest.mark.parametrize(
     ("name", "pins"),
     [
-        pytest.param("cpu", {"torch==2.13.0", "transformers==5.22.2"}, id="the cpu image's torch"),
+        # The index has a CUDA build of 2.13.0.
+        pytest.param("cpu", {"torch==2.13.0+cpu"}, id="the cpu image's torch"),
         pytest.param(
             "hopper",
             {"torch==2.14.1", "triton==3.8.0", "flash-attn==2.8.3.post2", "flash-attn-4==4.0.0b36"}
-            | {"nvidia-cutlass-dsl==4.8.1", "quack-kernels==0.6.5", "xformers==0.0.35"},
-            id="hopper's torch and kernels",
+            | {"nvidia-cutlass-dsl==4.8.1", "quack-kernels==0.6.5", "xformers==0.0.35"}
+            | {"nvidia-cudnn-cu13==9.24.0.43", "cuda-toolkit==13.0.3.0", "torchao==0.18.0"},
+            id="hopper's torch and kernels, with CUDA",
         ),
+        pytest.param("turing", {"torch==2.14.1", "xformers==0.0.35"}, id="turing's"),
     ],
 )
 def test_a_child_image_can_not_replace(name: str, pins: set[str]) -> None:
-    assert pins <= set(TEXTS[f"docker/constraints/{name}.txt"].splitlines())
+    assert pins <= set(TEXTS[f"docker/constraints/{name}-fixed.txt"].splitlines())
+
+
+# What axolotl pins otherwise, what security fixes replace, and what has no part in the ABI.
+FREE = ("packaging", "transformers", "trl", "numpy", "urllib3", "einops", "ninja", "bitsandbytes")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, id=f"in {name}") for name in PLANS])
+def test_a_child_image_may_have_other_versions_of_the_rest(name: str) -> None:
+    fixed = set(TEXTS[f"docker/constraints/{name}-fixed.txt"].splitlines())
+    tested = set(TEXTS[f"docker/constraints/{name}.txt"].splitlines())
+    assert not [line for line in fixed if line.partition("==")[0] in FREE]
+    assert {line.removesuffix("+cpu") for line in fixed} <= tested
+
+
+def test_the_compilers_of_an_image_are_for_its_gpus() -> None:
+    bake = json.loads(TEXTS["docker/docker-bake.json"])["target"]
+    assert bake["hopper_devel"]["args"]["TORCH_CUDA_ARCH_LIST"] == "9.0a"
+    assert bake["ampere_devel"]["args"]["TORCH_CUDA_ARCH_LIST"] == "8.0 8.6 8.9"
+    assert bake["blackwell_devel"]["args"]["TORCH_CUDA_ARCH_LIST"] == "10.0 10.3 12.0 12.1"
+    assert bake["hopper_devel"]["contexts"] == bake["hopper"]["contexts"]
+    assert bake["cpu_devel"]["args"] == {}
+    # Its lock has the packages of a toolchain, and nvcc in the release of torch's CUDA.
+    for name, plan in PLANS.items():
+        path = ROOT / f"requirements/images/toolchain-{plan.lock}.txt"
+        assert (f"{name}_devel" in bake) == path.exists()
+        if plan.image.accelerator == "cuda":
+            assert f"nvidia-cuda-nvcc=={plan.toolkit}." in path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, id=f"{name} is locked") for name in PLANS])

@@ -1,0 +1,101 @@
+"""What the gates say of an image that somebody built FROM one of ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from small_image import SITE, package, save
+
+from attnimg.errors import AttnimgError
+from recipes.artifact.read import read_image
+from recipes.child_images import mark_child
+from recipes.gates import ExpectedContents, gate_named
+from recipes.read import read_recipes
+from recipes.run_gates import GateResult, format_report, run_all
+from recipes.solve.plan import solve
+
+ROOT = Path(__file__).resolve().parents[3]
+RECIPES = read_recipes(ROOT)
+PLAN = solve(RECIPES.images["cpu"], RECIPES)
+OURS = package("torch", "2.13.0+cpu", version__py=b"ours") | package("rich", "15.0.0")
+HISTORY = ("RUN base", "RUN python -B /image_files.py cpu /wheels", "RUN pip install")
+KEY = "-----BEGIN OPENSSH PRIVATE KEY-----\n" + "b3BlbnNzaC1r" * 8
+
+
+def judge(tmp_path: Path, child: dict[str, bytes | str]) -> dict[str, GateResult]:
+    image = save(tmp_path / "child.tar", {"etc/os": b""}, OURS, child, history=HISTORY)
+    artifact = mark_child(read_image(image, log=lambda _: None))
+    pins = {"torch": "2.13.0", "rich": "15.0.0"}
+    expected = ExpectedContents(plan=PLAN, pins=pins, fixed=frozenset({"torch"}))
+    gates = [gate_named(name) for name in ("layers", "licences", "pins", "secrets")]
+    results = run_all(artifact, expected, gates, ())
+    assert "child.tar" in format_report("cpu", artifact, results)
+    return {result.gate: result for result in results}
+
+
+@pytest.mark.parametrize(
+    ("child", "gate", "named"),
+    [
+        pytest.param(dict(package("einops", "0.8.2")), "pins", "einops", id="a package"),
+        pytest.param(dict(package("rich", "15.1.0", site="opt/added/site-packages")), "pins",
+                     "rich", id="another version, in a folder before the image's"),
+        pytest.param(dict(package("secretive", "1.0", licence="")), "licences", "secretive",
+                     id="a package without a licence"),
+        pytest.param({"root/.cache/pip/http/0": b"x" * 99}, "layers", "root/.cache/pip/http/0",
+                     id="a cache"),
+        pytest.param(dict(package("tornado", "6.5", test__key=KEY.encode())), "secrets",
+                     f"{SITE}/tornado/test.key", id="a package's key for its tests"),
+        pytest.param({f"{SITE}/torch/__init__.cpython-311.pyc": b"x"}, "pins", "",
+                     id="a .pyc that Python wrote"),
+    ],
+)  # fmt: skip
+def test_what_a_child_adds_is_named(
+    tmp_path: Path, child: dict[str, bytes | str], gate: str, named: str
+) -> None:
+    results = judge(tmp_path, child)
+    assert [finding for result in results.values() for finding in result.findings] == []
+    assert {finding.file for finding in results[gate].own} == ({named} if named else set())
+
+
+@pytest.mark.parametrize(
+    ("child", "gate", "found"),
+    [
+        pytest.param(
+            {f"{SITE}/torch-2.13.0+cpu.dist-info/.wh..wh..opq": b"",
+             **package("torch", "2.15.0", version__py=b"theirs")},
+            "pins", "version 2.15.0", id="another torch",
+        ),
+        pytest.param(
+            {f"{SITE}/torch/version.py": b"theirs"}, "pins", "1 of its files in a layer",
+            id="torch of the same version, from elsewhere",
+        ),
+        pytest.param(
+            dict(package("torch", "2.13.0", site="opt/other/lib/python3.11/site-packages")),
+            "pins", "opt/other", id="a second torch",
+        ),
+        pytest.param({"workspace/id": KEY.encode()}, "secrets", "private key", id="a secret"),
+    ],
+)  # fmt: skip
+def test_another_torch_and_a_secret_are_refused(
+    tmp_path: Path, child: dict[str, bytes | str], gate: str, found: str
+) -> None:
+    assert any(found in finding.found for finding in judge(tmp_path, child)[gate].findings)
+
+
+def test_a_declaration_in_a_virtual_environment_is_no_second_torch(tmp_path: Path) -> None:
+    """As docker/added/image_venv.py writes it."""
+    info = "opt/axolotl/lib/python3.11/site-packages/torch-2.13.0+cpu.dist-info"
+    above = "../../../../venv/lib/python3.11/site-packages"
+    results = judge(tmp_path, {
+        f"{info}/METADATA": b"Metadata-Version: 2.1\nName: torch\nVersion: 2.13.0+cpu\n",
+        f"{info}/RECORD": f"{above}/torch/version.py,,\n".encode(),
+    })  # fmt: skip
+    assert (results["pins"].findings, results["pins"].own) == ((), ())
+
+
+def test_an_image_that_is_made_from_none_of_ours_is_refused(tmp_path: Path) -> None:
+    image = save(tmp_path / "other.tar", OURS, history=("RUN pip install torch",))
+    with pytest.raises(AttnimgError) as caught:
+        mark_child(read_image(image, log=lambda _: None))
+    assert caught.value.code == "no-child"
