@@ -227,6 +227,9 @@ COMMANDS = {
 
 def main() -> None:
     """Run the command line; never show a traceback without --debug."""
+    from attnimg.machine.threads import set_threads
+
+    set_threads(os.environ)
     debug = "--debug" in sys.argv
     if not debug:
         # Hide errors that libraries raise at the end of the process, after the reported one.

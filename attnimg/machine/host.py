@@ -14,7 +14,9 @@ from importlib import metadata
 from pathlib import Path
 
 from attnimg.machine.kernel_cache import ShippedKernels, shipped_kernels, shipped_triton
+from attnimg.machine.network import Rdma, read_rdma
 from attnimg.machine.probe import canonical, changed_files, read_record
+from attnimg.machine.threads import cgroup_quota
 
 WORKING_FOLDER = "the working folder"
 # Variables that name cache folders; their defaults are under HOME.
@@ -63,6 +65,10 @@ class Host:
             folders, in the order of sys.path; the first one is imported.
         shipped_kernels: FlashAttention-4's precompiled kernels in the image; None without any.
         shipped_triton: SageAttention's precompiled Triton kernels in the image.
+        rdma: the adapters that connect machines; None where they were not read.
+        cpus: CPUs of the affinity mask.
+        quota: the smallest quota of the cgroups, in CPUs; None without one.
+        threads: OMP_NUM_THREADS; None where it is not set.
     """
 
     uid: int
@@ -75,6 +81,10 @@ class Host:
     shadows: Mapping[str, tuple[str, ...]]
     shipped_kernels: ShippedKernels | None = None
     shipped_triton: ShippedKernels | None = None
+    rdma: Rdma | None = None
+    cpus: int | None = None
+    quota: float | None = None
+    threads: str | None = None
 
 
 def this_host(*, shm: Path = Path("/dev/shm")) -> Host:
@@ -99,6 +109,10 @@ def this_host(*, shm: Path = Path("/dev/shm")) -> Host:
         shadows=_shadows(sys.path),
         shipped_kernels=shipped_kernels(),
         shipped_triton=shipped_triton(),
+        rdma=read_rdma(),
+        cpus=len(os.sched_getaffinity(0)),
+        quota=cgroup_quota(),
+        threads=os.environ.get("OMP_NUM_THREADS"),
     )
 
 
