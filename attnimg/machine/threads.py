@@ -2,12 +2,13 @@
 
 OpenMP's library counts the CPUs of the affinity mask (taskset, cpuset), but not a cgroup's quota
 (`docker run --cpus 0.5`, a Kubernetes limit), and its threads wait for one another in a loop of up
-to 300,000 spins. With fewer CPUs than threads, by a quota or by other processes, the waiting thread
-takes the time that the working one needs: a proof takes 10 times as long (docs/cpu-limits.md).
+to 300,000 spins. With fewer free CPUs than threads, the waiting thread takes the time that the
+working one needs: a proof takes 10 times as long (docs/cpu-limits.md).
 
     threads    the affinity mask or the quota, whichever is smaller; divided by the processes that
                torchrun started on this machine (it sets OMP_NUM_THREADS=1 itself)
-    waiting    at most SPINS spins, then asleep: as fast as the default on an idle machine
+    waiting    at most SPINS spins, then asleep, if other processes use the CPUs of these threads;
+               otherwise as the library does, which is faster on an idle machine
 
 The load does not change the number of threads: the sums of a run and of its resumption are equal
 bit for bit only with the same number. Processes of a data loader are not subtracted: each computes
@@ -19,16 +20,23 @@ and Python do not read cgroups; joblib's loky reads the container's own, but not
 
 from __future__ import annotations
 
+import math
 import os
-import shlex
+import time
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-# Half of the default's speed is lost with 0, and a tenth with 1,000; with 30,000 a proof under
-# `--cpus 1` exceeds its limit, as it does by default (docs/cpu-limits.md, 2026-11-27).
-SPINS = 3000
+# With two busy neighbours on two CPUs, a proof takes a quarter of the time that it takes with the
+# default of 300,000 spins, and 10,000 are too many; on an idle machine, the run would be a seventh
+# slower with these, and a quarter slower with none (docs/cpu-limits.md, 2026-11-27).
+SPINS = 1000
+
+# CPUs that others may use before the machine counts as busy: what a system does all the time.
+_IDLE = 0.25
+# Seconds in which the load is measured, ten ticks of /proc/stat.
+_SAMPLE_S = 0.1
 
 # With one of these, the user decides the number of threads, or how they wait. KMP_ is the prefix of
 # LLVM's and Intel's libraries, which some of torch's builds have; one of its variables is about
@@ -42,27 +50,26 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
 def set_threads(environ: MutableMapping[str, str]) -> None:
-    """Set OpenMP's variables in an environment, before torch is imported.
+    """Set OpenMP's variables, before torch is imported; takes _SAMPLE_S for the load.
 
     Args:
         environ: os.environ, or the environment of a new process.
     """
-    environ.update(thread_settings(environ))
+    environ.update(thread_settings(environ, load=cpu_load()))
 
 
-def thread_settings(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables to set; those that the user has set are not in it."""
-    settings = {}
-    given = [name for name in environ if name != _OTHER]
-    if not any(name.startswith(_NUMBER) for name in given):
-        processes = environ.get("LOCAL_WORLD_SIZE", "").strip()
-        settings["OMP_NUM_THREADS"] = str(
-            count_threads(
-                cpus=usable_cpus(),
-                processes=int(processes) if processes.isascii() and processes.isdigit() else 1,
-            )
-        )
-    if not any(name.startswith(_WAITING) for name in given):
+def thread_settings(environ: Mapping[str, str], *, load: float) -> dict[str, str]:
+    """Return the variables to set; those that the user has set are not in it.
+
+    Args:
+        environ: the environment.
+        load: how many of the CPUs in this process's mask other processes use.
+    """
+    settings = _number_of_threads(environ)
+    number = settings.get("OMP_NUM_THREADS") or environ.get("OMP_NUM_THREADS", "")
+    free = len(os.sched_getaffinity(0)) - load
+    threads = int(number) if number.isascii() and number.isdigit() else math.inf
+    if load > _IDLE and free < threads and not _has_set(environ, _WAITING):
         settings["GOMP_SPINCOUNT"] = str(SPINS)
     return settings
 
@@ -70,13 +77,61 @@ def thread_settings(environ: Mapping[str, str]) -> dict[str, str]:
 def proof_settings(environ: Mapping[str, str]) -> dict[str, str]:
     """Return the variables of a process that proves kernels.
 
-    Its time is limited, so that its threads never wait longer than SPINS, whatever the user has
-    set for the run. How they wait changes no result.
+    Its time is limited, and another process may start meanwhile, so that its threads never wait
+    longer than SPINS, whatever is set for the run. How they wait changes no result.
     """
-    settings = thread_settings(environ)
+    settings = _number_of_threads(environ)
     if environ.get("OMP_WAIT_POLICY", "").strip().lower() != "passive":
         settings["GOMP_SPINCOUNT"] = str(SPINS)
     return settings
+
+
+def _number_of_threads(environ: Mapping[str, str]) -> dict[str, str]:
+    if _has_set(environ, _NUMBER):
+        return {}
+    text = environ.get("LOCAL_WORLD_SIZE", "").strip()
+    processes = int(text) if text.isascii() and text.isdigit() else 1
+    return {"OMP_NUM_THREADS": str(count_threads(cpus=usable_cpus(), processes=processes))}
+
+
+def _has_set(environ: Mapping[str, str], prefixes: tuple[str, ...]) -> bool:
+    return any(name.startswith(prefixes) and name != _OTHER for name in environ)
+
+
+def cpu_load(stat: Path = Path("/proc/stat"), *, seconds: float = _SAMPLE_S) -> float:
+    """Return how many of the CPUs in this process's mask others use; sleeps to measure it.
+
+    A container sees the CPUs of its host there, and so its neighbours.
+
+    Args:
+        stat: the file with the CPUs' times.
+        seconds: how long to measure.
+    """
+    before = _cpu_times(stat)
+    time.sleep(seconds)
+    after = _cpu_times(stat)
+    load = 0.0
+    for cpu in os.sched_getaffinity(0):
+        if cpu in before and cpu in after:
+            idle, total = (b - a for a, b in zip(before[cpu], after[cpu], strict=True))
+            load += 1 - idle / total if total > 0 else 0.0
+    return load
+
+
+def _cpu_times(stat: Path) -> dict[int, tuple[int, int]]:
+    """Return the idle and the total time of each CPU, in ticks.
+
+    Source: proc_stat(5): user, nice, system, idle, iowait, irq, softirq, steal (man-pages 6.9,
+    2026-11-27).
+    """
+    found = {}
+    for line in _lines(stat):
+        name, *times = line.split() or [""]
+        if name[:3] == "cpu" and name[3:].isdigit() and len(times) >= 8:
+            with suppress(ValueError):
+                ticks = [int(text) for text in times[:8]]
+                found[int(name[3:])] = (ticks[3] + ticks[4], sum(ticks))
+    return found
 
 
 def count_threads(*, cpus: float, processes: int = 1) -> int:
@@ -192,13 +247,3 @@ def _lines(path: Path) -> list[str]:
         return path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
-
-
-def main() -> None:
-    """Print the variables to set, as shell commands, for programs that are not attnimg's."""
-    for name, value in thread_settings(os.environ).items():
-        print(f"export {name}={shlex.quote(value)}")  # noqa: T201 - what this is for
-
-
-if __name__ == "__main__":
-    main()

@@ -5,13 +5,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from attnimg.machine import threads
-from attnimg.machine.threads import cgroup_quota, count_threads, proof_settings, thread_settings
+from attnimg.machine.threads import (
+    cgroup_quota,
+    count_threads,
+    cpu_load,
+    proof_settings,
+    thread_settings,
+)
 
 V1 = "30 29 0:29 {top} /sys/fs/cgroup/cpu,cpuacct ro,nosuid - cgroup cgroup rw,cpu,cpuacct"
 V2 = "30 29 0:29 {top} /sys/fs/cgroup ro,nosuid - cgroup2 cgroup rw,nsdelegate"
@@ -103,48 +110,103 @@ def test_number_of_threads(cpus: float, processes: int, number: int) -> None:
 
 @pytest.fixture
 def cpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads, "usable_cpus", lambda: 8.0)
+    """A machine with 8 CPUs and no quota."""
+    monkeypatch.setattr(threads, "cgroup_quota", lambda: None)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
 
 
 @pytest.mark.usefixtures("cpus")
 @pytest.mark.parametrize(
     ("environ", "settings"),
     [
-        ({}, {"OMP_NUM_THREADS": "8", "GOMP_SPINCOUNT": "3000"}),
-        ({"OMP_NUM_THREADS": "3"}, {"GOMP_SPINCOUNT": "3000"}),
-        ({"OMP_NUM_THREADS": "x"}, {"GOMP_SPINCOUNT": "3000"}),
-        ({"MKL_NUM_THREADS": "3"}, {"GOMP_SPINCOUNT": "3000"}),
+        ({}, {"OMP_NUM_THREADS": "8", "GOMP_SPINCOUNT": "1000"}),
+        ({"OMP_NUM_THREADS": "8"}, {"GOMP_SPINCOUNT": "1000"}),
+        ({"OMP_NUM_THREADS": "7"}, {"GOMP_SPINCOUNT": "1000"}),
+        ({"OMP_NUM_THREADS": "6"}, {}),
+        ({"OMP_NUM_THREADS": "x"}, {"GOMP_SPINCOUNT": "1000"}),
+        ({"MKL_NUM_THREADS": "8"}, {"GOMP_SPINCOUNT": "1000"}),
         ({"OMP_WAIT_POLICY": "active"}, {"OMP_NUM_THREADS": "8"}),
         ({"GOMP_SPINCOUNT": "1"}, {"OMP_NUM_THREADS": "8"}),
         ({"KMP_BLOCKTIME": "0"}, {}),
-        ({"KMP_DUPLICATE_LIB_OK": "TRUE"}, {"OMP_NUM_THREADS": "8", "GOMP_SPINCOUNT": "3000"}),
-        ({"LOCAL_WORLD_SIZE": "4"}, {"OMP_NUM_THREADS": "2", "GOMP_SPINCOUNT": "3000"}),
-        ({"LOCAL_WORLD_SIZE": "x"}, {"OMP_NUM_THREADS": "8", "GOMP_SPINCOUNT": "3000"}),
-        ({"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}, {}),
+        ({"KMP_DUPLICATE_LIB_OK": "TRUE"}, {"OMP_NUM_THREADS": "8", "GOMP_SPINCOUNT": "1000"}),
+        ({"LOCAL_WORLD_SIZE": "4"}, {"OMP_NUM_THREADS": "2"}),
+        ({"LOCAL_WORLD_SIZE": "x"}, {"OMP_NUM_THREADS": "8", "GOMP_SPINCOUNT": "1000"}),
+        ({"OMP_NUM_THREADS": "8", "OMP_WAIT_POLICY": "passive"}, {}),
     ],
 )
 def test_what_the_user_sets_is_kept(environ: dict[str, str], settings: dict[str, str]) -> None:
-    assert thread_settings(environ) == settings
+    assert thread_settings(environ, load=2.0) == settings
 
 
 @pytest.mark.usefixtures("cpus")
 @pytest.mark.parametrize(
-    ("environ", "spins"),
+    ("load", "bounded"), [(0.0, False), (0.2, False), (0.5, True), (2.0, True), (8.0, True)]
+)
+def test_threads_wait_as_by_default_on_an_idle_machine_alone(load: float, bounded: bool) -> None:
+    settings = thread_settings({}, load=load)
+    assert ("GOMP_SPINCOUNT" in settings) == bounded
+    assert settings["OMP_NUM_THREADS"] == "8", "the load decides no number"
+
+
+def stat(*busy: int, after: int = 0) -> str:
+    lines = ["cpu  1 2 3 4 5 6 7 8 0 0"]
+    for cpu, ticks in enumerate(busy):
+        lines.append(f"cpu{cpu} {ticks * after} 0 0 {(10 - ticks) * after} 0 0 0 0 0 0")
+    return "\n".join([*lines, "intr 1 2", "", "cpuX 1", "cpu7"]) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("busy", "load"), [((0, 0), 0.0), ((10, 10), 2.0), ((10, 0), 1.0), ((5, 2), 0.7)]
+)
+def test_the_load_is_that_of_the_cpus_in_the_mask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, busy: tuple[int, ...], load: float
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    path = tmp_path / "stat"
+    path.write_text(stat(*busy, 10))
+    monkeypatch.setattr(time, "sleep", lambda _: path.write_text(stat(*busy, 10, after=1)))
+    assert cpu_load(path) == pytest.approx(load)
+
+
+def test_a_busy_process_is_part_of_the_load() -> None:
+    """Pin a busy process to one CPU of this machine, and measure that CPU."""
+    cpu = max(os.sched_getaffinity(0))
+    command = f"import os; os.sched_setaffinity(0, {{{cpu}}}); print(flush=True)\nwhile True: pass"
+    with subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        own = os.sched_getaffinity(0)
+        try:
+            os.sched_setaffinity(0, {cpu})
+            assert cpu_load(seconds=0.5) > 0.7
+        finally:
+            os.sched_setaffinity(0, own)
+            process.kill()
+
+
+def test_without_proc_stat_there_is_no_load(tmp_path: Path) -> None:
+    assert cpu_load(tmp_path / "stat", seconds=0) == 0.0
+
+
+@pytest.mark.usefixtures("cpus")
+@pytest.mark.parametrize(
+    ("environ", "settings"),
     [
-        ({}, "3000"),
-        ({"OMP_WAIT_POLICY": "ACTIVE"}, "3000"),
-        ({"GOMP_SPINCOUNT": "infinite"}, "3000"),
-        ({"OMP_WAIT_POLICY": "PASSIVE"}, None),
+        ({}, {"OMP_NUM_THREADS": "8", "GOMP_SPINCOUNT": "1000"}),
+        ({"OMP_NUM_THREADS": "2"}, {"GOMP_SPINCOUNT": "1000"}),
+        ({"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "1000"}),
+        ({"OMP_NUM_THREADS": "2", "GOMP_SPINCOUNT": "infinite"}, {"GOMP_SPINCOUNT": "1000"}),
+        ({"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}, {}),
     ],
 )
 def test_a_proof_never_spends_its_time_limit_on_waiting(
-    environ: dict[str, str], spins: str | None
+    environ: dict[str, str], settings: dict[str, str]
 ) -> None:
-    assert proof_settings(environ).get("GOMP_SPINCOUNT") == spins
+    assert proof_settings(environ) == settings
 
 
 def test_a_mask_of_one_cpu_gives_one_thread() -> None:
-    command = "import attnimg.machine.threads as t; print(t.thread_settings({}))"
+    command = "import attnimg.machine.threads as t; print(t.thread_settings({}, load=0))"
     mask = {min(os.sched_getaffinity(0))}
     done = subprocess.run(
         [sys.executable, "-c", command],
@@ -158,12 +220,13 @@ def test_a_mask_of_one_cpu_gives_one_thread() -> None:
 
 
 @pytest.mark.parametrize(
-    ("variables", "printed"), [({}, "yes"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "passive")]
+    ("variables", "spins"), [({}, str(threads.SPINS)), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")]
 )
-def test_torch_has_the_threads_of_the_command(variables: dict[str, str], printed: str) -> None:
+def test_torch_starts_with_these_variables(variables: dict[str, str], spins: str) -> None:
     """The library itself prints its settings, which it reads when torch loads it."""
     program = (
-        "import os, sys; from attnimg.machine.threads import set_threads; set_threads(os.environ);"
+        "import os; from attnimg.machine.threads import proof_settings;"
+        "os.environ |= proof_settings(os.environ);"
         "import torch; torch.ones(1 << 20).sum();"
         "print(torch.get_num_threads(), os.environ['OMP_NUM_THREADS'])"
     )
@@ -175,5 +238,5 @@ def test_torch_has_the_threads_of_the_command(variables: dict[str, str], printed
     )  # fmt: skip
     found, wanted = done.stdout.split()
     assert found == wanted
-    spins = next(line for line in done.stderr.splitlines() if "GOMP_SPINCOUNT" in line)
-    assert f"'{'0' if printed == 'passive' else threads.SPINS}'" in spins
+    printed = next(line for line in done.stderr.splitlines() if "GOMP_SPINCOUNT" in line)
+    assert f"'{spins}'" in printed
