@@ -126,6 +126,12 @@ bench/checkpoints: .venv/ready ## Measure the time of hashing in saving and resu
 bench/proof-cost: .venv/ready ## Compare the CPU time of a proof with that at commit 5a8433e; 5 minutes
 	$(BIN)/python benchmarks/proof_cost.py
 
+.PHONY: bench/cpu-limits
+bench/cpu-limits: .venv/ready ## Compare attnimg:cpu with OLD=IMAGE under CPU limits: proof time, tokens/s; 15 minutes
+	@[ -n "$(OLD)" ] || { printf 'bench: %s\n  why: %s\n  do:  %s\n' "no image to compare with is given" \
+	  "found no OLD" "make $@ OLD=attnimg-old:cpu, an image that an earlier commit built" >&2; exit 2; }
+	PYTHONPATH=. $(BIN)/python benchmarks/cpu_limits.py "$(OLD)"
+
 bench/own-loss: .venv/ready ## Count false alarms and misses of the loss comparison; 15 minutes
 	$(BIN)/python benchmarks/own_loss.py
 
@@ -303,8 +309,9 @@ bump: .venv/ready ## Make a commit of each pin that has a newer release; DRY_RUN
 index/%: .venv/ready ## Write dist/% as a package index into dist/index/%; BASE_URL=where its files will be
 	@$(BIN)/python -m recipes index $* --wheels dist/$* --to dist/index/$* $(if $(BASE_URL),--base-url "$(BASE_URL)")
 
-run/%: ## Run attnimg:% on this folder: make run/cpu ARGS="train config.yaml"
-	@docker run --rm --user "$$(id -u):$$(id -g)" -v "$$PWD:/workspace" attnimg:$* $(ARGS)
+run/%: ## Run attnimg:% on this folder, as this user: make run/cpu ARGS="train config.yaml"
+	@docker run --rm --user "$$(id -u):$$(id -g)" -v "$$PWD:/workspace" -e ATTNIMG_IMAGE_DIGEST="$$(docker image inspect \
+	  --format '{{range .RepoDigests}}{{println .}}{{end}}' attnimg:$* 2>/dev/null | head -n 1)" attnimg:$* $(ARGS)
 
 gpu/%: ## Run the GPU tests inside attnimg:%, on a machine with the GPU
 	@docker run --rm --gpus all -v "$$PWD/tests:/tests:ro" --workdir /tests --entrypoint python \

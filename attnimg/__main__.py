@@ -108,7 +108,7 @@ COMMANDS = {
     ),
     "doctor": Command(
         "doctor",
-        "Check this machine and image: GPU, driver, kernels, user, folders, shared memory.",
+        "Check this machine and image: GPU, driver, kernels, network, CPUs, user, folders, memory.",
         (_JSON,),
     ),
     "verify": Command(
@@ -225,6 +225,9 @@ COMMANDS = {
     ),
 }
 
+# The commands that import torch.
+_WITH_TORCH = frozenset({"chat", "evaluate", "merge", "preprocess", "selftest", "train", "verify"})
+
 
 def main() -> None:
     """Run the command line; never show a traceback without --debug."""
@@ -233,7 +236,12 @@ def main() -> None:
         # Hide errors that libraries raise at the end of the process, after the reported one.
         sys.unraisablehook = lambda _: None
     _use_container()
-    code = run([argument for argument in sys.argv[1:] if argument != "--debug"], debug=debug)
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    if arguments[:1] and arguments[0] in _WITH_TORCH:
+        from attnimg.machine.threads import set_threads
+
+        set_threads(os.environ)
+    code = run(arguments, debug=debug)
     if "WORLD_SIZE" in os.environ:
         from attnimg.train.distributed import end_process
 

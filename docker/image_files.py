@@ -2,7 +2,8 @@
 
     python image_files.py IMAGE WHEELHOUSE
 
-The manifest has the values of attnimg/data/images.json, the installed versions, and the hash of
+The manifest has the values of attnimg/data/images.json, the version and the git commit of the image
+(VERSION and REVISION in the environment, as in its labels), the installed versions, and the hash of
 each wheel that was built for this image. The build fails if kernels break one another.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import os
 import platform
 import sys
 import sysconfig
@@ -50,6 +52,8 @@ def manifest(image: str, wheelhouse: Path) -> dict[str, Any]:
             sys.exit(f"image_files: {kernel['name']} {kernel['version']} is needed, found {found}")
     return {
         "image": image,
+        "version": os.environ.get("VERSION") or "dev",
+        "revision": os.environ.get("REVISION") or None,
         **recipe,
         "python": platform.python_version(),
         "installed": dict(sorted(installed.items())),

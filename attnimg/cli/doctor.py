@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import asdict
@@ -14,7 +15,7 @@ from attnimg.machine import probe
 from attnimg.machine.doctor import Check
 from attnimg.machine.host import this_host
 from attnimg.machine.kernel_cache import use_shipped_kernels
-from attnimg.selection.gpus_and_images import image_catalogue, this_image
+from attnimg.selection.gpus_and_images import image_catalogue, image_record, this_image
 
 _MARKS = {"ok": "[green]ok  [/]", "warn": "[yellow]warn[/]", "fail": "[red]FAIL[/]"}
 # docker/Dockerfile copies tests/image/inside to this folder.
@@ -22,16 +23,17 @@ _TESTS = Path("/opt/attnimg/inside")
 
 
 def doctor(as_json_lines: bool) -> None:
-    """Check this machine and image: GPU, driver, kernels, user, folders, shared memory."""
+    """Check this machine and image: GPU, driver, kernels, network, CPUs, user, folders, memory."""
     image = this_image()
     checks = preflight.check_machine(
         probe.this_machine(()), this_host(), image=image, images=image_catalogue()
     )
     ok = all(check.status != "fail" for check in checks)
     if as_json_lines:
-        name = image.name if image else None
         found = [asdict(check) for check in checks]
-        print(json_line({"ok": ok, "image": name, "checks": found}))
+        record = image_record(os.environ) or {}
+        identity = {name: record.get(name) for name in ("version", "revision", "digest")}
+        print(json_line({"ok": ok, "image": record.get("name"), **identity, "checks": found}))
     else:
         _print(checks)
     raise SystemExit(0 if ok else 1)

@@ -9,14 +9,16 @@ from typing import Literal
 from attnimg.backends import all_backends, conflicting_variables, find_backend, runs_on
 from attnimg.facts import Machine, Reason
 from attnimg.machine.container import DOCKER
+from attnimg.machine.driver import driver_is_too_old, judge_driver
 from attnimg.machine.host import WORKING_FOLDER, Folder, Host
 from attnimg.machine.kernel_cache import (
     ShippedKernels,
     reasons_against_shipped,
     reasons_against_shipped_triton,
 )
+from attnimg.machine.network import judge_rdma
+from attnimg.machine.threads import count_threads
 from attnimg.selection.gpus_and_images import ImageFacts
-from attnimg.selection.judge import is_older
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -73,21 +75,25 @@ def check_machine(
         image: the image of this process; None outside an image.
         images: all images, to suggest the right one.
     """
-    name = (
-        f"attnimg:{image.name}"
-        if image
-        else "this is not an attnimg image; only the machine is checked"
-    )
     return (
-        Check("image", "ok", name),
+        Check("image", "ok", _image_text(image)),
         *_check_gpu(machine, host, image, images),
         *_check_packages(host, image),
         *_check_shipped_kernels(machine, host),
         *check_variants(machine, host),
+        *_check_network(machine, host),
+        *_check_cpus(host),
         _check_user(host),
         *_check_folders(host),
         _check_shared_memory(host),
     )
+
+
+def _image_text(image: ImageFacts | None) -> str:
+    if image is None:
+        return "this is not an attnimg image; only the machine is checked"
+    revision = f", commit {image.revision}" if image.revision else ""
+    return f"attnimg:{image.name}, version {image.version or 'unknown'}{revision}"
 
 
 def _check_gpu(
@@ -114,7 +120,8 @@ def _check_gpu(
         )
         yield Check("libcuda", "fail", what, do)
     if machine.driver is not None:
-        yield _check_driver(machine.driver, machine.arch.name, image, images)
+        found = judge_driver(machine, image=image, images=images)
+        yield Check("driver", *found)
 
 
 def _check_absent_gpu(host: Host, image: ImageFacts | None) -> Check:
@@ -131,31 +138,18 @@ def _check_architecture(
     if image is None or arch in image.devices:
         return Check("gpu", "ok", gpu)
     right = [
-        f"attnimg:{name}"
-        for name, other in images.items()
-        if arch in other.devices and other.channel == "stable"
+        other for other in images.values() if arch in other.devices and other.channel == "stable"
     ]
-    do = f"run {' or '.join(right)}" if right else "no image serves this GPU yet; run attnimg:cpu"
+    do = "no image serves this GPU yet; run attnimg:cpu"
+    if right:
+        names = " or ".join(f"attnimg:{other.name}" for other in right)
+        too_old = all(driver_is_too_old(machine, other) for other in right)
+        do = f"run {names}" + (" after an update of the driver (next line)" if too_old else "")
     if "cpu" in image.devices:
         what = f"attnimg:{image.name} does not use the GPU of this machine, {gpu}"
         return Check("gpu", "warn", what, do)
     what = f"attnimg:{image.name} has code for {' '.join(image.devices)}, the GPU is a {gpu}"
     return Check("gpu", "fail", what, do)
-
-
-def _check_driver(
-    driver: str, arch: str, image: ImageFacts | None, images: Mapping[str, ImageFacts]
-) -> Check:
-    floor = image.driver_min if image else None
-    if image is None or floor is None or not is_older(driver, floor):
-        return Check("driver", "ok", f"driver {driver}")
-    others = "".join(
-        f", or run attnimg:{name}"
-        for name, other in images.items()
-        if arch in other.devices and other.driver_min and not is_older(driver, other.driver_min)
-    )
-    what = f"driver {driver} is too old: attnimg:{image.name} needs {floor} or newer"
-    return Check("driver", "fail", what, f"update the host's driver{others}")
 
 
 def _check_packages(host: Host, image: ImageFacts | None) -> Iterator[Check]:
@@ -286,6 +280,29 @@ def check_variants(machine: Machine, host: Host) -> Iterator[Check]:
             yield Check("variant", "warn", f"{what}found {against[0]}", do)
         else:
             yield Check("variant", "ok", f"{backend.name} on {arch} runs {kernels}")
+
+
+def _check_network(machine: Machine, host: Host) -> Iterator[Check]:
+    """Check whether NCCL can use this machine's RDMA adapters; nothing without a GPU."""
+    if host.rdma is not None and machine.arch.vendor != "cpu":
+        yield Check("network", *judge_rdma(host.rdma))
+
+
+def _check_cpus(host: Host) -> Iterator[Check]:
+    """Tell how many threads torch starts, and compare OMP_NUM_THREADS with the usable CPUs."""
+    if host.cpus is None:
+        return
+    what = f"{host.cpus} CPUs" if host.cpus > 1 else "1 CPU"
+    usable = float(host.cpus)
+    if host.quota is not None and host.quota < host.cpus:
+        what, usable = f"{what}, of which the cgroup's quota allows {host.quota:g}", host.quota
+    given = (host.threads or "").partition(",")[0].strip()
+    number = int(given) if given.isascii() and given.isdigit() else count_threads(cpus=usable)
+    what += f"; torch computes with {number} thread{'s' if number > 1 else ''}"
+    if number > max(1.0, usable):
+        yield Check("cpus", "warn", what, f"unset OMP_NUM_THREADS, which is {host.threads}")
+    else:
+        yield Check("cpus", "ok", what)
 
 
 def _check_user(host: Host) -> Check:

@@ -22,7 +22,9 @@ from attnimg.machine.container import (
     replaced_cache,
 )
 from attnimg.machine.kernel_cache import ShippedKernels, shipped_kernels, shipped_triton
+from attnimg.machine.network import Rdma, read_rdma
 from attnimg.machine.probe import canonical, changed_files, read_record
+from attnimg.machine.threads import cgroup_quota
 
 WORKING_FOLDER = "the working folder"
 # Top-level packages of the kernels; of two with one name on sys.path, one shadows the other.
@@ -74,6 +76,10 @@ class Host:
         replaced_cache: why another cache folder is used; None if none is.
         cuda_error: the loader's message on libcuda; None where it loads, and without nvidia-smi.
         noexec: cache folders whose file system runs no code.
+        rdma: the adapters that connect machines; None where they were not read.
+        cpus: CPUs of the affinity mask.
+        quota: the smallest quota of the cgroups, in CPUs; None without one.
+        threads: OMP_NUM_THREADS; None where it is not set.
     """
 
     uid: int
@@ -91,6 +97,10 @@ class Host:
     replaced_cache: str | None = None
     cuda_error: str | None = None
     noexec: tuple[str, ...] = ()
+    rdma: Rdma | None = None
+    cpus: int | None = None
+    quota: float | None = None
+    threads: str | None = None
 
 
 def this_host(*, shm: Path = Path("/dev/shm")) -> Host:
@@ -126,6 +136,10 @@ def this_host(*, shm: Path = Path("/dev/shm")) -> Host:
         replaced_cache=replaced_cache(os.environ),
         cuda_error=_cuda_error() if find_driver_program("nvidia-smi") else None,
         noexec=tuple(_noexec()),
+        rdma=read_rdma(),
+        cpus=len(os.sched_getaffinity(0)),
+        quota=cgroup_quota(),
+        threads=os.environ.get("OMP_NUM_THREADS"),
     )
 
 

@@ -29,6 +29,7 @@ class Gpu:
         label: its full name, "NVIDIA H100 80GB".
         memory_gb: nominal device memory; None for "cpu" and for an architecture such as "sm_90".
         cpu: the CPU architecture of its machines; None for an architecture such as "sm_90".
+        data_center: whether NVIDIA sells it for data centres.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Gpu:
     label: str
     memory_gb: int | None = None
     cpu: Literal["amd64", "arm64"] | None = None
+    data_center: bool = False
 
 
 def arch_from_name(name: str) -> Arch:
@@ -62,6 +64,7 @@ def gpu_catalogue() -> dict[str, Gpu]:
             label=entry["label"],
             memory_gb=entry.get("memory_gb"),
             cpu=entry.get("cpu", "amd64"),
+            data_center=entry.get("data_center", False),
         )
         for name, entry in read_data("gpus.toml").items()
     }
@@ -112,6 +115,9 @@ def _unknown(text: str, *, known: list[str]) -> AttnimgError:
 
 MANIFEST = Path("/opt/attnimg/image.json")
 
+DIGEST_VARIABLE = "ATTNIMG_IMAGE_DIGEST"
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageFacts:
@@ -128,6 +134,10 @@ class ImageFacts:
         packages: distribution -> version: those that the recipe names; in an image, all of them.
         kernels: distribution of each attention kernel -> the devices it has code for.
         fixed: those of `packages` that nothing may replace: torch, CUDA's, Triton, the kernels.
+        version: attnimg's version, or "dev" if it was not built from the commit of a release; None
+            in the catalogue.
+        revision: the git commit that it was built from, with -dirty for a changed checkout; None in
+            the catalogue, and where no checkout was known.
     """
 
     name: str
@@ -140,6 +150,8 @@ class ImageFacts:
     packages: Mapping[str, str]
     kernels: Mapping[str, frozenset[str]]
     fixed: frozenset[str]
+    version: str | None = None
+    revision: str | None = None
 
 
 @cache
@@ -167,6 +179,31 @@ def this_image(manifest: Path = MANIFEST) -> ImageFacts | None:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise bad_manifest(manifest, error) from error
+
+
+def image_record(
+    environ: Mapping[str, str], manifest: Path = MANIFEST
+) -> dict[str, str | None] | None:
+    """Return what identifies the image of this process, for receipts; None outside an image.
+
+    Args:
+        environ: DIGEST_VARIABLE has the image's digest. An image can't contain it, and a process in
+            a container can't read it: whoever starts the container sets it (`make run/NAME` does).
+        manifest: the image's manifest.
+
+    Returns:
+        name, version and revision (see ImageFacts), and digest: None unless it is set and valid.
+    """
+    image = this_image(manifest)
+    if image is None:
+        return None
+    digest = environ.get(DIGEST_VARIABLE, "").rpartition("@")[2].strip()
+    return {
+        "name": image.name,
+        "version": image.version,
+        "revision": image.revision,
+        "digest": digest if _DIGEST.fullmatch(digest) else None,
+    }
 
 
 def find_image(name: str) -> ImageFacts:
@@ -233,4 +270,6 @@ def _image_facts(name: str, raw: Mapping[str, Any]) -> ImageFacts:
         packages=raw["packages"],
         kernels={kernel["name"]: frozenset(kernel["devices"]) for kernel in raw["kernels"]},
         fixed=frozenset(raw["fixed"]),
+        version=raw.get("version"),
+        revision=raw.get("revision"),
     )

@@ -23,6 +23,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import Backend, Machine, Plan, Proof, RunContext
+from attnimg.machine.threads import THREAD_VARIABLES
+from attnimg.selection.gpus_and_images import image_record
 from attnimg.train.checkpoint import replace_text, write_errors
 
 METRICS_FILE = "metrics.jsonl"
@@ -388,7 +390,9 @@ def build_receipt(
         "resumed_from": resumed_from,
         "config": config.model_dump(exclude_none=True),
         "versions": package_versions(),
+        "image": image_record(os.environ),
         "hardware": run.machine,
+        "threads": {name: os.environ.get(name) for name in THREAD_VARIABLES},
         "plan": _plan_record(run.plan),
         "attention": {"backend": run.backend, "implementation": run.implementation},
         "dtype": run.context.dtype,

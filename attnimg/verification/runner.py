@@ -25,6 +25,7 @@ from attnimg.backends import find_backend
 from attnimg.cgroup import memory_limit, oom_kills
 from attnimg.errors import signal_name
 from attnimg.facts import Figure, Geometry, LayersTask, OptimizerTask, Proof, Reason
+from attnimg.machine.threads import proof_settings
 from attnimg.verification.training_conditions import is_compiled
 
 # Seconds that one candidate may compute and sleep, without waiting for a CPU. On a GPU some kernels
@@ -208,7 +209,7 @@ def _start_child(task: dict[str, Any], *, output: IO[bytes]) -> Iterator[subproc
         stderr=output,
         # In a process group of its own: Ctrl-C reaches the parent, which then kills the group.
         start_new_session=True,
-        env=os.environ | {MARK: mark},
+        env=os.environ | proof_settings(os.environ) | {MARK: mark},
     )
     assert process.stdin is not None
     assert process.stdout is not None

@@ -18,12 +18,13 @@ from recipes.archs import torch_arch
 from recipes.facts import ImagePlan, Step
 from recipes.files import generated_json
 
-# gcc, since Triton compiles the launcher of a kernel on the machine where it runs.
-_APT = {
-    "cpu": "tini",
-    "cuda": "tini gcc libc6-dev libpython3-dev",
-    "rocm": "tini gcc libc6-dev libpython3-dev",
-}
+# git, for `pip install git+https://...` and for trackers that record a commit; curl, less and procps
+# (ps, top) for people in a shell: 16 MB together (docs/figures.md).
+_TOOLS = "tini git curl less procps"
+# gcc, since Triton compiles the launcher of a kernel on the machine where it runs. libibverbs and its
+# drivers (libmlx5), which NCCL and RCCL load at run time: without them they connect nodes over TCP.
+_GPU = f"{_TOOLS} gcc libc6-dev libpython3-dev libibverbs1 ibverbs-providers"
+_APT = {"cpu": _TOOLS, "cuda": _GPU, "rocm": _GPU}
 
 
 def bake_file(plans: tuple[ImagePlan, ...]) -> str:
@@ -125,6 +126,8 @@ def _targets(plan: ImagePlan) -> dict[str, dict[str, Any]]:
         "inherits": [common],
         "target": "runtime",
         "contexts": contexts,
+        # Also in image.json, since a process in the image can't read its labels.
+        "args": {"VERSION": "${VERSION}", "REVISION": "${REVISION}"},
         "labels": labels(plan),
         "tags": [f"${{REGISTRY}}attnimg:{name}" for name in (image.name, *image.aliases)],
     }

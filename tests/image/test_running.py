@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
 from conftest import GID, ROOT, UID, Run, faults, mounted
 
+from attnimg.selection.gpus_and_images import DIGEST_VARIABLE
+
 ANY_USER = ("--user=4321:4399",)
 NOTHING_WRITABLE = ("--read-only", "--network=none")
+DIGEST = "sha256:" + "ab" * 32
 
 
 @pytest.mark.parametrize(
@@ -64,6 +70,71 @@ def test_doctor_finds_nothing_wrong(docker: Run, options: tuple[str, ...], messa
     assert faults(done.stdout) == []
     assert message in done.stdout
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "threads"),
+    [
+        ("--cpus=0.5", 1),
+        ("--cpus=1", 1),
+        ("--cpuset-cpus=0", 1),
+        ("--env=OMP_NUM_THREADS=3", 3),
+        ("--cpu-shares=1024", os.cpu_count()),
+    ],
+)
+def test_torch_has_as_many_threads_as_the_container_has_cpus(
+    docker: Run, option: str, threads: int
+) -> None:
+    done = docker("doctor", "--json", options=(option,))
+    checks = {check["code"]: check for check in json.loads(done.stdout)["checks"]}
+    assert f"torch computes with {threads} thread" in checks["cpus"]["what"]
+
+
+def test_a_proof_is_quick_on_half_a_cpu(docker: Run, workspace: Path) -> None:
+    options = [option for option in mounted(workspace) if "OMP_NUM_THREADS" not in option]
+    done = docker(
+        "train", "examples/demo/demo.yaml", "max_steps=1", "val_set_size=0", "eval_steps=null",
+        options=(*options, "--cpus=0.5", f"--env={DIGEST_VARIABLE}={DIGEST}"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    receipt = json.loads((workspace / "outputs/demo/trained/receipt.json").read_text())
+    (proof,) = receipt["proofs"]
+    assert proof["backend"] == "sdpa"
+    assert proof["seconds"] < 30, "6 s on an idle machine (docs/cpu-limits.md)"
+    assert receipt["threads"]["OMP_NUM_THREADS"] == "1"
+    assert receipt["image"]["digest"] == DIGEST
+    manifest = json.loads(docker("cat", "/opt/attnimg/image.json").stdout)
+    named = {key: receipt["image"][key] for key in ("name", "version", "revision")}
+    assert named == {
+        "name": manifest["image"],
+        "version": manifest["version"],
+        "revision": manifest["revision"],
+    }
+
+
+def test_tools_that_people_expect_are_there(docker: Run) -> None:
+    tools = ("git", "curl", "less", "ps")
+    done = docker("bash", "-c", " && ".join(f"{tool} --version" for tool in tools))
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_guide_s_commands_work_on_a_fresh_clone(image: str, tmp_path: Path) -> None:
+    if image != "attnimg:cpu":
+        pytest.skip("the guide's commands are those of attnimg:cpu")
+    guide = (ROOT / "docs/build-images.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^make run/cpu .*$", guide, re.M)
+    assert len(lines) == 3
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
+    for line in lines:
+        done = subprocess.run(
+            ["bash", "-c", line], cwd=clone, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    owner = clone.stat().st_uid
+    trained = clone / "outputs/demo/trained"
+    assert (trained / "model.safetensors").exists()
+    assert {path.stat().st_uid for path in trained.rglob("*")} == {owner}
 
 
 def test_check_accepts_the_demo(docker: Run) -> None:

@@ -14,6 +14,7 @@ from attnimg.machine.doctor import Check, check_machine, check_variants
 from attnimg.machine.fingerprint import RELEASE
 from attnimg.machine.host import WORKING_FOLDER, Folder, Host, this_host
 from attnimg.machine.kernel_cache import ShippedKernels
+from attnimg.machine.network import Rdma
 from attnimg.selection.gpus_and_images import ImageFacts, image_catalogue
 
 GIB = 1 << 30
@@ -91,7 +92,8 @@ def test_nothing_is_wrong(machine: Machine, image: ImageFacts | None) -> None:
             id="a GPU that no image serves is told",
         ),
         pytest.param(
-            H100, CPU, "warn", "does not use", "attnimg:hopper", id="cpu on an H100 names hopper",
+            H100, CPU, "warn", "does not use", "run attnimg:hopper",
+            id="cpu on an H100 names hopper",
         ),
         pytest.param(
             NO_GPU, HOPPER, "fail", "no GPU is visible", "--gpus all", id="a GPU image needs a GPU",
@@ -255,6 +257,57 @@ def test_of_two_versions_on_sys_path_the_first_is_installed(
     found = [str(tmp_path / folder) for folder in ("added", "image")]
     monkeypatch.setattr("sys.path", [*found, *sys.path])
     assert this_host().installed["twice"] == "2.0"
+
+
+def test_in_the_cpu_image_an_old_driver_is_part_of_the_advice() -> None:
+    machine = replace(gpu("sm_80", driver="550.54.15"), gpu="NVIDIA A100-SXM4-80GB")
+    architecture, driver = findings(machine, image=CPU)
+    assert architecture.do == "run attnimg:ampere after an update of the driver (next line)"
+    assert driver.code == "driver"
+    assert "attnimg:ampere needs 580.65.06 or newer" in driver.what
+    assert "cuda-compat" in driver.do
+
+
+@pytest.mark.parametrize(
+    ("facts", "status", "what"),
+    [
+        pytest.param({"cpus": 8}, "ok", "8 CPUs; torch computes with 8 threads", id="no limit"),
+        pytest.param(
+            {"cpus": 8, "quota": 0.5}, "ok",
+            "8 CPUs, of which the cgroup's quota allows 0.5; torch computes with 1 thread",
+            id="docker run --cpus 0.5",
+        ),
+        pytest.param({"cpus": 1}, "ok", "1 CPU; torch computes with 1 thread", id="one CPU"),
+        pytest.param({"cpus": 2, "quota": 4.0}, "ok", "2 threads", id="a quota above the CPUs"),
+        pytest.param({"cpus": 2, "threads": "1"}, "ok", "with 1 thread", id="fewer by the user"),
+        pytest.param(
+            {"cpus": 2, "threads": "8"}, "warn", "with 8 threads", id="more than CPUs by the user"
+        ),
+        pytest.param(
+            {"cpus": 4, "quota": 1.5, "threads": "4,2"}, "warn", "4 threads",
+            id="more than the quota by the user",
+        ),
+    ],
+)  # fmt: skip
+def test_threads_are_compared_with_the_cpus(
+    facts: dict[str, object], status: str, what: str
+) -> None:
+    host = replace(HOST, **facts)  # type: ignore[arg-type]
+    (check,) = (
+        c for c in check_machine(NO_GPU, host, image=CPU, images=IMAGES) if c.code == "cpus"
+    )
+    assert check.status == status
+    assert what in check.what
+    assert bool(check.do) == (status != "ok")
+
+
+def test_the_network_is_checked_with_a_gpu_alone() -> None:
+    rdma = Rdma(adapters={"mlx5_0": "mlx5"}, device_files=False, library=True, locked_bytes=None)
+    host = replace(HOST, rdma=rdma)
+    (found,) = findings(host=host)
+    assert (found.code, found.status) == ("network", "warn")
+    assert "--device /dev/infiniband" in found.do
+    assert findings(NO_GPU, host, image=CPU) == []
 
 
 def test_one_fault_hides_no_other() -> None:

@@ -1,12 +1,17 @@
-"""The names that --on takes."""
+"""The names that --on takes, and what identifies the image of a process."""
+
+import json
 
 import pytest
 
 from attnimg.errors import AttnimgError
+from attnimg.files import data_file
 from attnimg.selection.gpus_and_images import (
+    DIGEST_VARIABLE,
     arch_from_name,
     cpus_of_machines,
     gpu_catalogue,
+    image_record,
     parse_gpu,
 )
 
@@ -98,3 +103,41 @@ def test_another_name_is_refused_with_help(name, do):
 def test_arch_names_are_not_gpu_names():
     with pytest.raises(AttnimgError, match="h100"):
         arch_from_name("h100")
+
+
+DIGEST = "sha256:" + "ab" * 32
+
+
+def image_manifest(folder, **changes):
+    """Write the manifest of an image, as docker/image_files.py does."""
+    recipe = json.loads(data_file("images.json").read_text())["images"]["cpu"]
+    path = folder / "image.json"
+    values = {"image": "cpu", **recipe, "installed": {}, "version": "0.2.0", "revision": "ab12"}
+    path.write_text(json.dumps(values | changes))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("variable", "digest"),
+    [
+        (DIGEST, DIGEST),
+        (f"registry.example:5000/attnimg@{DIGEST}", DIGEST),
+        (f"{DIGEST}\n", DIGEST),
+        ("", None),
+        ("sha256:ab", None),
+        ("latest", None),
+        (DIGEST.upper(), None),
+    ],
+)
+def test_an_image_is_identified_by_version_revision_and_digest(tmp_path, variable, digest):
+    found = image_record({DIGEST_VARIABLE: variable}, image_manifest(tmp_path))
+    assert found == {"name": "cpu", "version": "0.2.0", "revision": "ab12", "digest": digest}
+
+
+def test_without_a_launcher_the_digest_is_not_known(tmp_path):
+    found = image_record({}, image_manifest(tmp_path, version="dev", revision=None))
+    assert found == {"name": "cpu", "version": "dev", "revision": None, "digest": None}
+
+
+def test_outside_an_image_there_is_none(tmp_path):
+    assert image_record({DIGEST_VARIABLE: DIGEST}, tmp_path / "image.json") is None

@@ -1,0 +1,249 @@
+"""Set OpenMP's number of threads, and how they wait, for the CPUs that this process may use.
+
+OpenMP's library counts the CPUs of the affinity mask (taskset, cpuset), but not a cgroup's quota
+(`docker run --cpus 0.5`, a Kubernetes limit), and its threads wait for one another in a loop of up
+to 300,000 spins. With fewer free CPUs than threads, the waiting thread takes the time that the
+working one needs: a proof takes 10 times as long (docs/cpu-limits.md).
+
+    threads    the affinity mask or the quota, whichever is smaller; divided by the processes that
+               torchrun started on this machine (it sets OMP_NUM_THREADS=1 itself)
+    waiting    at most SPINS spins, then asleep, if other processes use the CPUs of these threads;
+               otherwise as the library does, which is faster on an idle machine
+
+The load does not change the number of threads: the sums of a run and of its resumption are equal
+bit for bit only with the same number. Processes of a data loader are not subtracted: each computes
+with one thread, and mostly sleeps.
+
+The library reads these variables once, when torch loads it. What the user has set is kept. psutil
+and Python do not read cgroups; joblib's loky reads the container's own, but not those above it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+# With two busy neighbours on two CPUs, a proof takes a quarter of the time that it takes with the
+# default of 300,000 spins, and 10,000 are too many; on an idle machine, the run would be a seventh
+# slower with these, and a quarter slower with none (docs/cpu-limits.md, 2026-11-27).
+SPINS = 1000
+
+# CPUs that others may use before the machine counts as busy: what a system does all the time.
+_IDLE = 0.25
+# Seconds in which the load is measured, ten ticks of /proc/stat.
+_SAMPLE_S = 0.1
+
+# With one of these, the user decides the number of threads, or how they wait. KMP_ is the prefix of
+# LLVM's and Intel's libraries, which some of torch's builds have; one of its variables is about
+# loading, and often set.
+_NUMBER = ("OMP_NUM_THREADS", "OMP_THREAD_LIMIT", "MKL_NUM_THREADS", "KMP_")
+_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_")
+_OTHER = "KMP_DUPLICATE_LIB_OK"
+
+# What decides the threads of a run: a receipt has their values.
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+
+
+def set_threads(environ: MutableMapping[str, str]) -> None:
+    """Set OpenMP's variables, before torch is imported; takes _SAMPLE_S for the load.
+
+    Args:
+        environ: os.environ, or the environment of a new process.
+    """
+    environ.update(thread_settings(environ, load=cpu_load()))
+
+
+def thread_settings(environ: Mapping[str, str], *, load: float) -> dict[str, str]:
+    """Return the variables to set; those that the user has set are not in it.
+
+    Args:
+        environ: the environment.
+        load: how many of the CPUs in this process's mask other processes use.
+    """
+    settings = _number_of_threads(environ)
+    number = settings.get("OMP_NUM_THREADS") or environ.get("OMP_NUM_THREADS", "")
+    free = len(os.sched_getaffinity(0)) - load
+    threads = int(number) if number.isascii() and number.isdigit() else math.inf
+    if load > _IDLE and free < threads and not _has_set(environ, _WAITING):
+        settings["GOMP_SPINCOUNT"] = str(SPINS)
+    return settings
+
+
+def proof_settings(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables of a process that proves kernels.
+
+    Its time is limited, and another process may start meanwhile, so that its threads never wait
+    longer than SPINS, whatever is set for the run. How they wait changes no result.
+    """
+    settings = _number_of_threads(environ)
+    if environ.get("OMP_WAIT_POLICY", "").strip().lower() != "passive":
+        settings["GOMP_SPINCOUNT"] = str(SPINS)
+    return settings
+
+
+def _number_of_threads(environ: Mapping[str, str]) -> dict[str, str]:
+    if _has_set(environ, _NUMBER):
+        return {}
+    text = environ.get("LOCAL_WORLD_SIZE", "").strip()
+    processes = int(text) if text.isascii() and text.isdigit() else 1
+    return {"OMP_NUM_THREADS": str(count_threads(cpus=usable_cpus(), processes=processes))}
+
+
+def _has_set(environ: Mapping[str, str], prefixes: tuple[str, ...]) -> bool:
+    return any(name.startswith(prefixes) and name != _OTHER for name in environ)
+
+
+def cpu_load(stat: Path = Path("/proc/stat"), *, seconds: float = _SAMPLE_S) -> float:
+    """Return how many of the CPUs in this process's mask others use; sleeps to measure it.
+
+    A container sees the CPUs of its host there, and so its neighbours.
+
+    Args:
+        stat: the file with the CPUs' times.
+        seconds: how long to measure.
+    """
+    before = _cpu_times(stat)
+    time.sleep(seconds)
+    after = _cpu_times(stat)
+    load = 0.0
+    for cpu in os.sched_getaffinity(0):
+        if cpu in before and cpu in after:
+            idle, total = (b - a for a, b in zip(before[cpu], after[cpu], strict=True))
+            load += 1 - idle / total if total > 0 else 0.0
+    return load
+
+
+def _cpu_times(stat: Path) -> dict[int, tuple[int, int]]:
+    """Return the idle and the total time of each CPU, in ticks.
+
+    Source: proc_stat(5): user, nice, system, idle, iowait, irq, softirq, steal (man-pages 6.9,
+    2026-11-27).
+    """
+    found = {}
+    for line in _lines(stat):
+        name, *times = line.split() or [""]
+        if name[:3] == "cpu" and name[3:].isdigit() and len(times) >= 8:
+            with suppress(ValueError):
+                ticks = [int(text) for text in times[:8]]
+                found[int(name[3:])] = (ticks[3] + ticks[4], sum(ticks))
+    return found
+
+
+def count_threads(*, cpus: float, processes: int = 1) -> int:
+    """Return the number of threads of one process: a part of a CPU counts only below 1."""
+    return max(1, int(cpus / max(1, processes)))
+
+
+def usable_cpus() -> float:
+    """Return how many CPUs this process may use: those of its mask, or fewer by a quota."""
+    mask = len(os.sched_getaffinity(0))
+    quota = cgroup_quota()
+    return mask if quota is None else min(mask, quota)
+
+
+def cgroup_quota(root: Path = Path("/")) -> float | None:
+    """Return the smallest quota of this process's cgroup and of those above it, in CPUs.
+
+    Args:
+        root: the folder with proc/self and the mounts in it.
+
+    Returns:
+        None without a quota, or where it can't be read.
+    """
+    quotas = [*_quotas(root)]
+    return min(quotas, default=None)
+
+
+class _Mount(NamedTuple):
+    """A mount of a cgroup tree.
+
+    Attributes:
+        version: 1 or 2.
+        top: the cgroup that is mounted, "/" or "/docker/ID".
+        folder: where.
+    """
+
+    version: int
+    top: PurePosixPath
+    folder: Path
+
+
+def _quotas(root: Path) -> Iterator[float]:
+    own = _own_cgroups(root)
+    for mount in _mounts(root):
+        if mount.version not in own:
+            continue
+        try:
+            inner = own[mount.version].relative_to(mount.top)
+        except ValueError:  # a namespace of its own, or an unshared mount: its top is what is known
+            inner = PurePosixPath()
+        if ".." in inner.parts:
+            inner = PurePosixPath()
+        for part in (inner, *inner.parents):
+            with suppress(OSError, ValueError, ZeroDivisionError):
+                quota = _read_quota(mount.folder / part, version=mount.version)
+                if quota is not None:
+                    yield quota
+
+
+def _own_cgroups(root: Path) -> dict[int, PurePosixPath]:
+    """Return this process's cgroup with the controller `cpu`, in each version: lines 4:cpu:/a."""
+    found = {}
+    for line in _lines(root / "proc/self/cgroup"):
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if path.startswith("/"):
+            if not controllers:
+                found[2] = PurePosixPath(path)
+            elif "cpu" in controllers.split(","):
+                found[1] = PurePosixPath(path)
+    return found
+
+
+def _mounts(root: Path) -> Iterator[_Mount]:
+    """Yield the mounted cgroup trees that limit CPUs.
+
+    Source: proc_pid_mountinfo(5): fields 4 and 5 are the top and the place, and after the hyphen
+    stand the type, the source and the options of the file system (man-pages 6.9, 2026-11-27).
+    """
+    for line in _lines(root / "proc/self/mountinfo"):
+        before, _, after = line.partition(" - ")
+        places, kinds = before.split(" "), after.split(" ")
+        if len(places) < 6 or len(kinds) < 3:
+            continue
+        is_v1 = kinds[0] == "cgroup" and "cpu" in kinds[2].split(",")
+        if is_v1 or kinds[0] == "cgroup2":
+            # A blank in a path is written as \040.
+            top, place = (text.replace("\\040", " ") for text in places[3:5])
+            yield _Mount(1 if is_v1 else 2, PurePosixPath(top), root / place.lstrip("/"))
+
+
+def _read_quota(folder: Path, *, version: int) -> float | None:
+    """Return one cgroup's quota in CPUs; None if it has none.
+
+    Source: Linux's cgroup-v2.rst, cpu.max, and sched-bwc.rst, cpu.cfs_quota_us (read 2026-11-27).
+
+    Raises:
+        OSError, ValueError, ZeroDivisionError: the files are absent or malformed.
+    """
+    if version == 2:
+        limit, _, period = (folder / "cpu.max").read_text().strip().partition(" ")
+    else:
+        limit = (folder / "cpu.cfs_quota_us").read_text().strip()
+        period = (folder / "cpu.cfs_period_us").read_text().strip()
+    if limit == "max":
+        return None
+    quota = int(limit) / int(period)
+    return quota if quota > 0 else None  # -1 for none
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
