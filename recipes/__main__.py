@@ -1,8 +1,9 @@
-"""`python -m recipes`: render files from the recipes, solve, check, lock, gate, publish."""
+"""`python -m recipes`: render files from the recipes, solve, check, lock, gate, release."""
 
 from __future__ import annotations
 
 import datetime
+import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from recipes.read import read_recipes
 from recipes.render.transformers_models import model_lists
 from recipes.render_all import outdated_files, render_files
 from recipes.solve.lock import lock_all, read_locks
-from recipes.solve.plan import refuse_unresolved, solve, solve_all
+from recipes.solve.plan import solve, solve_all
 from recipes.solve.sources import fetch_sources
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,6 +93,7 @@ def gate(arguments: Namespace) -> None:
         image=arguments.archive or arguments.unpacked,
         wheels=arguments.wheels,
         root=arguments.root,
+        layout=arguments.layout,
     )
     _print((format_json if arguments.json else format_report)(arguments.name, artifact, results))
     if any(result.findings for result in results):
@@ -130,9 +132,37 @@ def gpu_run(arguments: Namespace) -> None:
         )
 
 
-def publish(arguments: Namespace) -> None:
-    """Exit with 0 if an image may be published: none of its values is unresolved."""
-    refuse_unresolved(_plan(arguments.name, arguments.root))
+def release(arguments: Namespace) -> None:
+    """Build, judge, push, test, sign, verify and tag an image, or do one of these steps."""
+    from recipes.release import command
+
+    plan = _plan(arguments.name, arguments.root)
+    recipes = read_recipes(arguments.root)
+    _print(command.release(plan, recipes, step=arguments.step, root=arguments.root, env=os.environ))
+
+
+def verify(arguments: Namespace) -> None:
+    """Verify an image of the registry, by its digest or tag, with no record of its release."""
+    from recipes.release import command
+
+    name, root = arguments.name, arguments.root
+    _plan(name, root)
+    _print(command.verify(name, arguments.image, root=root, env=os.environ))
+
+
+def pull(arguments: Namespace) -> None:
+    """Pull an image from the registry by its digest; print its reference."""
+    from recipes.release import command
+
+    root = arguments.root
+    _print(command.pull(arguments.name, arguments.digest, root=root, env=os.environ))
+
+
+def registry(arguments: Namespace) -> None:
+    """Print the registry and namespace that images are published to: REGISTRY, or the recipe's."""
+    from recipes.release.place import find_place
+
+    _print(find_place(arguments.root, os.environ).registry)
 
 
 def _render_all(root: Path) -> dict[str, str]:
@@ -207,6 +237,7 @@ def _parser() -> ArgumentParser:
     command.add_argument("--archive", type=Path, help="from `docker save`, or an OCI archive")
     command.add_argument("--unpacked", type=Path, help="the folder of an unpacked image")
     command.add_argument("--wheels", type=Path, help="a wheelhouse, with or without an image")
+    command.add_argument("--layout", type=Path, help="write the image there as it will be pushed")
     command.add_argument("--json", action="store_true", help="write JSON")
     command = add("built", record_build, image=True)
     command.add_argument("--wheels", type=Path, required=True, help="the wheelhouse")
@@ -216,7 +247,15 @@ def _parser() -> ArgumentParser:
     command.add_argument(
         "--all-right", action="store_true", help="refuse a run in which a unit failed"
     )
-    add("publish", publish, image=True)
+    command = add("release", release, image=True)
+    command.add_argument(
+        "--step", choices=("push", "attest", "verify", "promote"), help="this one only"
+    )
+    command = add("verify", verify, image=True)
+    command.add_argument("image", metavar="DIGEST|TAG", help="sha256:..., or a tag")
+    command = add("pull", pull, image=True)
+    command.add_argument("digest", metavar="DIGEST", help="sha256:...")
+    add("registry", registry)
     return parser
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import date
 from typing import Literal
 
 from pydantic import ConfigDict
@@ -368,6 +369,28 @@ class Allowance(Strict):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Cve(Strict):
+    """The answer to a known vulnerability of a package: an entry of cves.toml.
+
+    Attributes:
+        id: CVE-..., GHSA-... or PYSEC-...
+        package: a Python package of an image, or deb:NAME.
+        version: the version that was read; the answer is for no other.
+        status, justification: those of OpenVEX.
+        reason: what was read, with a source.
+        expires: the last day on which it counts.
+    """
+
+    id: str
+    package: str
+    version: str
+    status: Literal["not_affected", "affected", "fixed", "under_investigation"]
+    reason: str
+    expires: date
+    justification: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Recipes:
     """All recipes of a checkout.
 
@@ -380,6 +403,7 @@ class Recipes:
         pairs: which versions of these work together.
         bases: by name.
         allowed: findings of gates that are accepted.
+        cves: answers to known vulnerabilities.
     """
 
     images: Mapping[str, Image]
@@ -390,6 +414,7 @@ class Recipes:
     pairs: tuple[VersionPair, ...]
     bases: Mapping[str, Base] = field(default_factory=dict)
     allowed: tuple[Allowance, ...] = ()
+    cves: tuple[Cve, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,6 +19,7 @@ from attnimg.errors import AttnimgError
 from recipes.facts import (
     Allowance,
     Base,
+    Cve,
     Image,
     Kernel,
     Patch,
@@ -70,6 +71,7 @@ def read_recipes(root: Path) -> Recipes:
         pairs=_read_entries(folder / "pairs.toml", "pair", VersionPair),
         bases=_read_bases(folder / "bases.toml"),
         allowed=_read_entries(folder / "allowed.toml", "allowed", Allowance),
+        cves=_read_entries(folder / "cves.toml", "cve", Cve),
     )
 
 
