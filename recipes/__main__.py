@@ -16,6 +16,8 @@ from recipes.files import write_all
 from recipes.pages import built, gpu_runs
 from recipes.pages.model_pages import FAMILIES_RECORD, RELOAD_RECORD
 from recipes.read import read_recipes
+from recipes.release import page as release_page
+from recipes.release.place import find_place, read_registry
 from recipes.render.transformers_models import model_lists
 from recipes.render_all import outdated_files, render_files
 from recipes.solve.lock import lock_all, read_locks
@@ -160,8 +162,6 @@ def pull(arguments: Namespace) -> None:
 
 def registry(arguments: Namespace) -> None:
     """Print the registry and namespace that images are published to: REGISTRY, or the recipe's."""
-    from recipes.release.place import find_place
-
     _print(find_place(arguments.root, os.environ).registry)
 
 
@@ -186,8 +186,12 @@ def _render_all(root: Path) -> dict[str, str]:
         built=records,
     )
     readme = built.replace_table(read("README.md"), "images", built.images_table(plans, records))
+    releases, where = read(release_page.PAGE), read_registry(root)
+    releases = built.replace_table(releases, "published", release_page.published_part(where))
+    releases = built.replace_table(releases, "verify", release_page.verify_part(where))
     page = gpu_runs.runs_page(gpu_runs.read_runs(root), gpu_runs.read_notes(root))
-    return {**texts, "docs/gpu-runs.md": page, "README.md": readme}
+    generated = {"docs/gpu-runs.md": page, "README.md": readme, release_page.PAGE: releases}
+    return texts | generated
 
 
 def _plan(name: str, root: Path) -> ImagePlan:

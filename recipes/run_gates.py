@@ -24,7 +24,10 @@ from recipes.solve.lock import pinned_versions, read_locks
 
 _EVERY_IMAGE = "docker/install/every_image.txt"
 # What an image is judged by, besides its own content.
-_JUDGED_BY = ("recipes/**/*.toml", "recipes/**/*.py", "requirements/images/*.txt", _EVERY_IMAGE)
+_JUDGED_BY = (
+    "recipes/*.toml", "recipes/images/*", "recipes/kernels/*", "recipes/run_gates.py",
+    "recipes/gates/*.py", "recipes/artifact/*.py", "requirements/images/*.txt", _EVERY_IMAGE,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

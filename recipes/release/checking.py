@@ -7,8 +7,8 @@ be pulled by its digest and runs.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,23 @@ from recipes.release.signing import KINDS, Signing, verify_signature, verify_sta
 _PROGRAM = "import attnimg, torch; print(torch.__version__)"
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verified:
+    """An image whose signature and statements were verified.
+
+    Attributes:
+        digest: of its manifest.
+        image_id: of its configuration.
+        labels: of the image.
+        size: of its compressed layers, in bytes.
+    """
+
+    digest: str
+    image_id: str
+    labels: Mapping[str, str]
+    size: int
+
+
 def check_released(
     digest: str,
     place: Place,
@@ -33,19 +50,43 @@ def check_released(
     folder: Path,
     expected: Mapping[str, Path] | None = None,
 ) -> str:
-    """Verify an image of a registry; return where it was pulled to.
+    """Verify an image of a registry, pull it and run it; return where it was pulled to.
 
     Args:
         digest: of the image.
         place: where it is.
         signer: with whose key or identity.
         name: of the image.
-        folder: for the clean engine and what is pulled, both removed afterwards.
+        folder: for the clean engine, removed afterwards.
         expected: kind -> file that was attested, where this checkout has them.
 
     Raises:
+        AttnimgError: as verify_statements and run_clean.
+    """
+    found = verify_statements(digest, place, signer, name=name, expected=expected)
+    return run_clean(found, place, folder=folder)
+
+
+def verify_statements(
+    digest: str,
+    place: Place,
+    signer: Signing,
+    *,
+    name: str,
+    expected: Mapping[str, Path] | None = None,
+) -> Verified:
+    """Verify the signature and the statements of an image, and that these agree with it.
+
+    Args:
+        digest: of the image.
+        place: where it is.
+        signer: with whose key or identity.
+        name: of the image.
+        expected: as in check_released.
+
+    Raises:
         AttnimgError: something is missing, from another signer, about another image, or does not
-            agree (codes "not-verified", "tampered", "registry").
+            agree (codes "not-verified", "tampered"); the registry does not answer ("registry").
     """
     manifest = transfer.read_manifest(place.at(digest), place)[1]
     image_id = manifest["config"]["digest"]
@@ -55,7 +96,7 @@ def check_released(
     report(f"  statements: verified {', '.join(found)}")
     config = transfer.read_config(place.at(digest), place, image_id)
     labels = config.get("config", {}).get("Labels") or {}
-    faults = [*disagreements(found, name=name, image_id=image_id, digest=digest, labels=labels)]
+    faults = disagreements(found, name=name, image_id=image_id, digest=digest, labels=labels)
     for kind, path in (expected or {}).items():
         if path.exists() and json.loads(path.read_text(encoding="utf-8")) != found[kind]:
             faults.append(f"{kind}: the registry's is not {path}")
@@ -67,9 +108,8 @@ def check_released(
             code="not-verified",
             exit_code=1,
         )
-    return _run_clean(
-        digest, place, image_id=image_id, torch=labels.get("attnimg.torch", ""), folder=folder
-    )
+    size = sum(layer["size"] for layer in manifest["layers"])
+    return Verified(digest=digest, image_id=image_id, labels=labels, size=size)
 
 
 def disagreements(
@@ -112,25 +152,38 @@ def disagreements(
     return faults
 
 
-def _run_clean(digest: str, place: Place, *, image_id: str, torch: str, folder: Path) -> str:
-    """Pull the image into an engine without any image and run it; return where that was."""
-    reference = place.at(digest)
-    with clean_engine(folder / "engine") as host:
-        if not host:
-            transfer.pull(digest, place, folder / "pulled")
+def run_clean(image: Verified, place: Place, *, folder: Path) -> str:
+    """Pull an image into an engine that has none, and run it; return where that was.
+
+    Where no second engine can be started, it is pulled into an empty folder, and not run.
+
+    Raises:
+        AttnimgError: it can't be pulled whole (codes "registry", "program"), or what arrives is
+            another image (code "tampered").
+    """
+    reference = place.at(image.digest)
+    with clean_engine(folder / "engine", size=image.size) as engine:
+        if not engine:
+            transfer.pull(image.digest, place, folder / "pulled")
             transfer.remove(folder / "pulled")
             text = "a clean folder, all digests compared; no second engine could be started"
             report(f"  pulled into {text}")
             return text
-        env = {**os.environ, "DOCKER_HOST": host}
-        run(["docker", "pull", "-q", reference], host=place.host, env=env)
-        inspect = ["docker", "image", "inspect", "--format", "{{.Id}}", reference]
-        if (pulled := run(inspect, host=place.host, env=env).strip()) not in (image_id, digest):
-            raise _not_that(reference, f"found the ID {pulled}, needed {image_id}")
-        command = ["docker", "run", "--rm", "--network=none", "--env=OMP_NUM_THREADS=1", reference]
-        version = run([*command, "python", "-c", _PROGRAM], host=place.host, env=env).strip()
-        if version.partition("+")[0] != torch:
-            raise _not_that(reference, f"found torch {version}, needed {torch}, the label's")
+
+        def docker(*arguments: str) -> str:
+            env = {"DOCKER_HOST": engine}
+            return run(["docker", *arguments], host=place.host, env=env).strip()
+
+        docker("pull", "-q", reference)
+        pulled = docker("image", "inspect", "--format", "{{.Id}}", reference)
+        # An engine with containerd's image store has the manifest's digest as the ID.
+        if pulled not in (image.image_id, image.digest):
+            raise _not_that(reference, f"found the ID {pulled}, needed {image.image_id}")
+        options = ("--rm", "--network=none", "--env=OMP_NUM_THREADS=1")
+        version = docker("run", *options, reference, "python", "-c", _PROGRAM)
+        needed = image.labels.get("attnimg.torch", "")
+        if version.partition("+")[0] != needed:
+            raise _not_that(reference, f"found torch {version}, needed {needed}, the label's")
     text = f"a clean engine, run there with torch {version}"
     report(f"  pulled into {text}")
     return text

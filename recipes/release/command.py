@@ -9,12 +9,13 @@ from attnimg.errors import AttnimgError
 from recipes.facts import ImagePlan, Recipes
 from recipes.release import steps, transfer
 from recipes.release.checking import check_released
-from recipes.release.place import Place, find_place, read_registry
+from recipes.release.place import Place, find_place, parse_place, read_registry
 from recipes.release.programs import report, run
-from recipes.release.publishable import OCI
-from recipes.release.record import FOLDER, Record
+from recipes.release.publishable import OCI, refuse_other_rehearsal
+from recipes.release.record import FOLDER, Record, record_path
 from recipes.release.signing import choose_signing
 from recipes.release.steps import Release
+from recipes.solve.plan import refuse_unresolved
 
 _STEPS: Mapping[str, Callable[[Release], Record]] = {
     "push": steps.push,
@@ -48,6 +49,11 @@ def release(
         rehearsal=bool(env.get("REHEARSAL")),
         tests=env.get("TESTS") or "tests/image",
     )
+    if step in (None, "push"):
+        # Before hours of building.
+        refuse_other_rehearsal(job.place, rehearsal=job.rehearsal)
+        if not job.rehearsal:
+            refuse_unresolved(plan)
     record = _STEPS[step](job) if step else steps.release(job)
     return _summary(record, step)
 
@@ -102,11 +108,12 @@ def pull(name: str, digest: str, *, root: Path, env: Mapping[str, str]) -> str:
 
 def _summary(record: Record, step: str | None) -> str:
     kind = "rehearsal" if record.rehearsal else "release"
+    path = record_path(record.image, parse_place(record.registry))
     lines = [
         f"{step or 'release'}: {record.reference}",
         f"  {kind} of attnimg:{record.image} {record.version}, {record.bytes / 1e6:.1f} MB pushed, "
         f"image ID {record.image_id[:19]}",
-        f"  done: {', '.join(record.steps)}; record: {FOLDER}/{record.image}.json",
+        f"  done: {', '.join(record.steps)}; record: {path}",
     ]
     if record.tags:
         lines.append(f"  tags: {', '.join(record.tags)}")

@@ -10,40 +10,56 @@ from collections.abc import Mapping, Sequence
 
 from attnimg.errors import AttnimgError
 
-# What is in the program's output -> what happened, what to do.
+_AGAIN = "then run the same command again: it continues"
+# What is in the program's output -> code, what happened, what to do.
 _ANSWERS = (
     (
-        r"no space left on device|quota exceeded|insufficient storage|status code 507",
-        "the registry {host} is full",
-        "free space there, then run the same command again: what is there is not sent again",
+        r"Cannot connect to the Docker daemon",
+        "no-engine",
+        "no Docker engine is running",
+        "make engine",
+    ),
+    (
+        r"no space left on device|quota exceeded|insufficient storage|status code 507"
+        # docker-registry 2.8 answers this when its disk is full; its log has the reason.
+        r"|blob upload invalid|blob upload unknown|500 Internal Server Error|unknown: unknown",
+        "registry",
+        "the registry {host} can't store what it gets: its disk may be full",
+        f"free space there (its log has the reason), {_AGAIN}; what arrived is not sent twice",
     ),
     (
         r"unauthorized|authentication required|denied|forbidden|status code 40[13]",
+        "registry",
         "the registry {host} refuses the credentials",
-        "docker login {host}, with an account that may push there",
+        f"docker login {{host}}, with an account that may push there, {_AGAIN}",
     ),
     (
         r"toomanyrequests|too many requests|status code 429",
-        "the registry {host} refuses more requests for now",
-        "wait, then run the same command again",
+        "registry",
+        "the registry {host} takes no more requests for now",
+        f"wait, {_AGAIN}",
     ),
     (
-        r"x509:|certificate|server gave HTTP response to HTTPS client",
+        r"x509:|tls: |server gave HTTP response to HTTPS client",
+        "registry",
         "the registry {host} has no TLS certificate that this machine trusts",
-        "add its CA to the machine's certificates; only 127.0.0.1 is used without TLS",
+        "add its CA to this machine's certificates; only one on 127.0.0.1 may be without TLS",
     ),
     (
         r"connection refused|no such host|no route to host|i/o timeout|connection reset"
-        r"|Client\.Timeout|unexpected EOF|context deadline exceeded|network is unreachable",
+        r"|Client\.Timeout|unexpected EOF|: EOF$|deadline exceeded|network is unreachable"
+        r"|status code 50[234]",
+        "registry",
         "the registry {host} can't be reached",
-        "start it, or correct REGISTRY; then run the same command again: it continues",
+        f"start it, or correct REGISTRY, {_AGAIN}",
     ),
     (
-        r"manifest unknown|name unknown|MANIFEST_UNKNOWN|NAME_UNKNOWN|not found",
+        r"manifest unknown|name unknown|MANIFEST_UNKNOWN|NAME_UNKNOWN|status code 404",
+        "no-image",
         "the registry {host} does not have the image",
-        "push it first: make push/NAME, or correct REGISTRY",
+        "push it first (make push/NAME), or correct REGISTRY, the tag or the digest",
     ),
-)  # fmt: skip
+)
 _INSTALL = "sudo docker/release_tools.sh on Debian; elsewhere install {program}"
 
 
@@ -59,7 +75,8 @@ def run(
         show: whether its stdout, where it reports progress, goes to ours.
 
     Raises:
-        AttnimgError: it is not installed (code "no-program"), or failed (code "registry").
+        AttnimgError: it is not installed (code "no-program"), or failed: the registry refused
+            (code "registry"), it has no such image (code "no-image"), or else (code "program").
     """
     program = command[0]
     try:
@@ -86,21 +103,21 @@ def run(
 def answer_error(program: str, output: str, *, host: str) -> AttnimgError:
     """Return the error for the output of a program that failed."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    for pattern, what, do in _ANSWERS:
+    for pattern, code, what, do in _ANSWERS:
         matching = [line for line in lines if re.search(pattern, line, re.IGNORECASE)]
         if matching:
             return AttnimgError(
                 what.format(host=host),
                 why=f"{program}: {_message(matching[-1])}",
                 do=do.format(host=host),
-                code="registry",
+                code=code,
                 exit_code=1,
             )
     return AttnimgError(
         f"{program} failed",
         why=_message(lines[-1]) if lines else "it printed nothing",
-        do="run the same command again: the release continues where it stopped",
-        code="registry",
+        do=f"correct that, {_AGAIN}",
+        code="program",
         exit_code=1,
     )
 

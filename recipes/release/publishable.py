@@ -43,13 +43,7 @@ def check_publishable(
     Raises:
         AttnimgError: it may not be pushed; `why` has every reason (code "not-publishable").
     """
-    if rehearsal and not place.loopback:
-        raise AttnimgError(
-            "a rehearsal goes to a registry of this machine only",
-            why=f"found REHEARSAL and the registry {place.registry}, needed one on 127.0.0.1",
-            do="unset REHEARSAL to publish, or set REGISTRY=127.0.0.1:PORT/rehearsal",
-            code="not-a-rehearsal",
-        )
+    refuse_other_rehearsal(place, rehearsal=rehearsal)
     found = tuple(unknown(plan, labels=labels, version=version, head=head))
     never = [*_gate_faults(judged)]
     if foreign := labels.get(f"{OCI}.title") != f"attnimg:{plan.image.name}":
@@ -70,6 +64,21 @@ def check_publishable(
             exit_code=1,
         )
     return found
+
+
+def refuse_other_rehearsal(place: Place, *, rehearsal: bool) -> None:
+    """Check that a rehearsal goes to a registry of this machine.
+
+    Raises:
+        AttnimgError: it does not (code "not-a-rehearsal").
+    """
+    if rehearsal and not place.loopback:
+        raise AttnimgError(
+            "a rehearsal goes to a registry of this machine only",
+            why=f"found REHEARSAL and the registry {place.registry}, needed one on 127.0.0.1",
+            do="unset REHEARSAL to publish, or set REGISTRY=127.0.0.1:PORT/rehearsal",
+            code="not-a-rehearsal",
+        )
 
 
 def unknown(

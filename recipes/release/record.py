@@ -11,6 +11,7 @@ from typing import Any
 
 from attnimg.errors import AttnimgError
 from recipes.files import read_if_exists, write_all
+from recipes.release.place import Place, parse_place
 
 FOLDER = "build/release"
 # The order of a release's steps.
@@ -69,13 +70,18 @@ def now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def read_record(name: str, root: Path) -> Record | None:
+def record_path(name: str, place: Place) -> str:
+    """Return the file of an image's release, under the checkout; that of a rehearsal is its own."""
+    return f"{FOLDER}/{name}{'-rehearsal' if place.loopback else ''}.json"
+
+
+def read_record(name: str, place: Place, root: Path) -> Record | None:
     """Return the record of an image's release; None if there is none.
 
     Raises:
         AttnimgError: the file is not a record (code "bad-record").
     """
-    path = root / FOLDER / f"{name}.json"
+    path = root / record_path(name, place)
     if (text := read_if_exists(path)) is None:
         return None
     try:
@@ -91,18 +97,25 @@ def read_record(name: str, root: Path) -> Record | None:
         ) from error
 
 
-def needed_record(name: str, root: Path, *, after: str) -> Record:
-    """Return the record of a release in which a step is done.
+def needed_record(name: str, place: Place, root: Path, *, after: str) -> Record:
+    """Return the record of a release to this registry in which a step is done.
 
     Raises:
-        AttnimgError: it is not (code "no-step").
+        AttnimgError: it is not, or went to another registry (code "no-step").
     """
-    record = read_record(name, root)
+    record = read_record(name, place, root)
+    if record is not None and record.registry != place.registry:
+        raise AttnimgError(
+            f"the release of {name} went to another registry",
+            why=f"found {record.registry} in {record_path(name, place)}, needed {place.registry}",
+            do=f"make push/{name}, or set REGISTRY={record.registry}",
+            code="no-step",
+        )
     if record is None or after not in record.steps:
         done = ", ".join(record.steps) if record else "no step"
         raise AttnimgError(
             f"the release of {name} is not that far",
-            why=f"found {done or 'no step'} in {FOLDER}/{name}.json, needed {after}",
+            why=f"found {done or 'no step'} in {record_path(name, place)}, needed {after}",
             do=f"make {after}/{name}",
             code="no-step",
         )
@@ -112,5 +125,5 @@ def needed_record(name: str, root: Path, *, after: str) -> Record:
 def write_record(record: Record, root: Path) -> Record:
     """Write a record, whole or not at all; return it."""
     text = json.dumps(asdict(record), indent=1) + "\n"
-    write_all(root, {f"{FOLDER}/{record.image}.json": text})
+    write_all(root, {record_path(record.image, parse_place(record.registry)): text})
     return record

@@ -154,8 +154,7 @@ def _verify(command: list[str], digest: str, place: Place, signing: Signing, *, 
     try:
         return run(["cosign", *command, *who, *log, place.at(digest)], host=place.host)
     except AttnimgError as error:
-        # cosign reports a missing signature as an image that is not found.
-        if error.code != "registry" or "reached" in error.what or "credentials" in error.what:
+        if error.code not in ("no-image", "program"):
             raise
         raise _not_verified(what, error.why) from error
 

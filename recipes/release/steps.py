@@ -79,7 +79,7 @@ def release(job: Release) -> Record:
         "push": push,
         "test": test,
         "attest": attest,
-        "verify": verify,
+        "verify": _verify_once,
         "promote": promote,
     }
     record = None
@@ -129,8 +129,9 @@ def push(job: Release) -> Record:
     )
     for warning in warnings:
         report(f"  warning: {warning}")
-    record = read_record(job.name, job.root)
-    if record and (record.digest, record.registry) == (digest, job.place.registry):
+    record = read_record(job.name, job.place, job.root)
+    same = record is not None and (record.digest, record.registry) == (digest, job.place.registry)
+    if record and same and transfer.has(digest, job.place):
         report(f"  pushed before, {record.steps['push']['done']}: {record.reference}")
         return record
     layers = tuple(
@@ -160,7 +161,7 @@ def push(job: Release) -> Record:
 
 def test(job: Release) -> Record:
     """Test the image that is pulled from the registry by its digest."""
-    record = _record(job, after="push")
+    record = needed_record(job.name, job.place, job.root, after="push")
     if "test" in record.steps and record.tests == job.tests:
         report(f"  tested before: {record.tests}")
         return record
@@ -172,7 +173,7 @@ def test(job: Release) -> Record:
 
 def attest(job: Release) -> Record:
     """Sign the image, and attach signed statements on its content and its origin."""
-    record = _record(job, after="push")
+    record = needed_record(job.name, job.place, job.root, after="push")
     signer = _signing(job, sign=True)
     start = time.monotonic()
     notes = {"rehearsal": "true"} if record.rehearsal else {}
@@ -193,7 +194,7 @@ def attest(job: Release) -> Record:
 
 def verify(job: Release) -> Record:
     """Read everything back from the registry, and verify it, in an engine that has nothing else."""
-    record = _record(job, after="attest")
+    record = needed_record(job.name, job.place, job.root, after="attest")
     start = time.monotonic()
     checked_in = check_released(
         record.digest,
@@ -207,13 +208,21 @@ def verify(job: Release) -> Record:
     return write_record(found, job.root)
 
 
+def _verify_once(job: Release) -> Record:
+    record = needed_record(job.name, job.place, job.root, after="attest")
+    if "verify" in record.steps:
+        report(f"  verified before, in {record.checked_in}")
+        return record
+    return verify(job)
+
+
 def promote(job: Release) -> Record:
     """Give the verified image its tags: the immutable one first, then those that move.
 
     Raises:
         AttnimgError: the immutable tag names another image (code "tag-taken").
     """
-    record = _record(job, after="verify")
+    record = needed_record(job.name, job.place, job.root, after="verify")
     start = time.monotonic()
     fixed = tags.immutable_tag(job.plan, version=record.version, revision=record.revision)
     tags.refuse_changed(fixed, found=transfer.find_tag(fixed, job.place), digest=record.digest)
@@ -250,19 +259,6 @@ def head_commit(root: Path) -> str:
 
     commit = git("rev-parse", "HEAD") or "0" * 40
     return f"{commit}-dirty" if git("status", "--porcelain", "--untracked-files=no") else commit
-
-
-def _record(job: Release, *, after: str) -> Record:
-    """Return the record of a release to this registry, in which a step is done."""
-    record = needed_record(job.name, job.root, after=after)
-    if record.registry != job.place.registry:
-        raise AttnimgError(
-            f"the release of {job.name} went to another registry",
-            why=f"found {record.registry} in {FOLDER}/{job.name}.json, needed {job.place.registry}",
-            do=f"make push/{job.name}, or set REGISTRY={record.registry}",
-            code="no-step",
-        )
-    return record
 
 
 def _judged(job: Release, *, image_id: str) -> dict[str, Any] | None:

@@ -59,6 +59,15 @@ def read_manifest(reference: str, place: Place) -> tuple[str, dict[str, Any]]:
     return digest, json.loads(text)
 
 
+def has(digest: str, place: Place) -> bool:
+    """Return whether the registry has an image.
+
+    Raises:
+        AttnimgError: it does not answer.
+    """
+    return _digest_of(place.at(digest), place) is not None
+
+
 def read_config(reference: str, place: Place, image_id: str) -> dict[str, Any]:
     """Return the configuration of an image in the registry.
 
@@ -80,10 +89,14 @@ def find_tag(tag: str, place: Place) -> str | None:
     Raises:
         AttnimgError: the registry does not answer.
     """
+    return _digest_of(f"{place.repository}:{tag}", place)
+
+
+def _digest_of(reference: str, place: Place) -> str | None:
     try:
-        return read_manifest(f"{place.repository}:{tag}", place)[0]
+        return read_manifest(reference, place)[0]
     except AttnimgError as error:
-        if "does not have the image" in error.what:
+        if error.code == "no-image":
             return None
         raise
 

@@ -407,7 +407,7 @@ def test_a_rendered_checkout_is_up_to_date_until_a_recipe_changes(checkout: Path
 
 
 def test_an_image_with_open_values_is_not_published(checkout: Path) -> None:
-    done = run(checkout, "publish", "rocm")
+    done = run(checkout, "release", "rocm")
     assert done.returncode == 2
     assert "torch is unresolved" in done.stderr
 
