@@ -26,7 +26,7 @@ _APT = {
 def bake_file(plans: tuple[ImagePlan, ...]) -> str:
     """Write docker/docker-bake.json.
 
-    Variables, to be set in the environment: REGISTRY (a prefix of the tags, with its slash),
+    Variables, to be set in the environment:
     VERSION, REVISION and CREATED (for the labels), BASE (another base image), CA (a CA bundle),
     TRIM and JOBS (for the kernels: small builds, compilers at a time).
     """
@@ -38,7 +38,6 @@ def bake_file(plans: tuple[ImagePlan, ...]) -> str:
         "variable": {
             "BASE": {"default": f"docker-image://{base}"},
             "CA": {"default": "/etc/ssl/certs/ca-certificates.crt"},
-            "REGISTRY": {"default": ""},
             "VERSION": {"default": "dev"},
             "REVISION": {"default": ""},
             "CREATED": {"default": ""},
@@ -114,7 +113,7 @@ def _targets(plan: ImagePlan) -> dict[str, dict[str, Any]]:
         "target": "runtime",
         "contexts": contexts,
         "labels": labels(plan),
-        "tags": [f"${{REGISTRY}}attnimg:{name}" for name in (image.name, *image.aliases)],
+        "tags": [f"attnimg:{name}" for name in (image.name, *image.aliases)],
     }
     return targets
 

@@ -298,6 +298,8 @@ def checkout(tmp_path: Path) -> Path:
     shutil.copytree(ROOT / "requirements", tmp_path / "requirements")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     shutil.copy(ROOT / "README.md", tmp_path)
+    (tmp_path / "docs").mkdir()
+    shutil.copy(ROOT / "docs/releases.md", tmp_path / "docs")
     shutil.copytree(ROOT / "docs" / "measured", tmp_path / "docs" / "measured")
     return tmp_path
 
