@@ -268,7 +268,7 @@ gate/%: .venv/ready ## Check attnimg:% by all gates, or DIGEST=sha256:... of REG
 run/%: ## Run attnimg:% on this folder: make run/cpu ARGS="train config.yaml"
 	@docker run --rm --user "$$(id -u):$$(id -g)" -v "$$PWD:/workspace" attnimg:$* $(ARGS)
 
-gpu/%: ## Run the GPU tests inside attnimg:%, or DIGEST=sha256:... of REGISTRY, on a machine with the GPU
+gpu/%: $(if $(DIGEST),.venv/ready) ## Run the GPU tests inside attnimg:%, or DIGEST=sha256:... of REGISTRY, on a machine with the GPU
 	@image=$(SUBJECT); docker run --rm --gpus all -v "$$PWD/tests:/tests:ro" --workdir /tests --entrypoint python \
 	  "$$image" -m pytest gpu
 

@@ -54,8 +54,20 @@ def release(
         refuse_other_rehearsal(job.place, rehearsal=job.rehearsal)
         if not job.rehearsal:
             refuse_unresolved(plan)
+            _refuse_fewer_tests(env)
     record = _STEPS[step](job) if step else steps.release(job)
     return _summary(record, step)
+
+
+def _refuse_fewer_tests(env: Mapping[str, str]) -> None:
+    """Check that a release is tested by all tests of images."""
+    if tests := env.get("TESTS"):
+        raise AttnimgError(
+            "a release runs all tests of the image",
+            why=f"found TESTS={tests}, needed none",
+            do="unset TESTS, or set REHEARSAL=1 with a registry of this machine",
+            code="fewer-tests",
+        )
 
 
 def verify(name: str, image: str, *, root: Path, env: Mapping[str, str]) -> str:

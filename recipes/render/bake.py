@@ -26,9 +26,9 @@ _APT = {
 def bake_file(plans: tuple[ImagePlan, ...]) -> str:
     """Write docker/docker-bake.json.
 
-    Variables, to be set in the environment:
-    VERSION, REVISION and CREATED (for the labels), BASE (another base image), CA (a CA bundle),
-    TRIM and JOBS (for the kernels: small builds, compilers at a time).
+    Variables, to be set in the environment: VERSION, REVISION and CREATED (for the labels), BASE
+    (another base image), CA (a CA bundle), TRIM and JOBS (for the kernels: small builds, compilers
+    at a time).
     """
     stable = [plan.image.name for plan in plans if plan.image.channel == "stable"]
     frontier = [plan.image.name for plan in plans if plan.image.channel == "frontier"]

@@ -11,6 +11,7 @@ import pytest
 from attnimg.errors import AttnimgError
 from recipes.read import read_recipes
 from recipes.release import record as records
+from recipes.release.command import release
 from recipes.release.place import find_place, parse_place, read_registry
 from recipes.release.programs import answer_error
 from recipes.release.publishable import OCI, check_publishable
@@ -202,6 +203,16 @@ def test_an_image_of_something_else_is_refused_also_in_a_rehearsal() -> None:
         check(LABELS | {f"{OCI}.title": "attnimg:hopper"}, place=LOCAL, rehearsal=True)
 
 
+def test_a_release_is_refused_before_anything_is_built_and_runs_all_tests(tmp_path: Path) -> None:
+    resolved = {"REGISTRY": "registry.example.com/team"}
+    with pytest.raises(AttnimgError, match="rocm can't be published"):
+        release(PLANS["rocm"], RECIPES, step=None, root=ROOT, env=resolved)
+    with pytest.raises(AttnimgError, match="goes to a registry of this machine"):
+        release(PLAN, RECIPES, step=None, root=ROOT, env=resolved | {"REHEARSAL": "1"})
+    with pytest.raises(AttnimgError, match="runs all tests"):
+        release(PLAN, RECIPES, step="push", root=ROOT, env=resolved | {"TESTS": "tests/x.py"})
+
+
 def test_a_rehearsal_never_leaves_this_machine() -> None:
     with pytest.raises(AttnimgError) as caught:
         check(rehearsal=True)
@@ -307,5 +318,8 @@ def test_no_file_names_the_registry_but_its_recipe() -> None:
     assert named <= {"releases.md"}  # whose commands `make render` writes
 
 
-def test_the_bake_file_has_the_targets_of_each_image() -> None:
-    assert set(PLANS) <= set(json.loads((ROOT / "docker/docker-bake.json").read_text())["target"])
+def test_a_build_is_tagged_by_its_name_and_aliases_whatever_the_registry_is() -> None:
+    bake = json.loads((ROOT / "docker/docker-bake.json").read_text())
+    for name, plan in PLANS.items():
+        assert bake["target"][name]["tags"] == [f"attnimg:{tag}" for tag in moving_tags(plan)]
+    assert "REGISTRY" not in bake["variable"]
