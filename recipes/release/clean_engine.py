@@ -39,13 +39,17 @@ def clean_engine(folder: Path, *, size: int) -> Iterator[str]:
         yield ""
         return
     pid_file = folder.with_name(f"{folder.name}.pid")
+    at = folder.with_name(f"{folder.name}.at")
     _stop_left_over(pid_file, folder, sudo)
     _remove(folder, sudo)
+    if at.exists():
+        _remove(Path(at.read_text(encoding="utf-8")), sudo)
     folder.mkdir(parents=True)
     _mount_in_memory(folder, size * _UNPACKED, sudo)
     # A socket's path has at most 108 characters, so it can't be in the folder.
     with tempfile.TemporaryDirectory(prefix="attnimg-engine-") as short:
         host = f"unix://{short}/docker.sock"
+        at.write_text(short, encoding="utf-8")
         # It ends with us, also if we are killed.
         command = [*sudo, "setpriv", "--pdeathsig=TERM", "dockerd", f"--host={host}"]
         command += [f"--data-root={folder.resolve()}", f"--exec-root={short}/exec"]
@@ -65,6 +69,7 @@ def clean_engine(folder: Path, *, size: int) -> Iterator[str]:
             _stop(engine, sudo)
             _remove(Path(short, "exec"), sudo)
             _remove(folder, sudo)
+            at.unlink()
 
 
 def _sudo() -> list[str] | None:

@@ -50,6 +50,7 @@ def kill_in(step: str, variables: dict[str, str]) -> str:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    process.stdout.close()
     return "".join(lines)
 
 
