@@ -192,6 +192,9 @@ NEEDS_ENGINE = @docker/build.py $* --check && $(MAKE) engine
 NEEDS_SET = @[ -e docker/images/$*/$(1) ] || { printf '$@: %s\n  why: %s\n  do:  %s\n' "attnimg:$* has no $(2)" \
 	  "found no docker/images/$*/$(1)" "name one of: $$(cd docker/images && ls */$(1) | cut -d/ -f1 | paste -sd ' ')" >&2; exit 2; }
 
+# The image that a target is about: attnimg:NAME of this engine, or with DIGEST that of REGISTRY, pulled.
+SUBJECT = $(if $(DIGEST),$$($(BIN)/python -m recipes pull $* "$(DIGEST)"),attnimg:$*)
+
 build/%: ## Build the image attnimg:%, for example build/cpu; WHEELS=dist/% uses existing wheels
 	$(NEEDS_ENGINE)
 	@docker/build.py $*
@@ -266,6 +269,13 @@ test/proofs: .venv/ready ## Prove all wrong kernels, also those that `make test`
 test/reload: .venv/ready ## Train 110 model types, save and reload them: full and LoRA, float32 and bfloat16; 15 minutes
 	RELOAD=all $(BIN)/pytest -v tests/train/test_reload.py
 
+release-tools: ## Install skopeo and cosign, which move and sign images, from Debian; needs root
+	@docker/release_tools.sh skopeo cosign
+
+test/release: .venv/ready ## Release attnimg:cpu to a registry on this machine; refuse tampered images; 1 minute
+	@docker/release_tools.sh skopeo cosign docker-registry
+	$(BIN)/pytest -v tests/release
+
 test/gates: .venv/ready build/nvcc/ready ## Test the gates on small images with real machine code; 1 minute
 	$(BIN)/pytest tests/gates
 
@@ -276,21 +286,23 @@ test/public-base: .venv/ready engine ## Build and judge attnimg:cpu on a base ma
 test/reproducible: .venv/ready engine ## Build attnimg:cpu twice without a cache and list what differs; 15 minutes
 	@mkdir -p build
 	@$(BIN)/python tests/reproducible/run.py
+
 test/children: .venv/ready build/cpu build/cpu-devel ## Build examples/child-images on attnimg:cpu: JupyterLab, axolotl, an extension; 10 minutes
 	CHILDREN_RECORD=1 IMAGE=attnimg:cpu $(BIN)/pytest --timeout 3600 tests/children
 
-test/%: .venv/ready ## Test the image attnimg:%
-	IMAGE=attnimg:$* $(BIN)/pytest tests/image
+test/%: .venv/ready ## Test the image attnimg:%, or DIGEST=sha256:... of REGISTRY; TESTS="tests/image/test_running.py"
+	@image=$(SUBJECT); IMAGE=$$image $(BIN)/pytest $(or $(TESTS),tests/image)
 
-gate/%: .venv/ready ## Check attnimg:% by all gates, or ARCHIVE=file or folder, WHEELS=dist/%, CHILD=an image FROM it; no GPU
-	@if [ -z "$${ARCHIVE-}$${WHEELS-}" ]; then image=$${CHILD:-attnimg:$*}; \
-	  docker image inspect "$$image" >/dev/null 2>&1 || { printf 'gate: %s\n  why: %s\n  do:  %s\n' \
+gate/%: .venv/ready ## Check attnimg:% by all gates, or DIGEST=sha256:... of REGISTRY, ARCHIVE=file or folder, WHEELS=dist/%, CHILD=an image FROM it; no GPU
+	@if [ -z "$${ARCHIVE-}$${WHEELS-}" ]; then \
+	  image=$(or $(CHILD),$(SUBJECT)); docker image inspect "$$image" >/dev/null 2>&1 || { printf 'gate: %s\n  why: %s\n  do:  %s\n' \
 	    "there is no image $$image" "docker image inspect does not find it" \
 	    "make build/$*, or make $@ ARCHIVE=FILE" >&2; exit 2; }; \
 	  mkdir -p build; trap 'rm -f build/$*.tar' EXIT; \
 	  echo "gate: saving $$image to build/$*.tar"; docker save "$$image" -o build/$*.tar; fi; \
 	$(BIN)/python -m recipes gate $* $(if $(WHEELS),--wheels "$$WHEELS") $(if $(CHILD),--child) $(GATE_ARGS) \
-	  $(if $(or $(ARCHIVE),$(if $(WHEELS),,1)),--archive "$${ARCHIVE:-build/$*.tar}")
+	  $(if $(or $(ARCHIVE),$(if $(WHEELS),,1)),--archive "$${ARCHIVE:-build/$*.tar}") \
+	  $(if $(or $(ARCHIVE),$(WHEELS),$(DIGEST),$(CHILD)),,--layout build/release/$*.oci)
 
 scan/%: .venv/ready build/audit/ready ## Scan the Python packages of attnimg:% for known vulnerabilities
 	@$(BIN)/python -m recipes scan $* --pip-audit build/audit/bin/pip-audit
@@ -313,9 +325,9 @@ run/%: ## Run attnimg:% on this folder, as this user: make run/cpu ARGS="train c
 	@docker run --rm --user "$$(id -u):$$(id -g)" -v "$$PWD:/workspace" -e ATTNIMG_IMAGE_DIGEST="$$(docker image inspect \
 	  --format '{{range .RepoDigests}}{{println .}}{{end}}' attnimg:$* 2>/dev/null | head -n 1)" attnimg:$* $(ARGS)
 
-gpu/%: ## Run the GPU tests inside attnimg:%, on a machine with the GPU
-	@docker run --rm --gpus all -v "$$PWD/tests:/tests:ro" --workdir /tests --entrypoint python \
-	  attnimg:$* -m pytest gpu
+gpu/%: $(if $(DIGEST),.venv/ready) ## Run the GPU tests inside attnimg:%, or DIGEST=sha256:... of REGISTRY, on a machine with the GPU
+	@image=$(SUBJECT); docker run --rm --gpus all -v "$$PWD/tests:/tests:ro" --workdir /tests --entrypoint python \
+	  "$$image" -m pytest gpu
 
 gpu-kit: .venv/ready ## Pack the files for a GPU machine without network; COMPILE=python3.12 builds wheels too
 	@$(BIN)/python tests/gpu/make_kit.py $(if $(COMPILE),--compile "$$COMPILE")
@@ -323,13 +335,20 @@ gpu-kit: .venv/ready ## Pack the files for a GPU machine without network; COMPIL
 matrix/%: ## Print the jobs of CI: matrix/images, matrix/gpu, matrix/skipped...; IMAGE=one of them
 	@python3 .github/matrix.py $* $(IMAGE)
 
-push/%: .venv/ready ## Push attnimg:% to REGISTRY=host/name/
-	@[ -n "$(REGISTRY)" ] || { printf 'push: %s\n  why: %s\n  do:  %s\n' "no registry is given" \
-	  "found no REGISTRY" "make $@ REGISTRY=host/name/, with its slash" >&2; exit 2; }
-	@$(BIN)/python -m recipes publish $*
-	@$(MAKE) gate/$*
-	docker tag attnimg:$* $(REGISTRY)attnimg:$*
-	docker push $(REGISTRY)attnimg:$*
+release/%: .venv/ready ## Build, gate, push, test, sign, verify and tag attnimg:%; REGISTRY=host/name, REHEARSAL=1
+	@$(BIN)/python -m recipes release $*
+
+push/%: .venv/ready ## Push the judged attnimg:% by its digest, under no tag
+	@$(BIN)/python -m recipes release $* --step push
+
+attest/%: .venv/ready ## Sign the pushed attnimg:%; attach SBOMs, provenance, machine code, VEX
+	@$(BIN)/python -m recipes release $* --step attest
+
+verify/%: .venv/ready ## Verify the attested attnimg:% from a clean engine, or DIGEST=sha256:... or TAG=% of REGISTRY
+	@$(BIN)/python -m recipes $(if $(or $(DIGEST),$(TAG)),verify $* "$(or $(DIGEST),$(TAG))",release $* --step verify)
+
+promote/%: .venv/ready ## Give the verified attnimg:% its tags
+	@$(BIN)/python -m recipes release $* --step promote
 
 clean: ## Remove all build outputs, and .venv
 	rm -rf .venv outputs build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache

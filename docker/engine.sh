@@ -16,16 +16,10 @@ fi
 [ "$(id -u)" = 0 ] || fail "no Docker engine is running" "starting one needs root; the user is $(id -un)" \
   "sudo make engine, or start Docker Desktop or the docker service"
 if ! command -v dockerd >/dev/null; then
-  mirror=$(apt-get indextargets --format "\$(REPO_URI)" 'Created-By: Packages' \
-    'Codename: bookworm' 2>/dev/null | head -n 1 || true)
-  [ -n "$mirror" ] || fail "no Docker engine is installed" "it can be installed on Debian bookworm only" \
-    "install Docker 23 or newer: https://docs.docker.com/engine/install"
   echo "engine: installing Docker from Debian trixie, with a low pin so that nothing else is upgraded"
-  printf '%s\n' 'Types: deb' "URIs: $mirror" 'Suites: trixie' 'Components: main' \
-    'Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg' \
-    >/etc/apt/sources.list.d/trixie.sources
-  printf '%s\n' 'Package: *' 'Pin: release n=trixie' 'Pin-Priority: 50' >/etc/apt/preferences.d/trixie
-  apt-get update -q
+  "$(dirname "$0")/trixie.sh"
+  [ -e /etc/apt/sources.list.d/trixie.sources ] || fail "no Docker engine is installed" \
+    "it can be installed on Debian bookworm only" "install Docker 23 or newer: https://docs.docker.com/engine/install"
   # Not `-t trixie`: that would upgrade libc6 too.
   DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends docker.io/trixie \
     docker-buildx/trixie docker-cli/trixie containerd runc iptables mmdebstrap zstd

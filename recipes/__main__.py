@@ -1,9 +1,10 @@
-"""`python -m recipes`: render files from the recipes, solve, check, lock, gate, scan, publish."""
+"""`python -m recipes`: render files from the recipes, solve, check, lock, gate, scan, release."""
 
 from __future__ import annotations
 
 import datetime
 import json
+import os
 import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
@@ -20,11 +21,13 @@ from recipes.package_index import PackageIndex
 from recipes.pages import built, gpu_runs
 from recipes.pages.model_pages import FAMILIES_RECORD, RELOAD_RECORD
 from recipes.read import read_recipes
+from recipes.release import page as release_page
+from recipes.release.place import find_place, read_registry
 from recipes.render.transformers_models import model_lists
 from recipes.render_all import outdated_files, render_files
 from recipes.scan import refuse_findings, scan
 from recipes.solve.lock import lock_all, pinned_versions, read_locks
-from recipes.solve.plan import refuse_unresolved, solve, solve_all
+from recipes.solve.plan import solve, solve_all
 from recipes.solve.sources import fetch_sources
 from recipes.wheel_index import write_index
 
@@ -112,6 +115,7 @@ def gate(arguments: Namespace) -> None:
         wheels=arguments.wheels,
         root=arguments.root,
         child=arguments.child,
+        layout=arguments.layout,
     )
     _print((format_json if arguments.json else format_report)(arguments.name, artifact, results))
     if any(result.findings for result in results):
@@ -220,9 +224,35 @@ def gpu_run(arguments: Namespace) -> None:
         )
 
 
-def publish(arguments: Namespace) -> None:
-    """Exit with 0 if an image may be published: none of its values is unresolved."""
-    refuse_unresolved(_plan(arguments.name, arguments.root))
+def release(arguments: Namespace) -> None:
+    """Build, judge, push, test, sign, verify and tag an image, or do one of these steps."""
+    from recipes.release import command
+
+    plan = _plan(arguments.name, arguments.root)
+    recipes = read_recipes(arguments.root)
+    _print(command.release(plan, recipes, step=arguments.step, root=arguments.root, env=os.environ))
+
+
+def verify(arguments: Namespace) -> None:
+    """Verify an image of the registry, by its digest or tag, with no record of its release."""
+    from recipes.release import command
+
+    name, root = arguments.name, arguments.root
+    _plan(name, root)
+    _print(command.verify(name, arguments.image, root=root, env=os.environ))
+
+
+def pull(arguments: Namespace) -> None:
+    """Pull an image from the registry by its digest; print its reference."""
+    from recipes.release import command
+
+    root = arguments.root
+    _print(command.pull(arguments.name, arguments.digest, root=root, env=os.environ))
+
+
+def registry(arguments: Namespace) -> None:
+    """Print the registry and namespace that images are published to: REGISTRY, or the recipe's."""
+    _print(find_place(arguments.root, os.environ).registry)
 
 
 def _render_all(root: Path) -> dict[str, str]:
@@ -246,8 +276,12 @@ def _render_all(root: Path) -> dict[str, str]:
         built=records,
     )
     readme = built.replace_table(read("README.md"), "images", built.images_table(plans, records))
+    releases, where = read(release_page.PAGE), read_registry(root)
+    releases = built.replace_table(releases, "published", release_page.published_part(where))
+    releases = built.replace_table(releases, "verify", release_page.verify_part(where))
     page = gpu_runs.runs_page(gpu_runs.read_runs(root), gpu_runs.read_notes(root))
-    return {**texts, "docs/gpu-runs.md": page, "README.md": readme}
+    generated = {"docs/gpu-runs.md": page, "README.md": readme, release_page.PAGE: releases}
+    return texts | generated
 
 
 def _plan(name: str, root: Path) -> ImagePlan:
@@ -298,6 +332,7 @@ def _parser() -> ArgumentParser:
     command.add_argument("--child", action="store_true", help="the archive is made FROM the image")
     command.add_argument("--unpacked", type=Path, help="the folder of an unpacked image")
     command.add_argument("--wheels", type=Path, help="a wheelhouse, with or without an image")
+    command.add_argument("--layout", type=Path, help="write the image there as it will be pushed")
     command.add_argument("--json", action="store_true", help="write JSON")
     command = add("built", record_build, image=True)
     command.add_argument("--wheels", type=Path, required=True, help="the wheelhouse")
@@ -317,7 +352,15 @@ def _parser() -> ArgumentParser:
     command.add_argument("--wheels", type=Path, required=True, help="the wheelhouse")
     command.add_argument("--to", type=Path, required=True, help="the folder of the index")
     command.add_argument("--base-url", default="", help="where the files will be, with its slash")
-    add("publish", publish, image=True)
+    command = add("release", release, image=True)
+    command.add_argument(
+        "--step", choices=("push", "attest", "verify", "promote"), help="this one only"
+    )
+    command = add("verify", verify, image=True)
+    command.add_argument("image", metavar="DIGEST|TAG", help="sha256:..., or a tag")
+    command = add("pull", pull, image=True)
+    command.add_argument("digest", metavar="DIGEST", help="sha256:...")
+    add("registry", registry)
     return parser
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import json
+import shutil
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from attnimg.errors import AttnimgError
+from recipes.artifact.code_list import list_machine_code
 from recipes.artifact.facts import Artifact, stage_sizes
+from recipes.artifact.layout import write_layout
 from recipes.artifact.packages import write_sbom
 from recipes.artifact.read import read_image, read_wheelhouse
 from recipes.child_images import CHILD, is_childs_own, mark_child, replaced_files
@@ -22,6 +26,11 @@ from recipes.solve.lock import fixed_versions, pinned_versions, read_locks
 # Findings about a child's own files that are named in the text; JSON has all.
 _SHOWN = 5
 _EVERY_IMAGE = "docker/install/every_image.txt"
+# What an image is judged by, besides its own content.
+_JUDGED_BY = (
+    "recipes/*.toml", "recipes/images/*", "recipes/kernels/*", "recipes/run_gates.py",
+    "recipes/gates/*.py", "recipes/artifact/*.py", "requirements/images/*.txt", _EVERY_IMAGE,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +59,7 @@ def check_artifact(
     wheels: Path | None,
     root: Path,
     child: bool = False,
+    layout: Path | None = None,
 ) -> tuple[Artifact, tuple[GateResult, ...]]:
     """Check one artifact by every gate.
 
@@ -58,27 +68,76 @@ def check_artifact(
         recipes: of the plan.
         image: an archive of `docker save`, an OCI archive, or an unpacked image.
         wheels: a wheelhouse; with `image` it is checked as if installed there.
-        root: the checkout; dist/ there gets NAME-sbom.json and NAME-licences.txt.
-        child: the image is made FROM this one, by somebody else.
+        root: the checkout; dist/ there gets NAME-sbom.json, NAME-sbom.spdx.json,
+            NAME-licences.txt and NAME-machine-code.json.
+        layout: a folder that gets the image as it will be pushed, with NAME-gates.json in dist/,
+            which says what was judged; None writes neither.
+        child: the image is made FROM this one, by somebody else; dist/ gets NAME-child-*.
 
     Raises:
         AttnimgError: neither is given, or one of them can't be read; or it is no child.
     """
-    artifact = _read(image, wheels)
+    name, blobs = plan.image.name + ("-child" if child else ""), None
+    if layout is not None:
+        shutil.rmtree(layout, ignore_errors=True)
+        blobs = layout / "blobs/sha256"
+        blobs.mkdir(parents=True)
+    artifact = _read(image, wheels, blobs)
     if child:
         artifact = mark_child(artifact)
     if artifact.kind != "wheels":
         if image is not None:
             _log("syft")
-            packages = write_sbom(image, root / f"dist/{plan.image.name}-sbom.json")
+            packages = write_sbom(
+                image,
+                name=f"attnimg:{name}",
+                version=artifact.image_id,
+                cyclonedx=root / f"dist/{name}-sbom.json",
+                spdx=root / f"dist/{name}-sbom.spdx.json",
+            )
             artifact = replace(artifact, sbom=packages)
         lines = [f"{one.name} {one.version}: {one.licence}\n" for one in artifact.distributions]
-        write_all(root, {f"dist/{plan.image.name}-licences.txt": "".join(lines)})
+        codes = json.dumps(list_machine_code(artifact), indent=1)
+        texts = {f"{name}-licences.txt": "".join(lines), f"{name}-machine-code.json": codes + "\n"}
+        write_all(root / "dist", texts)
     lock = read_locks((plan,), root=root)[plan.image.name]
     expected = expected_contents(
         plan, recipes, lock=lock + (root / _EVERY_IMAGE).read_text(encoding="utf-8")
     )
-    return artifact, run_all(artifact, expected, all_gates(), recipes.allowed)
+    results = run_all(artifact, expected, all_gates(), recipes.allowed)
+    if layout is not None and artifact.kind == "image":
+        digest = write_layout(layout, artifact.layers, artifact.config)
+        judged = {
+            **json.loads(format_json(name, artifact, results)),
+            "image_id": artifact.image_id,
+            "digest": digest,
+            "judged_by": judged_by(root),
+            "evidence": {kind: sha256_of(root / path) for kind, path in evidence(name).items()},
+        }
+        write_all(root, {f"dist/{name}-gates.json": json.dumps(judged, indent=1) + "\n"})
+    return artifact, results
+
+
+def evidence(name: str) -> dict[str, str]:
+    """Return the files about an image that its gates write: kind -> path under the checkout."""
+    return {
+        "cyclonedx": f"dist/{name}-sbom.json",
+        "spdx": f"dist/{name}-sbom.spdx.json",
+        "machine-code": f"dist/{name}-machine-code.json",
+    }
+
+
+def judged_by(root: Path) -> str:
+    """Return the hash of the recipes, lock files and gates of a checkout."""
+    found = hashlib.sha256()
+    for path in sorted(path for pattern in _JUDGED_BY for path in root.glob(pattern)):
+        found.update(f"{path.relative_to(root)} {sha256_of(path)}\n".encode())
+    return found.hexdigest()
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file; empty if there is none."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
 
 
 def expected_contents(plan: ImagePlan, recipes: Recipes, *, lock: str) -> ExpectedContents:
@@ -168,8 +227,8 @@ def format_json(name: str, artifact: Artifact, results: Iterable[GateResult]) ->
     return json.dumps(content, indent=1)
 
 
-def _read(image: Path | None, wheels: Path | None) -> Artifact:
-    below = read_image(image, log=_log) if image else None
+def _read(image: Path | None, wheels: Path | None, blobs: Path | None) -> Artifact:
+    below = read_image(image, log=_log, blobs=blobs) if image else None
     if wheels is not None:
         return read_wheelhouse(wheels, over=below, log=_log)
     if below is None:

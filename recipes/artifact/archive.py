@@ -17,13 +17,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import zstandard
 
 from attnimg.errors import AttnimgError
 from recipes.artifact.entries import Entry, read_entry
 from recipes.artifact.facts import File, Layer
+from recipes.artifact.layout import Compressed, compress
 
 _CHUNK = 1 << 20
 # A part of a layer's command in the history -> the stage of docker/Dockerfile that wrote it.
@@ -58,13 +59,14 @@ def open_archive(path: Path) -> Iterator[tarfile.TarFile]:
 
 
 def read_archive(
-    path: Path, *, log: Callable[[str], None]
-) -> tuple[tuple[Layer, ...], tuple[File, ...], dict[str, Any]]:
-    """Read every layer of an archive and its configuration.
+    path: Path, *, log: Callable[[str], None], blobs: Path | None = None
+) -> tuple[tuple[Layer, ...], tuple[File, ...], bytes]:
+    """Read every layer of an archive; return its configuration as it is stored, too.
 
     Args:
         path: docker-archive or OCI archive, not compressed itself; its layers may be.
         log: called with a line of text before each layer is read.
+        blobs: a folder for the compressed layers, each named by its digest; None keeps none.
 
     Raises:
         AttnimgError: it is not an image, or is damaged (code "bad-archive").
@@ -73,7 +75,8 @@ def read_archive(
     files: list[File] = []
     with open_archive(path) as tar:
         try:
-            config, members = _find_parts(tar)
+            stored_config, members = _find_parts(tar)
+            config = json.loads(stored_config)
             history = [step for step in config.get("history", []) if not step.get("empty_layer")]
         # The JSON is invalid, or has another structure than expected.
         except (ValueError, IndexError, TypeError, AttributeError) as error:
@@ -87,14 +90,14 @@ def read_archive(
                 entries = [read_entry(e, layer=place) for e in _entries(stream)]
                 size = stream.seek(0, 2)
                 stream.seek(0)
-                zstd_size = zstd_bytes(stream)
+                compressed = compress(stream, folder=blobs)
             files = [
                 *_hide_files(files, entries),
                 *(e for e in entries if not _is_whiteout(e.path)),
             ]
             made_by = str(step.get("created_by", ""))
-            layers.append(Layer(name=name, made_by=made_by, bytes=size, zstd_bytes=zstd_size))
-    return tuple(layers), tuple(files), config
+            layers.append(_layer(name, made_by, size, compressed))
+    return tuple(layers), tuple(files), stored_config
 
 
 def archive_kind(path: Path) -> str:
@@ -111,26 +114,27 @@ def stage_name(step: dict[str, Any]) -> str:
     return next((stage for text, stage in _STAGES if text in command), "runtime")
 
 
-def zstd_bytes(stream: IO[bytes]) -> int:
-    """Return the size of a stream compressed with zstd -3, as registries store it."""
-    compressor = zstandard.ZstdCompressor(level=3, threads=2).compressobj()
-    size = 0
-    while chunk := stream.read(_CHUNK):
-        size += len(compressor.compress(chunk))
-    return size + len(compressor.flush())
+def _layer(name: str, made_by: str, size: int, compressed: Compressed) -> Layer:
+    return Layer(
+        name=name,
+        made_by=made_by,
+        bytes=size,
+        zstd_bytes=compressed.bytes,
+        digest=compressed.digest,
+    )
 
 
-def _find_parts(tar: tarfile.TarFile) -> tuple[dict[str, Any], list[str]]:
+def _find_parts(tar: tarfile.TarFile) -> tuple[bytes, list[str]]:
     """Find the configuration and the layers' members, by manifest.json or by OCI's index.json."""
     names = set(tar.getnames())
     if "manifest.json" in names:
         (manifest, *_) = _json(tar, "manifest.json")
-        return _json(tar, manifest["Config"]), list(manifest["Layers"])
+        return _read(tar, manifest["Config"]), list(manifest["Layers"])
     blob = _json(tar, "index.json")["manifests"][0]
     for _ in range(2):
         found = _json(tar, _blob(blob))
         if "layers" in found:
-            return _json(tar, _blob(found["config"])), [_blob(layer) for layer in found["layers"]]
+            return _read(tar, _blob(found["config"])), [_blob(layer) for layer in found["layers"]]
         blob = found["manifests"][0]
     raise KeyError("layers")
 
@@ -139,11 +143,15 @@ def _blob(descriptor: dict[str, str]) -> str:
     return "blobs/" + descriptor["digest"].replace(":", "/")
 
 
-def _json(tar: tarfile.TarFile, name: str) -> Any:
+def _read(tar: tarfile.TarFile, name: str) -> bytes:
     member = tar.extractfile(name)
     if member is None:
         raise KeyError(name)
-    return json.load(member)
+    return member.read()
+
+
+def _json(tar: tarfile.TarFile, name: str) -> Any:
+    return json.loads(_read(tar, name))
 
 
 @contextmanager

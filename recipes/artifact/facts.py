@@ -6,6 +6,7 @@ to site-packages. Sizes are bytes.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -95,12 +96,14 @@ class Layer:
         made_by: the command in the image's history; empty for a wheel.
         bytes: of the tar, or of the wheel.
         zstd_bytes: compressed with zstd -3; None if that was not measured.
+        digest: of the compressed layer, sha256:...; empty for a folder.
     """
 
     name: str
     made_by: str
     bytes: int
     zstd_bytes: int | None = None
+    digest: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,6 +133,7 @@ class Artifact:
         files: of all layers, in order.
         distributions: those that a container sees.
         env: variables of the image's configuration.
+        config: the image's configuration as it is stored; its sha256 is the image's ID.
         sums: wheel -> whether its hash is that of SHA256SUMS; for a wheelhouse only.
         manifest: manifest.json of a wheelhouse; None for others.
         below: visible files of the image over which a wheelhouse is installed.
@@ -142,10 +146,16 @@ class Artifact:
     files: tuple[File, ...]
     distributions: tuple[Distribution, ...]
     env: Mapping[str, str] = field(default_factory=dict)
+    config: bytes = b""
     sums: Mapping[str, bool] = field(default_factory=dict)
     manifest: Mapping[str, object] | None = None
     below: tuple[File, ...] = ()
     sbom: Mapping[str, str] | None = None
+
+    @property
+    def image_id(self) -> str:
+        """The ID of the image: the digest of its configuration."""
+        return f"sha256:{hashlib.sha256(self.config).hexdigest()}"
 
 
 def visible_elves(files: Iterable[File]) -> Iterator[tuple[File, Elf]]:

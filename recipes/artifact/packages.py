@@ -80,12 +80,17 @@ def _find_licence(headers: Message) -> str:
     return next((text for text in candidates if text not in ("", "UNKNOWN")), "")
 
 
-def write_sbom(image: Path, out: Path) -> dict[str, str] | None:
-    """Write an SBOM; return the Python packages that syft found, name -> version.
+def write_sbom(
+    image: Path, *, name: str, version: str, cyclonedx: Path, spdx: Path
+) -> dict[str, str] | None:
+    """Write an SBOM in two formats; return the Python packages that syft found, name -> version.
 
     Args:
         image: an archive or an unpacked image.
-        out: the file to write.
+        name: of the image in the SBOM.
+        version: of the image in the SBOM.
+        cyclonedx: the file to write in that format.
+        spdx: the file to write in that format.
 
     Returns:
         None if syft is not installed.
@@ -99,8 +104,10 @@ def write_sbom(image: Path, out: Path) -> dict[str, str] | None:
     kind = "dir" if image.is_dir() else archive_kind(image)
     # By default syft asks Anchore's server for a newer version.
     env = {**os.environ, "SYFT_CHECK_FOR_APP_UPDATE": "false"}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    command = [str(program), "scan", f"{kind}:{image}", "-q", "-o", f"cyclonedx-json={out}"]
+    cyclonedx.parent.mkdir(parents=True, exist_ok=True)
+    command = [str(program), "scan", f"{kind}:{image}", "-q"]
+    command += ["--source-name", name, "--source-version", version]
+    command += ["-o", f"cyclonedx-json={cyclonedx}", "-o", f"spdx-json={spdx}"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         raise AttnimgError(
@@ -110,7 +117,7 @@ def write_sbom(image: Path, out: Path) -> dict[str, str] | None:
             code="no-sbom",
             exit_code=1,
         )
-    components = json.loads(out.read_text(encoding="utf-8")).get("components", [])
+    components = json.loads(cyclonedx.read_text(encoding="utf-8")).get("components", [])
     return {
         canonicalize_name(one["name"]): one["version"]
         for one in components

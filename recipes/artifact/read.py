@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from attnimg.errors import AttnimgError
-from recipes.artifact.archive import read_archive, zstd_bytes
+from recipes.artifact.archive import read_archive
 from recipes.artifact.entries import Entry, read_entry
 from recipes.artifact.facts import Artifact, File, FileKind, Kind, Layer
+from recipes.artifact.layout import compress
 from recipes.artifact.packages import find_distributions
 
 Log = Callable[[str], None]
@@ -26,8 +27,13 @@ Log = Callable[[str], None]
 _SUMS, _MANIFEST = "SHA256SUMS", "manifest.json"
 
 
-def read_image(path: Path, *, log: Log) -> Artifact:
+def read_image(path: Path, *, log: Log, blobs: Path | None = None) -> Artifact:
     """Read an image: an unpacked folder, or a file of `docker save` or an OCI tool.
+
+    Args:
+        path: of the folder or file.
+        log: called with a line of text before each layer is read.
+        blobs: a folder for the compressed layers of a file; None keeps none.
 
     Raises:
         AttnimgError: it is neither, or not there (code "bad-archive").
@@ -47,11 +53,13 @@ def read_image(path: Path, *, log: Log) -> Artifact:
             Layer(name="folder", made_by="", bytes=sum(file.bytes for file in files)),
         )
         kind: Kind = "folder"
+        config = b""
         env: dict[str, str] = {}
     else:
-        layers, files, config = read_archive(path, log=log)
+        layers, files, config = read_archive(path, log=log, blobs=blobs)
         kind = "image"
-        env = dict(text.partition("=")[::2] for text in config.get("config", {}).get("Env") or [])
+        variables = json.loads(config).get("config", {}).get("Env") or []
+        env = dict(text.partition("=")[::2] for text in variables)
     return Artifact(
         source=path.name,
         kind=kind,
@@ -59,6 +67,7 @@ def read_image(path: Path, *, log: Log) -> Artifact:
         files=files,
         distributions=find_distributions(files),
         env=env,
+        config=config,
     )
 
 
@@ -116,9 +125,9 @@ def _read_wheels(folder: Path, *, site: str) -> tuple[tuple[Layer, ...], tuple[F
                 f"{wheel.name} is not a wheel", why=str(error), do="make wheels/NAME again"
             ) from error
         with wheel.open("rb") as stream:
-            zstd_size = zstd_bytes(stream)
+            compressed = compress(stream)
         size = wheel.stat().st_size
-        layers.append(Layer(name=wheel.name, made_by="", bytes=size, zstd_bytes=zstd_size))
+        layers.append(Layer(name=wheel.name, made_by="", bytes=size, zstd_bytes=compressed.bytes))
     return tuple(layers), tuple(files)
 
 

@@ -173,7 +173,7 @@ def replace_table(readme: str, name: str, text: str) -> str:
     _, found_end, tail = rest.partition(end)
     if not found_begin or not found_end:
         raise AttnimgError(
-            "README.md has no place for a generated table",
+            "a page has no place for a generated table",
             why=f"found no line {begin.strip()!r} followed by {end!r}",
             do="put both lines back",
             code="no-marks",

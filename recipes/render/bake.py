@@ -18,10 +18,10 @@ from recipes.archs import torch_arch
 from recipes.facts import ImagePlan, Step
 from recipes.files import generated_json
 
-# git, for `pip install git+https://...` and for trackers that record a commit; curl, less and procps
-# (ps, top) for people in a shell: 16 MB together (docs/figures.md).
+# git, for `pip install git+https://...` and for trackers that record a commit; curl, less and
+# procps (ps, top) for people in a shell: 16 MB together (docs/figures.md).
 _TOOLS = "tini git curl less procps"
-# gcc, since Triton compiles the launcher of a kernel on the machine where it runs. libibverbs and its
+# gcc, since Triton compiles the launcher of a kernel where it runs. libibverbs and its
 # drivers (libmlx5), which NCCL and RCCL load at run time: without them they connect nodes over TCP.
 _GPU = f"{_TOOLS} gcc libc6-dev libpython3-dev libibverbs1 ibverbs-providers"
 _APT = {"cpu": _TOOLS, "cuda": _GPU, "rocm": _GPU}
@@ -30,10 +30,10 @@ _APT = {"cpu": _TOOLS, "cuda": _GPU, "rocm": _GPU}
 def bake_file(plans: tuple[ImagePlan, ...]) -> str:
     """Write docker/docker-bake.json.
 
-    docker/build.py sets the variables in the environment: REGISTRY (a prefix of the tags, with its
-    slash), BASE (the base image that is used), BASE_NAME, BASE_DIGEST, VERSION, REVISION, CREATED
-    (for the labels), CA (a CA bundle), TRIM and JOBS (for the kernels: small builds, compilers at a
-    time). A build without docker/build.py says `dev`, and nothing of its base.
+    docker/build.py sets the variables in the environment: BASE (the base image that is used),
+    BASE_NAME, BASE_DIGEST, VERSION, REVISION, CREATED (for the labels), CA (a CA bundle), TRIM and
+    JOBS (for the kernels: small builds, compilers at a time). A build without docker/build.py says
+    `dev`, and nothing of its base.
     """
     stable = [plan.image.name for plan in plans if plan.image.channel == "stable"]
     frontier = [plan.image.name for plan in plans if plan.image.channel == "frontier"]
@@ -45,7 +45,6 @@ def bake_file(plans: tuple[ImagePlan, ...]) -> str:
             "BASE_NAME": {"default": ""},
             "BASE_DIGEST": {"default": ""},
             "CA": {"default": "/etc/ssl/certs/ca-certificates.crt"},
-            "REGISTRY": {"default": ""},
             "VERSION": {"default": "dev"},
             "REVISION": {"default": ""},
             "CREATED": {"default": ""},
@@ -129,7 +128,7 @@ def _targets(plan: ImagePlan) -> dict[str, dict[str, Any]]:
         # Also in image.json, since a process in the image can't read its labels.
         "args": {"VERSION": "${VERSION}", "REVISION": "${REVISION}"},
         "labels": labels(plan),
-        "tags": [f"${{REGISTRY}}attnimg:{name}" for name in (image.name, *image.aliases)],
+        "tags": [f"attnimg:{name}" for name in (image.name, *image.aliases)],
     }
     if image.accelerator != "rocm":  # its toolchain is not locked
         targets[f"{image.name}_devel"] = _devel(plan, targets[image.name])
@@ -148,7 +147,7 @@ def _devel(plan: ImagePlan, runtime: dict[str, Any]) -> dict[str, Any]:
         "target": "devel",
         "args": cuda if plan.image.accelerator == "cuda" else {},
         "labels": {**runtime["labels"], "org.opencontainers.image.title": title},
-        "tags": [f"${{REGISTRY}}{title}"],
+        "tags": [f"{title}"],
     }
 
 

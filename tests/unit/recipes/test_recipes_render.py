@@ -338,6 +338,8 @@ def checkout(tmp_path: Path) -> Path:
     shutil.copytree(ROOT / "requirements", tmp_path / "requirements")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     shutil.copy(ROOT / "README.md", tmp_path)
+    (tmp_path / "docs").mkdir()
+    shutil.copy(ROOT / "docs/releases.md", tmp_path / "docs")
     shutil.copytree(ROOT / "docs" / "measured", tmp_path / "docs" / "measured")
     return tmp_path
 
@@ -447,7 +449,7 @@ def test_a_rendered_checkout_is_up_to_date_until_a_recipe_changes(checkout: Path
 
 
 def test_an_image_with_open_values_is_not_published(checkout: Path) -> None:
-    done = run(checkout, "publish", "rocm")
+    done = run(checkout, "release", "rocm")
     assert done.returncode == 2
     assert "torch is unresolved" in done.stderr
 

@@ -1,0 +1,131 @@
+"""Start a second Docker engine that has no image, layer or cache of this machine's own engine.
+
+It needs root, or sudo without a password, and dockerd. Containers have no network in it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from recipes.release.programs import report
+
+_START_SECONDS = 60
+# Of cpu, 0.32 GB, an engine keeps 1.5 GB while it pulls (2026-11-27): room for twice as much.
+_UNPACKED = 10
+# Bytes of memory for everything else.
+_KEPT_FREE = 2 << 30
+
+
+@contextmanager
+def clean_engine(folder: Path, *, size: int) -> Iterator[str]:
+    """Run an engine in a folder; yield its DOCKER_HOST, or "" where none can be started.
+
+    Args:
+        folder: for its images, removed before and after.
+        size: of the compressed image in bytes: where memory has room, the folder is there.
+    """
+    sudo = _sudo()
+    if shutil.which("dockerd") is None or sudo is None:
+        yield ""
+        return
+    pid_file = folder.with_name(f"{folder.name}.pid")
+    at = folder.with_name(f"{folder.name}.at")
+    _stop_left_over(pid_file, folder, sudo)
+    _remove(folder, sudo)
+    if at.exists():
+        _remove(Path(at.read_text(encoding="utf-8")), sudo)
+    folder.mkdir(parents=True)
+    _mount_in_memory(folder, size * _UNPACKED, sudo)
+    # A socket's path has at most 108 characters, so it can't be in the folder.
+    with tempfile.TemporaryDirectory(prefix="attnimg-engine-") as short:
+        host = f"unix://{short}/docker.sock"
+        at.write_text(short, encoding="utf-8")
+        # It ends with us, also if we are killed.
+        command = [*sudo, "setpriv", "--pdeathsig=TERM", "dockerd", f"--host={host}"]
+        command += [f"--data-root={folder.resolve()}", f"--exec-root={short}/exec"]
+        command += [f"--pidfile={pid_file.resolve()}", f"--group={os.getgid()}"]
+        command += ["--bridge=none", "--iptables=false", "--ip6tables=false"]
+        log = Path(short, "log")
+        with log.open("w") as out:
+            engine = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
+        try:
+            if _answers(host, engine):
+                yield host
+            else:
+                lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+                report(f"  no second engine: {lines[-1] if lines else 'dockerd did not start'}")
+                yield ""
+        finally:
+            _stop(engine, sudo)
+            _remove(Path(short, "exec"), sudo)
+            _remove(folder, sudo)
+            at.unlink()
+
+
+def _sudo() -> list[str] | None:
+    """Return what runs a program as root: nothing, sudo, or None if neither does."""
+    if os.geteuid() == 0:
+        return []
+    if shutil.which("sudo") is None:
+        return None
+    asks = subprocess.run(["sudo", "-n", "true"], capture_output=True, check=False).returncode
+    return None if asks else ["sudo", "-n"]
+
+
+def _answers(host: str, engine: subprocess.Popen[bytes]) -> bool:
+    """Wait until the engine answers; return whether it does."""
+    end = time.monotonic() + _START_SECONDS
+    while time.monotonic() < end and engine.poll() is None:
+        done = subprocess.run(
+            ["docker", "info"], env={**os.environ, "DOCKER_HOST": host}, capture_output=True,
+            check=False,
+        )  # fmt: skip
+        if done.returncode == 0:
+            return True
+        time.sleep(0.3)
+    return False
+
+
+def _stop_left_over(pid_file: Path, folder: Path, sudo: list[str]) -> None:
+    """Stop the engine of a release that was killed, if it still runs on this folder."""
+    try:
+        process = Path("/proc", pid_file.read_text().strip())
+        while str(folder.resolve()) in (process / "cmdline").read_text():
+            subprocess.run([*sudo, "kill", process.name], capture_output=True, check=False)
+            time.sleep(0.3)
+    except OSError:  # neither the file nor the process is there
+        return
+
+
+def _stop(engine: subprocess.Popen[bytes], sudo: list[str]) -> None:
+    if engine.poll() is None:
+        subprocess.run([*sudo, "kill", f"-{signal.SIGTERM.value}", str(engine.pid)], check=False)
+        try:
+            engine.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            subprocess.run([*sudo, "kill", "-9", str(engine.pid)], check=False)
+            engine.wait()
+
+
+def _mount_in_memory(folder: Path, needed: int, sudo: list[str]) -> None:
+    """Mount a tmpfs on a folder if memory has room; a busy disk takes minutes for 30,000 files."""
+    if psutil.virtual_memory().available > needed + _KEPT_FREE:
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={needed}", "tmpfs", str(folder)]
+        subprocess.run([*sudo, *mount], capture_output=True, check=False)
+
+
+def _remove(folder: Path, sudo: list[str]) -> None:
+    if folder.is_mount():
+        subprocess.run([*sudo, "umount", "--lazy", str(folder)], check=False)
+    if folder.exists():
+        subprocess.run([*sudo, "rm", "-rf", "--one-file-system", str(folder)], check=False)

@@ -1,0 +1,132 @@
+"""The commands of a release, with what they print at their end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from attnimg.errors import AttnimgError
+from recipes.facts import ImagePlan, Recipes
+from recipes.release import steps, transfer
+from recipes.release.checking import check_released
+from recipes.release.place import Place, find_place, parse_place, read_registry
+from recipes.release.programs import report, run
+from recipes.release.publishable import OCI, refuse_other_rehearsal
+from recipes.release.record import FOLDER, Record, record_path
+from recipes.release.signing import choose_signing
+from recipes.release.steps import Release
+from recipes.solve.plan import refuse_unresolved
+
+_STEPS: Mapping[str, Callable[[Release], Record]] = {
+    "push": steps.push,
+    "attest": steps.attest,
+    "verify": steps.verify,
+    "promote": steps.promote,
+}
+
+
+def release(
+    plan: ImagePlan, recipes: Recipes, *, step: str | None, root: Path, env: Mapping[str, str]
+) -> str:
+    """Run a release or one step of it; return what happened.
+
+    Args:
+        plan: of the image.
+        recipes: of the plan.
+        step: the one to run; None for all.
+        root: the checkout.
+        env: REGISTRY, REHEARSAL and TESTS are its settings.
+
+    Raises:
+        AttnimgError: as the steps.
+    """
+    job = Release(
+        plan=plan,
+        recipes=recipes,
+        registry=read_registry(root),
+        place=find_place(root, env),
+        root=root,
+        rehearsal=bool(env.get("REHEARSAL")),
+        tests=env.get("TESTS") or "tests/image",
+    )
+    if step in (None, "push"):
+        # Before hours of building.
+        refuse_other_rehearsal(job.place, rehearsal=job.rehearsal)
+        if not job.rehearsal:
+            refuse_unresolved(plan)
+            _refuse_fewer_tests(env)
+    record = _STEPS[step](job) if step else steps.release(job)
+    return _summary(record, step)
+
+
+def _refuse_fewer_tests(env: Mapping[str, str]) -> None:
+    """Check that a release is tested by all tests of images."""
+    if tests := env.get("TESTS"):
+        raise AttnimgError(
+            "a release runs all tests of the image",
+            why=f"found TESTS={tests}, needed none",
+            do="unset TESTS, or set REHEARSAL=1 with a registry of this machine",
+            code="fewer-tests",
+        )
+
+
+def verify(name: str, image: str, *, root: Path, env: Mapping[str, str]) -> str:
+    """Verify an image of the registry without a record; return what was verified.
+
+    Args:
+        name: of the image.
+        image: its digest, or a tag.
+        root: the checkout.
+        env: REGISTRY, COSIGN_PUBLIC_KEY.
+
+    Raises:
+        AttnimgError: as check_released.
+    """
+    place = find_place(root, env)
+    digest = image if image.startswith("sha256:") else transfer.find_tag(image, place)
+    if digest is None:
+        raise AttnimgError(
+            f"there is no image {place.repository}:{image}",
+            why=f"the registry {place.host} has no such tag",
+            do="name a tag that is published, or a digest",
+            code="no-image",
+        )
+    signer = choose_signing(read_registry(root), place, env=env, folder=root / FOLDER, sign=False)
+    where = check_released(digest, place, signer, name=name, folder=root / FOLDER)
+    return f"verify: {place.at(digest)} is signed ({signer.text}); pulled into {where}"
+
+
+def pull(name: str, digest: str, *, root: Path, env: Mapping[str, str]) -> str:
+    """Pull an image into the engine; return its reference.
+
+    Raises:
+        AttnimgError: the registry does not have it, or it is another image.
+    """
+    place: Place = find_place(root, env)
+    reference = place.at(digest)
+    report(f"pull: {reference}")
+    run(["docker", "pull", "-q", reference], host=place.host)
+    label = f'{{{{index .Config.Labels "{OCI}.title"}}}}'
+    title = run(["docker", "image", "inspect", "--format", label, reference], host="").strip()
+    if title != f"attnimg:{name}":
+        raise AttnimgError(
+            f"{reference} is not the image {name}",
+            why=f"found the title {title or 'none'}, needed attnimg:{name}",
+            do="correct DIGEST, or name the target of its image",
+            code="other-image",
+        )
+    return reference
+
+
+def _summary(record: Record, step: str | None) -> str:
+    kind = "rehearsal" if record.rehearsal else "release"
+    path = record_path(record.image, parse_place(record.registry))
+    lines = [
+        f"{step or 'release'}: {record.reference}",
+        f"  {kind} of attnimg:{record.image} {record.version}, {record.bytes / 1e6:.1f} MB pushed, "
+        f"image ID {record.image_id[:19]}",
+        f"  done: {', '.join(record.steps)}; record: {path}",
+    ]
+    if record.tags:
+        lines.append(f"  tags: {', '.join(record.tags)}")
+    return "\n".join(lines)

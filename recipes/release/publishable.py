@@ -1,0 +1,122 @@
+"""Refuse to publish an image that is unresolved, not a release, unlabelled, or was not judged.
+
+In a rehearsal, which goes to a registry of this machine only, what the build did not know is a
+named warning. What the gates found is never one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from attnimg.errors import AttnimgError
+from recipes.facts import ImagePlan
+from recipes.release.place import Place
+
+OCI = "org.opencontainers.image"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_BUILD = "commit everything, then make build"
+
+
+def check_publishable(
+    plan: ImagePlan,
+    *,
+    labels: Mapping[str, str],
+    judged: Mapping[str, Any],
+    version: str,
+    head: str,
+    place: Place,
+    rehearsal: bool,
+) -> tuple[str, ...]:
+    """Check an image before anything is pushed; return the warnings of a rehearsal.
+
+    Args:
+        plan: of the image.
+        labels: of the image.
+        judged: what `make gate/NAME` wrote about it.
+        version: of pyproject.toml.
+        head: the commit of the checkout, with "-dirty" if it was changed.
+        place: where it would go.
+        rehearsal: whether REHEARSAL is set.
+
+    Raises:
+        AttnimgError: it may not be pushed; `why` has every reason (code "not-publishable").
+    """
+    refuse_other_rehearsal(place, rehearsal=rehearsal)
+    found = tuple(unknown(plan, labels=labels, version=version, head=head))
+    never = [*_gate_faults(judged)]
+    if foreign := labels.get(f"{OCI}.title") != f"attnimg:{plan.image.name}":
+        title = labels.get(f"{OCI}.title") or "none"
+        never.append(f"label title: found {title}, needed attnimg:{plan.image.name}")
+    if never or (found and not rehearsal):
+        name = plan.image.name
+        raise AttnimgError(
+            f"the image {name} can't be published",
+            why="\n".join([*never, *found]),
+            do="build it with docker/build.py"
+            if foreign
+            else f"make gate/{name} and fix what it finds"
+            if never
+            else f"resolve these values (make lock), {_BUILD}/{name}; to try the pipeline, "
+            "set REHEARSAL=1 and a registry of this machine",
+            code="not-publishable",
+            exit_code=1,
+        )
+    return found
+
+
+def refuse_other_rehearsal(place: Place, *, rehearsal: bool) -> None:
+    """Check that a rehearsal goes to a registry of this machine.
+
+    Raises:
+        AttnimgError: it does not (code "not-a-rehearsal").
+    """
+    if rehearsal and not place.loopback:
+        raise AttnimgError(
+            "a rehearsal goes to a registry of this machine only",
+            why=f"found REHEARSAL and the registry {place.registry}, needed one on 127.0.0.1",
+            do="unset REHEARSAL to publish, or set REGISTRY=127.0.0.1:PORT/rehearsal",
+            code="not-a-rehearsal",
+        )
+
+
+def unknown(
+    plan: ImagePlan, *, labels: Mapping[str, str], version: str, head: str
+) -> Iterator[str]:
+    """Yield each value that a published image must have and this one has not."""
+    for key, reason in plan.unresolved.items():
+        yield f"{key} is unresolved: {reason}"
+
+    def label(name: str) -> str:
+        return labels.get(f"{OCI}.{name}", "")
+
+    for name in ("version", "revision", "created", "base.name", "base.digest"):
+        if not label(name):
+            yield f"label {name}: found none"
+    if label("version") == "dev":
+        yield "label version: found dev, which is a build of a changed checkout"
+    elif label("version") not in ("", version):
+        yield f"label version: found {label('version')}, needed {version}, pyproject.toml's"
+    if (revision := label("revision")) and not _COMMIT.fullmatch(revision):
+        yield f"label revision: found {revision}, needed a commit of 40 digits"
+    elif revision and revision != head:
+        yield f"label revision: found {revision}, needed {head}, this checkout's"
+    digest, name = plan.base.digest, plan.base.reference
+    if isinstance(digest, str) and label("base.digest") not in ("", digest):
+        yield f"label base.digest: found {label('base.digest')}, needed {digest}, the recipe's"
+    if label("base.name") not in ("", name):
+        yield f"label base.name: found {label('base.name')}, needed {name}, the recipe's"
+
+
+def _gate_faults(judged: Mapping[str, Any]) -> Iterator[str]:
+    """Yield each gate that found something, or could not look."""
+    gates = judged.get("gates") or []
+    if not gates:
+        yield "gates: found no result"
+    for gate in gates:
+        if gate["findings"]:
+            files = ", ".join(finding["file"] for finding in gate["findings"][:3])
+            yield f"gate {gate['gate']}: {len(gate['findings'])} findings ({files})"
+        elif gate["skip_reason"]:
+            yield f"gate {gate['gate']} was skipped: {gate['skip_reason']}"

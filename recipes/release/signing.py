@@ -1,0 +1,188 @@
+"""Sign images and statements about them, and verify both, with cosign.
+
+Published images are signed keyless, by the release workflow's identity; a key of one's own works
+too. A rehearsal makes a key, and nothing of it goes to sigstore's public log.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from attnimg.errors import AttnimgError
+from recipes.artifact import code_list
+from recipes.release.place import Place, Registry
+from recipes.release.programs import run
+
+# What is attested -> its name for cosign, and the predicate type of the statement.
+KINDS = {
+    "cyclonedx": ("cyclonedx", "https://cyclonedx.org/bom"),
+    "spdx": ("spdxjson", "https://spdx.dev/Document"),
+    "provenance": ("slsaprovenance1", "https://slsa.dev/provenance/v1"),
+    "vex": ("openvex", "https://openvex.dev/ns"),
+    "machine-code": (code_list.TYPE, code_list.TYPE),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Signing:
+    """With what images are signed and verified.
+
+    Attributes:
+        key: of a private key, a file or what cosign takes as --key; empty for keyless.
+        public: of its public key.
+        identity, issuer: of a keyless signature.
+        logged: whether signatures go to sigstore's public log, and must be there.
+        env: variables for cosign.
+    """
+
+    key: str
+    public: str
+    identity: str
+    issuer: str
+    logged: bool
+    env: Mapping[str, str]
+
+    @property
+    def text(self) -> str:
+        """How it signs, for the record."""
+        return f"key {Path(self.public).name}" if self.public else f"keyless, {self.identity}"
+
+
+def choose_signing(
+    registry: Registry, place: Place, *, env: Mapping[str, str], folder: Path, sign: bool
+) -> Signing:
+    """Return with what to sign or verify.
+
+    Args:
+        registry: whose signer signs published images.
+        place: where the image is.
+        env: COSIGN_KEY and COSIGN_PUBLIC_KEY name a key pair.
+        folder: of the key pair of rehearsals, which is made if it is missing.
+        sign: whether it has to sign, and not to verify only.
+
+    Raises:
+        AttnimgError: there is nothing to sign with (code "no-key").
+    """
+    key = env.get("COSIGN_KEY", "")
+    public = env.get("COSIGN_PUBLIC_KEY", "")
+    extra: dict[str, str] = {}
+    if place.loopback and not key and not public:
+        key, public, extra = *_rehearsal_keys(folder), {"COSIGN_PASSWORD": ""}
+    elif key and not public:
+        public = f"{key.removesuffix('.key')}.pub"
+    if sign and not key and "ACTIONS_ID_TOKEN_REQUEST_URL" not in env:
+        raise AttnimgError(
+            "there is nothing to sign with",
+            why="found neither COSIGN_KEY nor the identity of a workflow run",
+            do="run the workflow release.yml, or set COSIGN_KEY=FILE (cosign generate-key-pair)",
+            code="no-key",
+        )
+    return Signing(
+        key=key,
+        public=public,
+        identity=registry.identity,
+        issuer=registry.signer.issuer,
+        logged=not place.loopback,
+        env=extra,
+    )
+
+
+def sign(digest: str, place: Place, signing: Signing, *, notes: Mapping[str, str]) -> None:
+    """Sign an image of the registry; `notes` become annotations of the signature."""
+    command = ["cosign", "sign", *_signing_options(signing)]
+    command += [f"--annotations={key}={value}" for key, value in notes.items()]
+    run([*command, place.at(digest)], host=place.host, env=signing.env)
+
+
+def attest(kind: str, predicate: Path, digest: str, place: Place, signing: Signing) -> None:
+    """Attach a signed statement to an image, in place of an earlier one of its kind."""
+    command = ["cosign", "attest", *_signing_options(signing), "--replace=true"]
+    command += [f"--type={KINDS[kind][0]}", f"--predicate={predicate}"]
+    run([*command, place.at(digest)], host=place.host, env=signing.env)
+
+
+def verify_signature(digest: str, place: Place, signing: Signing) -> None:
+    """Verify the signature of an image.
+
+    Raises:
+        AttnimgError: it has none of this signer (code "not-verified").
+    """
+    _verify(["verify"], digest, place, signing, what=f"the image {place.at(digest)} is not signed")
+
+
+def verify_statement(kind: str, digest: str, place: Place, signing: Signing) -> dict[str, Any]:
+    """Verify the statement of a kind about an image; return its predicate.
+
+    Raises:
+        AttnimgError: there is none of this signer about this image, or more than one
+            (code "not-verified").
+    """
+    name, uri = KINDS[kind]
+    what = f"the image {place.at(digest)} has no valid {kind} statement"
+    output = _verify(["verify-attestation", f"--type={name}"], digest, place, signing, what=what)
+    found = [_statement(line) for line in output.splitlines() if line.startswith("{")]
+    wanted = digest.removeprefix("sha256:")
+    about = [
+        statement
+        for statement in found
+        if statement["predicateType"] == uri
+        and [subject["digest"].get("sha256") for subject in statement["subject"]] == [wanted]
+    ]
+    if len(about) != 1 or len(found) != 1:
+        raise _not_verified(what, f"found {len(about)} about it among {len(found)}, needed one")
+    predicate: dict[str, Any] = about[0]["predicate"]
+    return predicate
+
+
+def _signing_options(signing: Signing) -> list[str]:
+    key = [f"--key={signing.key}"] if signing.key else []
+    return ["--yes", *key, f"--tlog-upload={str(signing.logged).lower()}"]
+
+
+def _verify(command: list[str], digest: str, place: Place, signing: Signing, *, what: str) -> str:
+    if signing.public:
+        who = [f"--key={signing.public}"]
+    else:
+        who = [f"--certificate-identity-regexp={signing.identity}"]
+        who += [f"--certificate-oidc-issuer={signing.issuer}"]
+    log = [] if signing.logged else ["--insecure-ignore-tlog=true"]
+    try:
+        return run(["cosign", *command, *who, *log, place.at(digest)], host=place.host)
+    except AttnimgError as error:
+        if error.code not in ("no-image", "program"):
+            raise
+        raise _not_verified(what, error.why) from error
+
+
+def _not_verified(what: str, why: str) -> AttnimgError:
+    return AttnimgError(
+        what,
+        why=why,
+        do="do not use it; if you made it, make attest/NAME with the key that verifies it",
+        code="not-verified",
+        exit_code=1,
+    )
+
+
+def _statement(line: str) -> dict[str, Any]:
+    """Return the statement of an envelope that cosign has verified."""
+    statement: dict[str, Any] = json.loads(base64.b64decode(json.loads(line)["payload"]))
+    return statement
+
+
+def _rehearsal_keys(folder: Path) -> tuple[str, str]:
+    key, public = folder / "rehearsal.key", folder / "rehearsal.pub"
+    if not key.exists() or not public.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        key.unlink(missing_ok=True)
+        run(
+            ["cosign", "generate-key-pair", f"--output-key-prefix={folder / 'rehearsal'}"],
+            host="",
+            env={"COSIGN_PASSWORD": ""},
+        )
+    return str(key), str(public)

@@ -1,0 +1,342 @@
+"""Run the steps of a release, each of which is skipped if the record says that it is done."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from attnimg.errors import AttnimgError
+from recipes.facts import ImagePlan, Recipes
+from recipes.files import read_if_exists
+from recipes.release import publishable, signing, tags, transfer
+from recipes.release.attesting import write_predicates
+from recipes.release.checking import check_released
+from recipes.release.place import Place, Registry
+from recipes.release.programs import report, run
+from recipes.release.record import (
+    FOLDER,
+    STEPS,
+    Record,
+    needed_record,
+    now,
+    read_record,
+    write_record,
+)
+from recipes.run_gates import evidence, judged_by, sha256_of
+
+_ALL_TESTS = "tests/image"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Release:
+    """What every step needs.
+
+    Attributes:
+        plan: of the image.
+        recipes: of the plan.
+        registry: the content of registry.toml.
+        place: where the image goes.
+        root: the checkout.
+        rehearsal: whether values that are not known are warnings.
+        tests: what `make test/NAME` runs on the pulled image.
+    """
+
+    plan: ImagePlan
+    recipes: Recipes
+    registry: Registry
+    place: Place
+    root: Path
+    rehearsal: bool
+    tests: str = _ALL_TESTS
+
+    @property
+    def name(self) -> str:
+        """The name of the image."""
+        return self.plan.image.name
+
+    @property
+    def layout(self) -> Path:
+        """The folder of the image as it is pushed."""
+        return self.root / FOLDER / f"{self.name}.oci"
+
+
+def release(job: Release) -> Record:
+    """Run every step; return the record of the whole release.
+
+    Raises:
+        AttnimgError: a step failed. The next call continues with it.
+    """
+    steps: dict[str, Callable[[Release], Record | None]] = {
+        "build": build,
+        "gate": gate,
+        "push": push,
+        "test": test,
+        "attest": attest,
+        "verify": _verify_once,
+        "promote": promote,
+    }
+    record = None
+    for place, step in enumerate(STEPS, 1):
+        report(f"release: {place} of {len(STEPS)}: {step}")
+        record = steps[step](job)
+    assert record is not None
+    return record
+
+
+def build(job: Release) -> None:
+    """Build the image; Docker repeats only what has changed."""
+    _make(f"build/{job.name}", job)
+
+
+def gate(job: Release) -> None:
+    """Judge the image of this engine, unless that was done with these recipes and gates."""
+    if _judged(job, image_id=_engine_image(job)) is None:
+        _make(f"gate/{job.name}", job)
+    else:
+        report("  this image has been judged; its result is in dist/")
+
+
+def push(job: Release) -> Record:
+    """Check that the image may be published, and push it by its digest.
+
+    Raises:
+        AttnimgError: it may not, was not judged, or the registry does not take it.
+    """
+    judged = _judged(job, image_id="")
+    if judged is None:
+        gate(job)
+        judged = _judged(job, image_id="")
+    assert judged is not None
+    digest, manifest, config = transfer.layout_manifest(job.layout)
+    if digest != judged["digest"]:
+        raise _not_judged(job, f"found {digest} in {job.layout}, judged was {judged['digest']}")
+    labels = config.get("config", {}).get("Labels") or {}
+    warnings = publishable.check_publishable(
+        job.plan,
+        labels=labels,
+        judged=judged,
+        version=_version(job.root),
+        head=head_commit(job.root),
+        place=job.place,
+        rehearsal=job.rehearsal,
+    )
+    for warning in warnings:
+        report(f"  warning: {warning}")
+    record = read_record(job.name, job.place, job.root)
+    same = record is not None and (record.digest, record.registry) == (digest, job.place.registry)
+    if record and same and transfer.has(digest, job.place):
+        report(f"  pushed before, {record.steps['push']['done']}: {record.reference}")
+        return record
+    layers = tuple(
+        {"digest": layer["digest"], "bytes": layer["size"]} for layer in manifest["layers"]
+    )
+    size = sum(layer["size"] for layer in manifest["layers"])
+    report(f"  {size / 1e6:.1f} MB in {len(layers)} layers to {job.place.repository}")
+    start = time.monotonic()
+    transfer.push(job.layout, digest, job.place)
+    record = Record(
+        image=job.name,
+        registry=job.place.registry,
+        image_id=manifest["config"]["digest"],
+        digest=digest,
+        reference=job.place.at(digest),
+        bytes=size,
+        layers=layers,
+        labels=labels,
+        version=labels.get(f"{publishable.OCI}.version") or "dev",
+        revision=labels.get(f"{publishable.OCI}.revision") or head_commit(job.root),
+        started=now(),
+        rehearsal=warnings,
+    )
+    report(f"  pushed {record.reference}")
+    return write_record(record.done("push", seconds=time.monotonic() - start), job.root)
+
+
+def test(job: Release) -> Record:
+    """Test the image that is pulled from the registry by its digest."""
+    record = needed_record(job.name, job.place, job.root, after="push")
+    if "test" in record.steps and record.tests == job.tests:
+        report(f"  tested before: {record.tests}")
+        return record
+    start = time.monotonic()
+    _make(f"test/{job.name}", job, f"DIGEST={record.digest}", f"TESTS={job.tests}")
+    found = record.done("test", seconds=time.monotonic() - start, tests=job.tests)
+    return write_record(found, job.root)
+
+
+def attest(job: Release) -> Record:
+    """Sign the image, and attach signed statements on its content and its origin."""
+    record = needed_record(job.name, job.place, job.root, after="push")
+    signer = _signing(job, sign=True)
+    start = time.monotonic()
+    notes = {"rehearsal": "true"} if record.rehearsal else {}
+    predicates = write_predicates(
+        record, job.plan, job.recipes, registry=job.registry, root=job.root, env=os.environ
+    )
+    if _fails(lambda: signing.verify_signature(record.digest, job.place, signer)):
+        signing.sign(record.digest, job.place, signer, notes=notes)
+    report(f"  signed ({signer.text})")
+    for kind, path in predicates.items():
+        wanted = json.loads(path.read_text(encoding="utf-8"))
+        if _attested(kind, record, job.place, signer) != wanted:
+            signing.attest(kind, path, record.digest, job.place, signer)
+        report(f"  attested: {kind}, {path.stat().st_size / 1e3:.0f} kB")
+    found = record.done("attest", seconds=time.monotonic() - start, signer=signer.text)
+    return write_record(found, job.root)
+
+
+def verify(job: Release) -> Record:
+    """Read everything back from the registry, and verify it, in an engine that has nothing else."""
+    record = needed_record(job.name, job.place, job.root, after="attest")
+    start = time.monotonic()
+    checked_in = check_released(
+        record.digest,
+        job.place,
+        _signing(job, sign=False),
+        name=job.name,
+        expected={kind: job.root / path for kind, path in evidence(job.name).items()},
+        folder=job.root / FOLDER,
+    )
+    found = record.done("verify", seconds=time.monotonic() - start, checked_in=checked_in)
+    return write_record(found, job.root)
+
+
+def _verify_once(job: Release) -> Record:
+    record = needed_record(job.name, job.place, job.root, after="attest")
+    if "verify" in record.steps:
+        report(f"  verified before, in {record.checked_in}")
+        return record
+    return verify(job)
+
+
+def promote(job: Release) -> Record:
+    """Give the verified image its tags: the immutable one first, then those that move.
+
+    Raises:
+        AttnimgError: the immutable tag names another image (code "tag-taken").
+    """
+    record = needed_record(job.name, job.place, job.root, after="verify")
+    start = time.monotonic()
+    fixed = tags.immutable_tag(job.plan, version=record.version, revision=record.revision)
+    tags.refuse_changed(fixed, found=transfer.find_tag(fixed, job.place), digest=record.digest)
+    for name in (fixed, *tags.moving_tags(job.plan)):
+        if transfer.find_tag(name, job.place) != record.digest:
+            transfer.tag(record.digest, name, job.place)
+        found = transfer.find_tag(name, job.place)
+        if found != record.digest:
+            raise AttnimgError(
+                f"the tag {name} was not set",
+                why=f"found {found} under it, needed {record.digest}",
+                do=f"make promote/{job.name} again; is another release running?",
+                code="tag-taken",
+                exit_code=1,
+            )
+        report(f"  {job.place.repository}:{name}")
+        record = write_record(
+            record.done(
+                "promote", seconds=time.monotonic() - start, tags={**record.tags, name: found}
+            ),
+            job.root,
+        )
+    return record
+
+
+def head_commit(root: Path) -> str:
+    """Return the commit of the checkout, with "-dirty" if a tracked file was changed."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", *arguments], cwd=root, capture_output=True, text=True, check=False
+        )
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    commit = git("rev-parse", "HEAD") or "0" * 40
+    return f"{commit}-dirty" if git("status", "--porcelain", "--untracked-files=no") else commit
+
+
+def _judged(job: Release, *, image_id: str) -> dict[str, Any] | None:
+    """Return the gates' result if it is of this checkout and whole; None otherwise."""
+    text = read_if_exists(job.root / f"dist/{job.name}-gates.json")
+    judged: dict[str, Any] = json.loads(text) if text else {}
+    if not judged or judged["judged_by"] != judged_by(job.root):
+        return None
+    if image_id and judged["image_id"] != image_id:
+        return None
+    files = evidence(job.name)
+    if {kind: sha256_of(job.root / path) for kind, path in files.items()} != judged["evidence"]:
+        return None
+    return judged if (job.layout / "index.json").exists() else None
+
+
+def _not_judged(job: Release, why: str) -> AttnimgError:
+    return AttnimgError(
+        f"the image {job.name} is not the one that was judged",
+        why=why,
+        do=f"make gate/{job.name}",
+        code="not-judged",
+        exit_code=1,
+    )
+
+
+def _engine_image(job: Release) -> str:
+    """Return the ID of the image in this engine; "none" if it is not there."""
+    command = ["docker", "image", "inspect", "--format", "{{.Id}}", f"attnimg:{job.name}"]
+    try:
+        return run(command, host="").strip()
+    except AttnimgError as error:
+        if error.code != "program":
+            raise
+        return "none"  # make gate/NAME says what to do
+
+
+def _signing(job: Release, *, sign: bool) -> signing.Signing:
+    return signing.choose_signing(
+        job.registry, job.place, env=os.environ, folder=job.root / FOLDER, sign=sign
+    )
+
+
+def _attested(
+    kind: str, record: Record, place: Place, signer: signing.Signing
+) -> dict[str, Any] | None:
+    """Return what was attested before; None if it was not."""
+    try:
+        return signing.verify_statement(kind, record.digest, place, signer)
+    except AttnimgError as error:
+        if error.code != "not-verified":
+            raise
+        return None
+
+
+def _fails(check: Callable[[], None]) -> bool:
+    try:
+        check()
+    except AttnimgError as error:
+        if error.code != "not-verified":
+            raise
+        return True
+    return False
+
+
+def _version(root: Path) -> str:
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return str(project["version"])
+
+
+def _make(target: str, job: Release, *variables: str) -> None:
+    """Run a make target of the checkout, which prints its own errors."""
+    command = ["make", target, f"REGISTRY={job.place.registry}", *variables]
+    if subprocess.run(command, cwd=job.root, check=False).returncode:
+        raise AttnimgError(
+            f"make {target} failed",
+            why="its output is above",
+            do=f"fix it, then make release/{job.name}: it continues with this step",
+            code="step-failed",
+            exit_code=1,
+        )

@@ -1,0 +1,74 @@
+"""Name an image's tags: moving ones for people, and one that never changes for lock files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from attnimg.errors import AttnimgError
+from recipes.facts import ImagePlan
+
+# Of OCI's distribution-spec.
+_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+_COMMIT_DIGITS = 12
+
+
+def moving_tags(plan: ImagePlan) -> tuple[str, ...]:
+    """Return the tags that always name the newest release: `ampere` and its alias `ada`."""
+    return (plan.image.name, *plan.image.aliases)
+
+
+def immutable_tag(plan: ImagePlan, *, version: str, revision: str) -> str:
+    """Return the tag of one release: hopper-0.2.0-torch2.14.1-cu130-0123456789ab.
+
+    Args:
+        plan: of the image.
+        version: of attnimg.
+        revision: the commit that it was built from; "-dirty" at its end is kept.
+    """
+    commit, _, state = revision.partition("-")
+    parts = [plan.image.name, version, f"torch{plan.lock}", commit[:_COMMIT_DIGITS], state]
+    # A local version has a plus sign, which no tag may have.
+    tag = "-".join(part for part in parts if part).replace("+", "_")
+    assert _TAG.fullmatch(tag), tag
+    return tag
+
+
+def refuse_changed(tag: str, *, found: str | None, digest: str) -> None:
+    """Check that an immutable tag is free, or names this image already.
+
+    Args:
+        tag: the immutable tag.
+        found: the digest that the registry has for it; None if it has none.
+        digest: of the image that is promoted.
+
+    Raises:
+        AttnimgError: it names another image (code "tag-taken").
+    """
+    if found not in (None, digest):
+        raise AttnimgError(
+            f"the tag {tag} is taken",
+            why=f"found {found} under it, needed {digest} or nothing: people have pinned this tag",
+            do="release another commit, or another version of pyproject.toml; never move this tag",
+            code="tag-taken",
+            exit_code=1,
+        )
+
+
+def refuse_shared(plans: Mapping[str, ImagePlan]) -> None:
+    """Check that no moving tag belongs to two images.
+
+    Raises:
+        AttnimgError: one does (code "tag-twice").
+    """
+    owners: dict[str, list[str]] = {}
+    for name, plan in plans.items():
+        for tag in moving_tags(plan):
+            owners.setdefault(tag, []).append(name)
+    if twice := [f"{tag}: {', '.join(names)}" for tag, names in owners.items() if len(names) > 1]:
+        raise AttnimgError(
+            "two images have the same tag",
+            why="\n".join(twice),
+            do="rename an alias in recipes/images/",
+            code="tag-twice",
+        )

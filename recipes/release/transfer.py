@@ -1,0 +1,162 @@
+"""Move images between a folder and a registry with skopeo, always by digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from attnimg.errors import AttnimgError
+from recipes.release.place import Place
+from recipes.release.programs import run
+
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+
+
+def push(layout: Path, digest: str, place: Place) -> None:
+    """Push an OCI layout by its digest, under no tag; layers that are there are not sent again.
+
+    Raises:
+        AttnimgError: the registry does not take it (code "registry").
+    """
+    tls = [f"--dest-tls-verify={not place.loopback}".lower()]
+    command = ["skopeo", "copy", "--preserve-digests", *tls]
+    command += [f"oci:{layout}", f"docker://{place.at(digest)}"]
+    run(command, host=place.host, show=True)
+
+
+def pull(digest: str, place: Place, folder: Path) -> None:
+    """Pull an image into an empty folder; skopeo compares the digest of everything it reads.
+
+    Raises:
+        AttnimgError: the registry has not the same bytes, or does not answer (code "registry").
+    """
+    remove(folder)
+    tls = [f"--src-tls-verify={not place.loopback}".lower()]
+    command = ["skopeo", "copy", "-q", "--preserve-digests", *tls]
+    run([*command, f"docker://{place.at(digest)}", f"oci:{folder}"], host=place.host)
+
+
+def read_manifest(reference: str, place: Place) -> tuple[str, dict[str, Any]]:
+    """Return the digest and the manifest of an image in the registry.
+
+    Args:
+        reference: REPOSITORY:TAG or REPOSITORY@DIGEST.
+        place: where it is.
+
+    Raises:
+        AttnimgError: there is none, or its bytes are not those of the digest.
+    """
+    tls = f"--tls-verify={not place.loopback}".lower()
+    text = run(["skopeo", "inspect", "--raw", tls, f"docker://{reference}"], host=place.host)
+    digest = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+    asked = reference.partition("@")[2]
+    if asked and asked != digest:
+        raise _tampered(place, f"found {digest} under {asked}")
+    return digest, json.loads(text)
+
+
+def has(digest: str, place: Place) -> bool:
+    """Return whether the registry has an image.
+
+    Raises:
+        AttnimgError: it does not answer.
+    """
+    return _digest_of(place.at(digest), place) is not None
+
+
+def read_config(reference: str, place: Place, image_id: str) -> dict[str, Any]:
+    """Return the configuration of an image in the registry.
+
+    Raises:
+        AttnimgError: its bytes are not those of its digest, `image_id` (code "tampered").
+    """
+    tls = f"--tls-verify={not place.loopback}".lower()
+    command = ["skopeo", "inspect", "--config", "--raw", tls, f"docker://{reference}"]
+    text = run(command, host=place.host)
+    if (found := f"sha256:{hashlib.sha256(text.encode()).hexdigest()}") != image_id:
+        raise _tampered(place, f"found {found} under {image_id}")
+    config: dict[str, Any] = json.loads(text)
+    return config
+
+
+def find_tag(tag: str, place: Place) -> str | None:
+    """Return the digest that a tag names; None if there is no such tag.
+
+    Raises:
+        AttnimgError: the registry does not answer.
+    """
+    return _digest_of(f"{place.repository}:{tag}", place)
+
+
+def _digest_of(reference: str, place: Place) -> str | None:
+    try:
+        return read_manifest(reference, place)[0]
+    except AttnimgError as error:
+        if error.code == "no-image":
+            return None
+        raise
+
+
+def tag(digest: str, name: str, place: Place) -> None:
+    """Give an image of the registry a tag; its manifest is kept byte for byte.
+
+    Raises:
+        AttnimgError: the registry does not take it (code "registry").
+    """
+    tls = f"{not place.loopback}".lower()
+    command = ["skopeo", "copy", "-q", "--preserve-digests"]
+    command += [f"--src-tls-verify={tls}", f"--dest-tls-verify={tls}"]
+    run(
+        [*command, f"docker://{place.at(digest)}", f"docker://{place.repository}:{name}"],
+        host=place.host,
+    )
+
+
+def layout_manifest(layout: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Return the digest, the manifest and the configuration of an OCI layout.
+
+    Raises:
+        AttnimgError: it is not there, or not whole (code "no-layout").
+    """
+    try:
+        index = json.loads((layout / "index.json").read_text(encoding="utf-8"))
+        digest = index["manifests"][0]["digest"]
+        manifest = json.loads(_blob(layout, digest).read_bytes())
+        config = json.loads(_blob(layout, manifest["config"]["digest"]).read_bytes())
+        for layer in manifest["layers"]:
+            if _blob(layout, layer["digest"]).stat().st_size != layer["size"]:
+                raise ValueError(f"{layer['digest']} has another size")
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        name = layout.name.removesuffix(".oci")
+        raise AttnimgError(
+            f"there is no image to push in {layout}",
+            why=f"{type(error).__name__}: {error}",
+            do=f"make gate/{name}, which writes it",
+            code="no-layout",
+        ) from error
+    return digest, manifest, config
+
+
+def _tampered(place: Place, why: str) -> AttnimgError:
+    return AttnimgError(
+        f"the registry {place.host} has another image than it says",
+        why=why,
+        do="tell who runs the registry; do not use this image",
+        code="tampered",
+        exit_code=1,
+    )
+
+
+def _blob(layout: Path, digest: str) -> Path:
+    if not _DIGEST.fullmatch(digest):
+        raise ValueError(f"{digest} is not a digest")
+    return layout / "blobs/sha256" / digest.removeprefix("sha256:")
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder of an image, if it is there."""
+    shutil.rmtree(folder, ignore_errors=True)

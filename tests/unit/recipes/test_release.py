@@ -1,0 +1,325 @@
+"""A release: where it goes, under which tags, and what may not be published."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from attnimg.errors import AttnimgError
+from recipes.read import read_recipes
+from recipes.release import record as records
+from recipes.release.command import release
+from recipes.release.place import find_place, parse_place, read_registry
+from recipes.release.programs import answer_error
+from recipes.release.publishable import OCI, check_publishable
+from recipes.release.tags import immutable_tag, moving_tags, refuse_changed, refuse_shared
+from recipes.solve.plan import solve_all
+
+ROOT = Path(__file__).parents[3]
+RECIPES = read_recipes(ROOT)
+PLANS = {plan.image.name: plan for plan in solve_all(RECIPES)}
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+DIGEST = f"sha256:{'a' * 64}"
+
+
+@pytest.mark.parametrize(
+    ("text", "registry", "loopback"),
+    [
+        ("ghcr.io/attnimg", "ghcr.io/attnimg", False),
+        ("registry.example.com:5000/team/images/", "registry.example.com:5000/team/images", False),
+        ("127.0.0.1:5000/rehearsal", "127.0.0.1:5000/rehearsal", True),
+        ("localhost:5000/x", "localhost:5000/x", True),
+        ("[::1]:5000/x", "[::1]:5000/x", True),
+        ("127.example.com/x", "127.example.com/x", False),
+        ("localhost.example.com/x", "localhost.example.com/x", False),
+        ("10.0.0.1:5000/x", "10.0.0.1:5000/x", False),
+    ],
+)
+def test_a_registry_is_a_host_and_a_namespace(text: str, registry: str, loopback: bool) -> None:
+    place = parse_place(text)
+    assert (place.registry, place.loopback) == (registry, loopback)
+    assert place.at(DIGEST) == f"{registry}/attnimg@{DIGEST}"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "ghcr.io", "ghcr.io/", "https://ghcr.io/x", "attnimg/x", "ghcr.io/Team", "a b.c/x"]
+)
+def test_what_is_no_registry_is_refused(text: str) -> None:
+    with pytest.raises(AttnimgError) as caught:
+        parse_place(text)
+    assert caught.value.code == "bad-registry"
+    assert "REGISTRY=" in caught.value.do
+
+
+def test_the_environment_replaces_the_registry_of_the_recipe() -> None:
+    assert find_place(ROOT, {}).registry == read_registry(ROOT).registry
+    assert find_place(ROOT, {"REGISTRY": ""}).registry == read_registry(ROOT).registry
+    assert find_place(ROOT, {"REGISTRY": "localhost:1/x/"}).registry == "localhost:1/x"
+
+
+@pytest.mark.parametrize(
+    "text", ["registry = 1", "registry =", 'registry = "ghcr.io/x"\nsoruce = "x"']
+)
+def test_a_registry_file_that_is_wrong_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes/registry.toml").write_text(text)
+    with pytest.raises(AttnimgError, match=r"registry\.toml"):
+        read_registry(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("image", "version", "revision", "tag"),
+    [
+        ("hopper", "0.2.0", COMMIT, "hopper-0.2.0-torch2.14.1-cu130-0123456789ab"),
+        ("cpu", "0.2.0rc1", COMMIT, "cpu-0.2.0rc1-torch2.13.0-cpu-0123456789ab"),
+        ("cpu", "0.2.0+local", COMMIT, "cpu-0.2.0_local-torch2.13.0-cpu-0123456789ab"),
+        ("cpu", "dev", f"{COMMIT}-dirty", "cpu-dev-torch2.13.0-cpu-0123456789ab-dirty"),
+        (
+            "ampere-frontier",
+            "0.2.0",
+            COMMIT,
+            "ampere-frontier-0.2.0-torch2.15.0-cu132-0123456789ab",
+        ),
+    ],
+)
+def test_the_immutable_tag_names_everything_that_a_rebuild_changes(
+    image: str, version: str, revision: str, tag: str
+) -> None:
+    assert immutable_tag(PLANS[image], version=version, revision=revision) == tag
+
+
+def test_moving_tags_are_the_name_and_its_aliases_and_no_two_images_share_one() -> None:
+    assert moving_tags(PLANS["ampere"]) == ("ampere", "ada")
+    refuse_shared(PLANS)
+    with pytest.raises(AttnimgError, match="same tag") as caught:
+        refuse_shared({"ampere": PLANS["ampere"], "other": PLANS["ampere"]})
+    assert "ada: ampere, other" in caught.value.why
+
+
+def test_an_immutable_tag_is_never_moved() -> None:
+    refuse_changed("cpu-1", found=None, digest=DIGEST)
+    refuse_changed("cpu-1", found=DIGEST, digest=DIGEST)
+    with pytest.raises(AttnimgError, match="cpu-1 is taken"):
+        refuse_changed("cpu-1", found=f"sha256:{'b' * 64}", digest=DIGEST)
+
+
+# ---- what may be published ----------------------------------------------------------------------
+
+PLAN = replace(PLANS["cpu"], base_digest=DIGEST, unresolved={})
+LABELS = {
+    f"{OCI}.title": "attnimg:cpu",
+    f"{OCI}.version": "0.2.0",
+    f"{OCI}.revision": COMMIT,
+    f"{OCI}.created": "2026-11-27T00:00:00Z",
+    f"{OCI}.base.name": PLAN.image.base,
+    f"{OCI}.base.digest": DIGEST,
+}
+PASSED = {"gates": [{"gate": "size", "findings": [], "skip_reason": ""}]}
+REMOTE, LOCAL = parse_place("registry.example.com/team"), parse_place("127.0.0.1:1/rehearsal")
+
+
+def check(labels=LABELS, judged=PASSED, plan=PLAN, place=REMOTE, head=COMMIT, rehearsal=False):
+    return check_publishable(
+        plan, labels=labels, judged=judged, version="0.2.0", head=head, place=place,
+        rehearsal=rehearsal,
+    )  # fmt: skip
+
+
+def test_a_resolved_labelled_and_judged_image_is_published_also_in_a_rehearsal() -> None:
+    assert check() == ()
+    assert check(place=LOCAL) == ()
+    assert check(place=LOCAL, rehearsal=True) == ()
+
+
+@pytest.mark.parametrize(
+    ("label", "value", "found"),
+    [
+        ("version", "dev", "label version: found dev"),
+        ("version", "", "label version: found none"),
+        ("version", "0.1.0", "label version: found 0.1.0, needed 0.2.0"),
+        ("revision", "", "label revision: found none"),
+        ("revision", f"{COMMIT}-dirty", "needed a commit of 40 digits"),
+        ("revision", "main", "needed a commit of 40 digits"),
+        ("revision", "f" * 40, f"needed {COMMIT}, this checkout's"),
+        ("created", "", "label created: found none"),
+        ("base.name", "", "label base.name: found none"),
+        ("base.name", "attnimg-base:bookworm", "label base.name: found attnimg-base:bookworm"),
+        ("base.digest", "", "label base.digest: found none"),
+        ("base.digest", f"sha256:{'b' * 64}", f"needed {DIGEST}, the recipe's"),
+    ],
+)
+def test_what_the_build_did_not_know_is_refused_and_a_warning_in_a_rehearsal(
+    label: str, value: str, found: str
+) -> None:
+    labels = LABELS | {f"{OCI}.{label}": value}
+    for place in (REMOTE, LOCAL):
+        with pytest.raises(AttnimgError) as caught:
+            check(labels, place=place)
+        assert caught.value.code == "not-publishable"
+        assert found in caught.value.why
+        assert "REHEARSAL=1" in caught.value.do
+    (warning,) = check(labels, place=LOCAL, rehearsal=True)
+    assert found in warning
+
+
+def test_an_unresolved_value_is_refused_and_a_warning_in_a_rehearsal() -> None:
+    plan = PLANS["rocm"]
+    labels = LABELS | {f"{OCI}.title": "attnimg:rocm"}
+    with pytest.raises(AttnimgError, match="rocm can't be published") as caught:
+        check(labels, plan=plan)
+    assert "images/rocm: torch is unresolved" in caught.value.why
+    warnings = check(labels, plan=plan, place=LOCAL, rehearsal=True)
+    assert any("torch is unresolved" in text for text in warnings)
+
+
+@pytest.mark.parametrize(
+    ("judged", "found"),
+    [
+        ({}, "gates: found no result"),
+        ({"gates": []}, "gates: found no result"),
+        (
+            {"gates": [{"gate": "pins", "findings": [{"file": "torch"}], "skip_reason": ""}]},
+            "gate pins: 1 findings (torch)",
+        ),
+        (
+            {"gates": [{"gate": "sbom", "findings": [], "skip_reason": "no syft"}]},
+            "gate sbom was skipped: no syft",
+        ),
+    ],
+)
+def test_what_the_gates_did_not_pass_is_refused_also_in_a_rehearsal(judged, found: str) -> None:
+    for place, rehearsal in ((REMOTE, False), (LOCAL, True)):
+        with pytest.raises(AttnimgError) as caught:
+            check(judged=judged, place=place, rehearsal=rehearsal)
+        assert found in caught.value.why
+        assert "make gate/cpu" in caught.value.do
+
+
+def test_an_image_of_something_else_is_refused_also_in_a_rehearsal() -> None:
+    with pytest.raises(AttnimgError, match="cpu can't be published"):
+        check(LABELS | {f"{OCI}.title": "attnimg:hopper"}, place=LOCAL, rehearsal=True)
+
+
+def test_a_release_is_refused_before_anything_is_built_and_runs_all_tests(tmp_path: Path) -> None:
+    resolved = {"REGISTRY": "registry.example.com/team"}
+    with pytest.raises(AttnimgError, match="rocm can't be published"):
+        release(PLANS["rocm"], RECIPES, step=None, root=ROOT, env=resolved)
+    with pytest.raises(AttnimgError, match="goes to a registry of this machine"):
+        release(PLAN, RECIPES, step=None, root=ROOT, env=resolved | {"REHEARSAL": "1"})
+    with pytest.raises(AttnimgError, match="runs all tests"):
+        release(PLAN, RECIPES, step="push", root=ROOT, env=resolved | {"TESTS": "tests/x.py"})
+
+
+def test_a_rehearsal_never_leaves_this_machine() -> None:
+    with pytest.raises(AttnimgError) as caught:
+        check(rehearsal=True)
+    assert caught.value.code == "not-a-rehearsal"
+
+
+def test_no_image_of_the_recipes_is_published_today() -> None:
+    """Their base is unresolved; the release starts to work when `make lock` has resolved it."""
+    for name, plan in PLANS.items():
+        if plan.unresolved:
+            with pytest.raises(AttnimgError):
+                check(LABELS | {f"{OCI}.title": f"attnimg:{name}"}, plan=plan)
+
+
+# ---- the state of a release, and what registries answer ------------------------------------------
+
+RECORD = records.Record(
+    image="cpu", registry=LOCAL.registry, image_id=DIGEST, digest=DIGEST,
+    reference=LOCAL.at(DIGEST), bytes=1, layers=({"digest": DIGEST, "bytes": 1},), labels=LABELS,
+    version="0.2.0", revision=COMMIT, started="2026-11-27T00:00:00Z", rehearsal=("why",),
+)  # fmt: skip
+
+
+def test_a_record_is_read_as_it_was_written_and_a_rehearsal_has_its_own(tmp_path: Path) -> None:
+    pushed = records.write_record(RECORD.done("push", seconds=1.23), tmp_path)
+    assert records.read_record("cpu", LOCAL, tmp_path) == pushed
+    assert records.read_record("cpu", REMOTE, tmp_path) is None
+    assert records.needed_record("cpu", LOCAL, tmp_path, after="push") == pushed
+    with pytest.raises(AttnimgError) as caught:
+        records.needed_record("cpu", LOCAL, tmp_path, after="verify")
+    assert (caught.value.code, caught.value.do) == ("no-step", "make verify/cpu")
+    other = parse_place("127.0.0.1:2/rehearsal")
+    with pytest.raises(AttnimgError, match="another registry"):
+        records.needed_record("cpu", other, tmp_path, after="push")
+    with pytest.raises(AttnimgError, match="not that far"):
+        records.needed_record("hopper", LOCAL, tmp_path, after="push")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"image": "cpu"}', '{"layers": 1, "rehearsal": 1}']
+)
+def test_a_damaged_record_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / records.record_path("cpu", LOCAL)
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    with pytest.raises(AttnimgError, match="not a record") as caught:
+        records.read_record("cpu", LOCAL, tmp_path)
+    assert caught.value.do.startswith("remove it")
+
+
+# Of skopeo 1.9.3, cosign 2.5.0, Docker 26, docker-registry 2.8.2, and public registries.
+@pytest.mark.parametrize(
+    ("output", "what"),
+    [
+        (
+            'time="2026-11-27T23:00:00Z" level=fatal msg="trying to reuse blob sha256:0 at '
+            'destination: pinging container registry 127.0.0.1:1: Get \\"http://127.0.0.1:1/\\": '
+            'dial tcp 127.0.0.1:1: connect: connection refused"',
+            "can't be reached",
+        ),
+        ("Error: dial tcp: lookup registry.example.com: no such host", "can't be reached"),
+        ("received unexpected HTTP status: 503 Service Unavailable, status code 503", "reached"),
+        (
+            "Error: GET https://x/token: DENIED: requested access to the resource is denied",
+            "creden",
+        ),
+        ("reading manifest: unauthorized: authentication required", "refuses the credentials"),
+        (
+            "writing blob: received unexpected HTTP status: 500: write: no space left on device",
+            "its disk may be full",
+        ),
+        ("toomanyrequests: You have reached your pull rate limit", "no more requests"),
+        ("x509: certificate signed by unknown authority", "no TLS certificate"),
+        ("http: server gave HTTP response to HTTPS client", "no TLS certificate"),
+        ("reading manifest cpu in 127.0.0.1:1/x: manifest unknown", "does not have the image"),
+        ("NAME_UNKNOWN: repository name not known to registry", "does not have the image"),
+        ("Cannot connect to the Docker daemon at unix:///x. Is it running?", "no Docker engine"),
+        ("Error: no signatures found", "skopeo failed"),
+        ("", "skopeo failed"),
+    ],
+)
+def test_what_a_registry_answers_is_told_in_plain_words(output: str, what: str) -> None:
+    error = answer_error("skopeo", f"first line\n{output}" if output else "", host="example.com")
+    assert what in error.what
+    assert error.why
+    assert error.do
+    assert "level=fatal" not in error.why
+
+
+def test_the_readme_says_whether_images_are_published() -> None:
+    published = read_registry(ROOT).published
+    assert ("not published yet" in (ROOT / "README.md").read_text()) == (not published)
+    for one in published:
+        assert one.image in PLANS
+        assert one.digest.startswith("sha256:")
+
+
+def test_no_file_names_the_registry_but_its_recipe() -> None:
+    registry = read_registry(ROOT).registry
+    pages = {*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "Makefile"}
+    pages |= {*(ROOT / ".github/workflows").glob("*.yml")}
+    named = {path.name for path in pages if registry in path.read_text(encoding="utf-8")}
+    assert named <= {"releases.md"}  # whose commands `make render` writes
+
+
+def test_a_build_is_tagged_by_its_name_and_aliases_whatever_the_registry_is() -> None:
+    bake = json.loads((ROOT / "docker/docker-bake.json").read_text())
+    for name, plan in PLANS.items():
+        assert bake["target"][name]["tags"] == [f"attnimg:{tag}" for tag in moving_tags(plan)]
+    assert "REGISTRY" not in bake["variable"]
