@@ -54,7 +54,7 @@ def write_predicates(
             targets=bake["target"],
             locks=locks,
             base={
-                "name": record.labels.get(f"{OCI}.base.name") or plan.image.base,
+                "name": record.labels.get(f"{OCI}.base.name") or plan.base.reference,
                 "digest": record.labels.get(f"{OCI}.base.digest", ""),
             },
             image_id=record.image_id,
