@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -169,6 +170,7 @@ def test_what_accelerate_launch_exports_is_fine(
         ("OMP_NUM_THREADS", "4,"), ("OMP_NUM_THREADS", "-1"),
         ("HF_DATASETS_IN_MEMORY_MAX_SIZE", "x"), ("TQDM_MININTERVAL", "x"),
         ("TORCH_DISTRIBUTED_DEBUG", "x"), ("ACCELERATE_LOG_LEVEL", "x"),
+        ("TORCHINDUCTOR_CACHE_DIR", "/dev/null/x"),
     ],
 )  # fmt: skip
 def test_a_value_that_a_library_cannot_use_is_refused(name: str, value: str) -> None:
@@ -187,6 +189,7 @@ def test_values_that_libraries_can_read_are_fine() -> None:
         "TOKENIZERS_PARALLELISM": "x", "PMI_SIZE": "1",
     })  # fmt: skip
     require_parsable({"OMP_NUM_THREADS": "8,2"})
+    require_parsable({"TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/new/inductor"})
     require_parsable(os.environ)
 
 

@@ -1,0 +1,60 @@
+"""Messages on memory limits and folders that depend on how a container was started."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from attnimg import pipeline
+from attnimg.facts import Proof, Reason
+from attnimg.train.check import _why_not_writable
+from attnimg.verification import runner
+
+
+@pytest.mark.parametrize(
+    ("limit", "kills", "text"),
+    [
+        (600 << 20, 1, "as the memory limit of the container or job, 600 MiB, was reached"),
+        (600 << 20, 0, "probably because memory ran out"),
+        (None, 1, "probably because memory ran out"),
+    ],
+    ids=["the limit was reached", "another SIGKILL", "no limit"],
+)
+def test_a_killed_proof(
+    monkeypatch: pytest.MonkeyPatch, limit: int | None, kills: int, text: str
+) -> None:
+    monkeypatch.setattr(runner, "memory_limit", lambda: limit)
+    monkeypatch.setattr(runner, "oom_kills", lambda: 4 + kills)
+    with tempfile.TemporaryFile() as output:
+        reason = runner._exit_reason(-signal.SIGKILL, case="x", output=output, kills=4)
+    assert (reason.code, reason.text) == ("oom", f"x: killed by SIGKILL, {text}")
+
+
+@pytest.mark.parametrize("limit", [600 << 20, None])
+def test_the_advice_after_it(monkeypatch: pytest.MonkeyPatch, limit: int | None) -> None:
+    monkeypatch.setattr(pipeline, "memory_limit", lambda: limit)
+    proof = Proof(backend="sdpa", reasons=(Reason(code="oom", text="killed"),), seconds=1.0)
+    advice = pipeline._failed_proof(proof, do="set it").do
+    assert ("raise the memory limit" in advice) == (limit is not None)
+
+
+@pytest.mark.parametrize(
+    ("number", "mode", "why", "do"),
+    [
+        (errno.EROFS, 0o755, "Read-only file system", "set output_dir elsewhere"),
+        (errno.EACCES, 0o555, "its mode is dr-xr-xr-x", "chmod u+wx"),
+    ],
+    ids=["a read-only mount", "a folder of this user's own"],
+)
+def test_a_folder_of_this_user(tmp_path: Path, number: int, mode: int, why: str, do: str) -> None:
+    tmp_path.chmod(mode)
+    found = _why_not_writable(tmp_path, OSError(number, os.strerror(number)))
+    tmp_path.chmod(0o755)
+    assert why in found[0]
+    assert do in found[1]
+    assert "belongs to user" not in found[0]
