@@ -14,10 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from child_images_record import EXAMPLES, RECORD, inputs
 
-ROOT = Path(__file__).parents[2]
-EXAMPLES = ROOT / "examples/child-images"
-RECORD = ROOT / "docs/measured/child-images.json"
 CA = Path("/etc/ssl/certs/ca-certificates.crt")
 IMAGE = os.environ.get("IMAGE", "attnimg:cpu")
 
@@ -53,6 +51,7 @@ def child(request: pytest.FixtureRequest) -> Iterator[Child]:
             "date": datetime.now(UTC).date().isoformat(),
             "image": IMAGE,
             "devel_added_mb": devel,
+            "inputs": inputs(),
             "children": dict(sorted(built.items())),
         }
         RECORD.write_text(f"{json.dumps(record, indent=2)}\n", encoding="utf-8")

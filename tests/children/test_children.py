@@ -14,7 +14,8 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import EXAMPLES, IMAGE, ROOT, Child
+from child_images_record import EXAMPLES, ROOT
+from conftest import IMAGE, Child
 
 UID, GID = 4321, 4399
 

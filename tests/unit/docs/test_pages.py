@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -22,6 +23,9 @@ MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 TARGETS = {name for names in re.findall(r"^([\w./%-][^:=\n]*):(?!=)", MAKEFILE, re.M)
            for name in names.split()}  # fmt: skip
 IMAGES = {name for image in image_catalogue().values() for name in (image.name, *image.aliases)}
+# Images with compilers; they have no gates and no wheels of their own.
+BAKE = json.loads((ROOT / "docker/docker-bake.json").read_text(encoding="utf-8"))
+DEVEL = {name.replace("_", "-") for name in BAKE["target"] if name.endswith("_devel")}
 # What pages write where a reader puts the name of an image.
 PLACEHOLDERS = {"NAME", "TAG", "%"}
 
@@ -36,7 +40,7 @@ def wrong_commands(page: Page) -> list[str]:
         else:
             wrong += [f"make {target}" for target in plain if not is_target(target)]
     for tag, word in page.images:
-        if tag not in IMAGES | PLACEHOLDERS:
+        if tag not in IMAGES | PLACEHOLDERS | DEVEL | {"NAME-devel"}:
             wrong.append(f"attnimg:{tag}")
         if word and word not in {*COMMANDS, "python", "bash"}:
             wrong.append(f"attnimg:{tag} {word}")
@@ -46,7 +50,7 @@ def wrong_commands(page: Page) -> list[str]:
 def is_target(name: str) -> bool:
     """Return whether the Makefile has a target, and, after a slash, the image exists."""
     stem, _, image = name.partition("/")
-    known = image in IMAGES | PLACEHOLDERS
+    known = image in IMAGES | PLACEHOLDERS or (stem in ("build", "test", "run") and image in DEVEL)
     return name in TARGETS or (f"{stem}/%" in TARGETS and known)
 
 
@@ -103,6 +107,9 @@ def test_a_broken_link_is_found(tmp_path: Path, text: str, broken: list[str]) ->
         pytest.param("docker run --rm attnimg:ada doctor", [], id="an image by its alias"),
         pytest.param("make rendr", ["make rendr"], id="no such target"),
         pytest.param("make build/hoper", ["make build/hoper"], id="no such image"),
+        pytest.param("make build/cpu-devel", [], id="an image with compilers"),
+        pytest.param("make gate/cpu-devel", ["make gate/cpu-devel"], id="it has no gates"),
+        pytest.param("make build/rocm-devel", ["make build/rocm-devel"], id="rocm has none"),
         pytest.param("attnimg explian x", ["attnimg explian"], id="no such command"),
         pytest.param("docker run \\\n  attnimg:hoper train", ["attnimg:hoper"], id="a wrong tag"),
         pytest.param("docker run attnimg:cpu trian x", ["attnimg:cpu trian"], id="in an image"),
