@@ -53,6 +53,9 @@ TINY: dict[str, Any] = LLAMA | {"vocab_size": 2048, "hidden_size": 64, "intermed
                                 "num_hidden_layers": 1, "num_attention_heads": 2,
                                 "num_key_value_heads": 1}  # fmt: skip
 
+WIDER: dict[str, Any] = LLAMA | {"hidden_size": 640, "intermediate_size": 2048,
+                                 "num_hidden_layers": 7}  # fmt: skip
+
 # name -> part, fields of the model's config.json, keys of the run. The runs of the part "base" have
 # nearly no tensors: they measure the process.
 RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -96,6 +99,18 @@ RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "sgd, accumulation": (
         "validate", LLAMA | {"hidden_size": 768, "intermediate_size": 2304},
         FULL | {"optimizer": "sgd", "micro_batch_size": 1, "gradient_accumulation_steps": 2}),
+    "adafactor, bf16": (
+        "validate", WIDER, FULL | {"optimizer": "adafactor", "bf16": True, "sequence_len": 1024,
+                                   "micro_batch_size": 1}),
+    "adafactor, bf16, checkpointing": (
+        "validate", WIDER,
+        FULL | {"optimizer": "adafactor", "bf16": True, "sequence_len": 2048, "micro_batch_size": 2,
+                "gradient_checkpointing": True}),
+    "long rows, bf16": (
+        "validate", WIDER | {"max_position_embeddings": 4096},
+        FULL | {"bf16": True, "sequence_len": 2048, "micro_batch_size": 1}),
+    "lora bf16, long rows": (
+        "validate", WIDER, LORA | {"bf16": True, "sequence_len": 2048, "micro_batch_size": 1}),
     "qwen2, evaluation": (
         "calibrate", LLAMA | {"model_type": "qwen2"},
         FULL | {"val_set_size": 0.1, "eval_steps": 2, "eval_batch_size": 6}),
@@ -202,8 +217,11 @@ def gpu_comparisons() -> list[dict[str, Any]]:
             keys = GPU_KEYS | {"attn_implementation": GPU_BACKENDS[backend]}
             _, problem, plan = config_and_plan = choose_backend(GPU_MODEL, keys, machine)
             model = read_architecture(GPU_MODEL, problem.model)
-            run = read_settings(config_and_plan[0], problem, machine, plan.chosen.backend)
             assert isinstance(model, Architecture)
+            run = read_settings(
+                config_and_plan[0], problem, machine, plan.chosen.backend,
+                vocabulary=model.vocabulary,
+            )  # fmt: skip
             assert isinstance(run, RunSettings)
             quadratic = quadratic_memory(plan, problem)
             phases = list_phases(model, run, quadratic=quadratic.layer if quadratic else 0)

@@ -21,6 +21,10 @@ LOSS_TOKENS, LOSS_COLUMNS = 4096, 32768
 # Source: trl 1.16, kernels/chunked_logprob.py, _backward_tile and _forward_tile
 # (2026-11-27).
 _LOSS_TENSORS, _FORWARD_TENSORS = 7, 3
+# Float32 tensors beside the model's own logits: log-probabilities, probabilities and their product;
+# in the backward pass log-probabilities and two gradients.
+# Source: attnimg/train/loss.py, _score_chunk.
+_KEPT_TENSORS = 3
 # Float32 tensors of the logits in the comparison of the loss: in the model's own loss, and in its
 # tolerance. Source: attnimg/train/loss.py, loss_tolerance.
 _CHECK_TENSORS = 7
@@ -148,6 +152,12 @@ def loss_bytes(model: Architecture, run: RunSettings) -> tuple[Amount, Amount]:
     # The last norm, the hidden states that are scored, rotary embeddings and token numbers.
     kept = [state * 4, state * run.hidden, rotary, rotary, tokens * 24]
     kept += [] if run.adapter else [state * run.hidden]
+    if run.keeps_logits:
+        working = _kept_logits(model, run, tokens)
+        if run.embedding != c:
+            # Autocast's copy of the output layer, and its gradient.
+            working += (2 if trains_head(model, run) else 1) * [model.embeddings * c]
+        return amount(kept), amount(working)
     rows, columns = min(tokens, LOSS_TOKENS), min(model.vocabulary, LOSS_COLUMNS)
     working = [rows * LOSS_COLUMNS * c, state * 4]
     working += [state * run.hidden] if run.hidden != 4 else []
@@ -161,6 +171,12 @@ def loss_bytes(model: Architecture, run: RunSettings) -> tuple[Amount, Amount]:
     return amount(kept), amount(working)
 
 
+def _kept_logits(model: Architecture, run: RunSettings, tokens: int) -> list[int]:
+    """Return the bytes of the model's own logits, and of what is computed from them."""
+    logits = tokens * model.vocabulary
+    return [logits * run.compute, *_KEPT_TENSORS * [logits * 4]]
+
+
 def untouched_bytes(model: Architecture, run: RunSettings, *, rows: int) -> int:
     """Return the bytes that the loss allocates and does not write, which take no memory on a CPU.
 
@@ -171,6 +187,8 @@ def untouched_bytes(model: Architecture, run: RunSettings, *, rows: int) -> int:
         run: the run.
         rows: rows of the batch.
     """
+    if run.keeps_logits:
+        return 0
     tokens = min(rows * run.length, LOSS_TOKENS)
     return tokens * max(0, LOSS_COLUMNS - model.vocabulary) * run.compute
 
@@ -183,7 +201,9 @@ def evaluation_bytes(model: Architecture, run: RunSettings) -> Amount:
     wide = max((layer.experts.used if layer.experts else 1) * layer.size for layer in model.layers)
     rows, columns = min(tokens, LOSS_TOKENS), min(model.vocabulary, LOSS_COLUMNS)
     loss = [rows * LOSS_COLUMNS * c]
-    if run.cpu:
+    if run.keeps_logits:
+        loss = _kept_logits(model, run, tokens)
+    elif run.cpu:
         loss += [*_FORWARD_TENSORS * [rows * columns * 4], rows * columns]
     block = 3 * [tokens * wide * c]
     largest = max(linear.weights for layer in model.layers for linear in layer.linears)

@@ -104,7 +104,10 @@ def forecast_memory(
         return _unknown(model, available)
     if plan.chosen is None:
         return _unknown("no attention backend was chosen", available)
-    run = read_settings(config, problem, machine, plan.chosen.backend, processes=processes)
+    run = read_settings(
+        config, problem, machine, plan.chosen.backend,
+        vocabulary=model.vocabulary, processes=processes,
+    )  # fmt: skip
     if isinstance(run, str):
         return _unknown(run, available)
     if not trained_weights(model, run):

@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
 from attnimg.errors import AttnimgError, set_backend
+from attnimg.memory.settings import keeps_logits
 from attnimg.train import checkpoint as checkpoints
 from attnimg.train import records
 from attnimg.train.checkpoint import FileHasher, write_errors
@@ -432,7 +433,12 @@ class Engine(RunTrainer, LossTrainer):
 
     def __init__(self, session: Session, **options: Any) -> None:
         self._eval_sums = torch.zeros(2, dtype=torch.float64)
-        super().__init__(session, **options)
+        vocabulary = getattr(options["model"].config.get_text_config(), "vocab_size", None)
+        super().__init__(
+            session,
+            small_logits=keeps_logits(session.config, vocabulary),
+            **options,
+        )
 
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None

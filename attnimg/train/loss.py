@@ -1,7 +1,7 @@
 """Compute the loss of a training step, and bound the difference of two such losses.
 
-It is computed by TRL's chunked head, or from the model's own logits; own_loss.py compares it with
-the model's own loss.
+It is computed from the model's own logits where they are small, otherwise by TRL's chunked head;
+own_loss.py compares it with the model's own loss.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from trl import SFTTrainer
 
+from attnimg.memory.settings import SMALL_LOGITS
 from attnimg.train.rows import NO_LOSS, Batch, CountingCollator, Rows
 
 if TYPE_CHECKING:
@@ -27,16 +28,18 @@ class LossTrainer(SFTTrainer):  # type: ignore[misc]  # TRL's types are not foll
     """The part of the engine that computes the loss.
 
     Args:
+        small_logits: whether the logits of every batch are small, so that they are kept.
         options: arguments of SFTTrainer.
 
     Attributes:
         own_head: whether the loss is computed from the model's own logits, not by TRL's head.
+        small_logits: as in the arguments.
         aux_coefficient: the weight of the auxiliary loss; None where the model computes none.
         observe: called with each batch and the output of the head; None where nothing is observed.
     """
 
-    def __init__(self, **options: Any) -> None:
-        self.own_head = False
+    def __init__(self, *, small_logits: bool, **options: Any) -> None:
+        self.own_head = self.small_logits = small_logits
         self.observe: Callable[[Any, Any], None] | None = None
         config = options["model"].config.get_text_config()
         requested = getattr(config, "output_router_logits", None)
@@ -66,7 +69,7 @@ class LossTrainer(SFTTrainer):  # type: ignore[misc]  # TRL's types are not foll
         """
         if self.aux_coefficient is not None:
             inputs["output_router_logits"] = True
-        head = use_model_head(model) if self.own_head else model
+        head = use_model_head(model, small_logits=self.small_logits) if self.own_head else model
         aux: list[torch.Tensor | None] = []
 
         def call(**arguments: Any) -> Any:
@@ -146,11 +149,12 @@ def aux_loss_coefficient(model: Any) -> float:
 CHUNK = 1024
 
 
-def use_model_head(model: Any) -> Callable[..., Any]:
+def use_model_head(model: Any, *, small_logits: bool) -> Callable[..., Any]:
     """Return a function that is called like a model with TRL's head, and uses the model's own head.
 
     Args:
         model: a causal language model, also one wrapped by PEFT, DDP or torch.compile.
+        small_logits: whether the memory suffices for several float32 tensors of their size.
 
     Returns:
         A function of the model's arguments, labels and fused_lm_head; it returns TRL's
@@ -162,7 +166,8 @@ def use_model_head(model: Any) -> Callable[..., Any]:
         assert fused_lm_head
         outputs = model(**arguments)
         targets = shift_labels(labels)
-        log_probs, entropy, is_top1 = score_tokens(outputs.logits, targets)
+        score = _score_chunk if small_logits else score_tokens
+        log_probs, entropy, is_top1 = score(outputs.logits, targets)
         return FusedCausalLMOutput(
             log_probs=log_probs,
             entropy=entropy,
@@ -204,11 +209,12 @@ def score_tokens(
 def _score_chunk(
     logits: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return what score_tokens returns, with all intermediate tensors in memory at once."""
     has_loss = targets != NO_LOSS
     log_probs = logits.float().log_softmax(-1)
-    chosen = log_probs.gather(-1, targets.clamp(min=0)[:, None])[:, 0]
+    chosen = log_probs.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
     with torch.no_grad():
-        entropy = torch.special.entr(log_probs.exp()).sum(-1)
+        entropy = -torch.linalg.vecdot(log_probs.exp(), log_probs)
         is_top1 = (log_probs.argmax(-1) == targets) & has_loss
     return chosen.masked_fill(~has_loss, 0), entropy.masked_fill(~has_loss, 0), is_top1
 
@@ -281,8 +287,9 @@ class LossCheck:
 
     Attributes:
         head: "chunked" (TRL's head) or "own" (the model's own logits).
+        small_logits: whether the model's own logits are used because they are small.
         compared: whether the losses were compared.
-        why: why they were not compared, or why the head is "own"; empty otherwise.
+        why: why they were not compared, or why TRL's head can't be used; empty otherwise.
         tokens: number of trained tokens in the compared batch.
         on_data: the comparison on that batch, in the run's precision.
         output_layer: the comparison of the output layer alone, in float32, on large hidden states;
@@ -295,6 +302,7 @@ class LossCheck:
     """
 
     head: str = "chunked"
+    small_logits: bool = False
     compared: bool = True
     why: str = ""
     tokens: int = 0
@@ -331,7 +339,7 @@ def loss_check_text(check: LossCheck) -> str:
     raised = ""
     if check.own_loss_raised:
         raised = f"; compared by its logits, since its own loss raised {check.own_loss_raised}"
-    if check.head == "own":
+    if check.head == "own" and not check.small_logits:
         return (
             f"warning: loss: TRL's chunked head is not used: {check.why}; the loss is computed "
             f"from the model's own logits, which needs more memory{raised}"
@@ -340,7 +348,11 @@ def loss_check_text(check: LossCheck) -> str:
     return (
         f"{'warning: ' if raised else ''}loss: the trainer's loss equals the model's own on "
         f"{check.tokens} tokens ({check.seconds:.1f} s)"
-        + ("" if check.output_layer else "; its output layer alone could not be compared")
+        + (
+            ""
+            if check.output_layer or check.small_logits
+            else "; its output layer alone could not be compared"
+        )
         + raised
     )
 
@@ -377,9 +389,6 @@ def loss_tolerance(
     )
 
 
-# Memory for the float32 logits of the batch; a backward pass needs about four such tensors.
-LOGITS_MIB = 128
-
 MAX_TOKENS = 512
 
 MAX_DOCUMENTS = 16
@@ -393,7 +402,7 @@ CONTEXT_TOKENS = 8
 
 def batch_tokens(vocabulary: int) -> int:
     """Return the largest number of tokens of the batch, padding included."""
-    return max(32, min(MAX_TOKENS, LOGITS_MIB * 2**20 // (4 * vocabulary)))
+    return max(32, min(MAX_TOKENS, SMALL_LOGITS // (4 * vocabulary)))
 
 
 def first_batch(rows: Rows, *, tokens: int) -> Batch | None:

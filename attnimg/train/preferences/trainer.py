@@ -110,7 +110,7 @@ class ReferenceTrainer(PreferenceTrainer):
         """
         if self.aux_coefficient is not None:
             inputs["output_router_logits"] = True
-        head = use_model_head(model) if self.own_head else model
+        head = use_model_head(model, small_logits=False) if self.own_head else model
         outputs = head(**inputs, fused_lm_head=True, use_cache=False)
         count = num_items_in_batch or outputs.label_mask.sum()
         aux = outputs.aux_loss if self.aux_coefficient is not None else None
