@@ -21,9 +21,8 @@ LOSS_TOKENS, LOSS_COLUMNS = 4096, 32768
 # Source: trl 1.16, kernels/chunked_logprob.py, _backward_tile and _forward_tile
 # (2026-11-27).
 _LOSS_TENSORS, _FORWARD_TENSORS = 7, 3
-# Float32 tensors beside the model's own logits: log-probabilities, probabilities and their product;
-# in the backward pass log-probabilities and two gradients.
-# Source: attnimg/train/loss.py, _score_chunk.
+# Float32 tensors of the model's own logits in the backward pass: log-probabilities, two gradients.
+# Source: attnimg/train/loss.py, _log_probs; torch 2.13, log_softmax and nll_loss.
 _KEPT_TENSORS = 3
 # Float32 tensors of the logits in the comparison of the loss: in the model's own loss, and in its
 # tolerance. Source: attnimg/train/loss.py, loss_tolerance.
@@ -153,7 +152,7 @@ def loss_bytes(model: Architecture, run: RunSettings) -> tuple[Amount, Amount]:
     kept = [state * 4, state * run.hidden, rotary, rotary, tokens * 24]
     kept += [] if run.adapter else [state * run.hidden]
     if run.keeps_logits:
-        working = _kept_logits(model, run, tokens)
+        working = _KEPT_TENSORS * [tokens * model.vocabulary * 4]
         if run.embedding != c:
             # Autocast's copy of the output layer, and its gradient.
             working += (2 if trains_head(model, run) else 1) * [model.embeddings * c]
@@ -169,12 +168,6 @@ def loss_bytes(model: Architecture, run: RunSettings) -> tuple[Amount, Amount]:
         # The gradient of the output layer is summed in float32 and cast at the end.
         working.append(model.embeddings * 4)
     return amount(kept), amount(working)
-
-
-def _kept_logits(model: Architecture, run: RunSettings, tokens: int) -> list[int]:
-    """Return the bytes of the model's own logits, and of what is computed from them."""
-    logits = tokens * model.vocabulary
-    return [logits * run.compute, *_KEPT_TENSORS * [logits * 4]]
 
 
 def untouched_bytes(model: Architecture, run: RunSettings, *, rows: int) -> int:
@@ -202,7 +195,8 @@ def evaluation_bytes(model: Architecture, run: RunSettings) -> Amount:
     rows, columns = min(tokens, LOSS_TOKENS), min(model.vocabulary, LOSS_COLUMNS)
     loss = [rows * LOSS_COLUMNS * c]
     if run.keeps_logits:
-        loss = _kept_logits(model, run, tokens)
+        logits = tokens * model.vocabulary
+        loss = [logits * c, logits * 4, *([logits * 4] if c != 4 else [])]
     elif run.cpu:
         loss += [*_FORWARD_TENSORS * [rows * columns * 4], rows * columns]
     block = 3 * [tokens * wide * c]

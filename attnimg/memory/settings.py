@@ -119,6 +119,7 @@ def read_settings(
     *,
     vocabulary: int,
     processes: int = 1,
+    small_logits: int = SMALL_LOGITS,
 ) -> RunSettings | str:
     """Return what a run's memory depends on, or why it is not known.
 
@@ -129,6 +130,7 @@ def read_settings(
         backend: the chosen backend.
         vocabulary: size of the model's vocabulary.
         processes: processes that train together.
+        small_logits: bytes of a batch's float32 logits up to which a run keeps them.
     """
     for key in ("fsdp", "fsdp_config", "deepspeed"):
         if getattr(config, key):
@@ -186,12 +188,12 @@ def read_settings(
         cpu=machine.arch.vendor == "cpu",
         masked=packed and backend.packing == "mask",
         eager=backend.name == "eager",
-        keeps_logits=keeps_logits(config, vocabulary),
+        keeps_logits=keeps_logits(config, vocabulary, limit=small_logits),
         processes=processes,
     )
 
 
-def keeps_logits(config: Config, vocabulary: int | None) -> bool:
+def keeps_logits(config: Config, vocabulary: int | None, *, limit: int = SMALL_LOGITS) -> bool:
     """Return whether a run computes its loss from the model's own logits, because they are small.
 
     It depends on nothing that a resumed run may find different, such as free memory.
@@ -199,11 +201,12 @@ def keeps_logits(config: Config, vocabulary: int | None) -> bool:
     Args:
         config: the validated run.
         vocabulary: size of the model's vocabulary; None where it is not known.
+        limit: bytes of the logits in float32.
     """
     if not vocabulary or config.fsdp or config.fsdp_config or config.deepspeed:
         return False
     rows = max(config.micro_batch_size, config.eval_batch_size or 0)
-    return 4 * rows * config.sequence_len * vocabulary <= SMALL_LOGITS
+    return 4 * rows * config.sequence_len * vocabulary <= limit
 
 
 def trains_head(model: Architecture, run: RunSettings) -> bool:

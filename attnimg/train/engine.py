@@ -36,6 +36,7 @@ from attnimg.train.resume import apply_config
 from attnimg.train.rows import COUNTS, EpochSampler, LengthGroupedOrder, row_lengths
 from attnimg.train.saved_states import CheckpointingTrainer
 from attnimg.train.schedules import cosine_factor, create_optimizer_with_rates
+from attnimg.train.trackers import active_trackers
 
 if TYPE_CHECKING:
     from attnimg.train.fit import Session
@@ -437,6 +438,7 @@ class Engine(RunTrainer, LossTrainer):
         super().__init__(
             session,
             small_logits=keeps_logits(session.config, vocabulary),
+            with_scores=bool(active_trackers(session.config)),
             **options,
         )
 

@@ -29,17 +29,20 @@ class LossTrainer(SFTTrainer):  # type: ignore[misc]  # TRL's types are not foll
 
     Args:
         small_logits: whether the logits of every batch are small, so that they are kept.
+        with_scores: whether entropy and accuracy are computed from small logits, for trackers.
         options: arguments of SFTTrainer.
 
     Attributes:
         own_head: whether the loss is computed from the model's own logits, not by TRL's head.
         small_logits: as in the arguments.
+        with_scores: as in the arguments.
         aux_coefficient: the weight of the auxiliary loss; None where the model computes none.
         observe: called with each batch and the output of the head; None where nothing is observed.
     """
 
-    def __init__(self, *, small_logits: bool, **options: Any) -> None:
+    def __init__(self, *, small_logits: bool, with_scores: bool, **options: Any) -> None:
         self.own_head = self.small_logits = small_logits
+        self.with_scores = with_scores
         self.observe: Callable[[Any, Any], None] | None = None
         config = options["model"].config.get_text_config()
         requested = getattr(config, "output_router_logits", None)
@@ -69,7 +72,10 @@ class LossTrainer(SFTTrainer):  # type: ignore[misc]  # TRL's types are not foll
         """
         if self.aux_coefficient is not None:
             inputs["output_router_logits"] = True
-        head = use_model_head(model, small_logits=self.small_logits) if self.own_head else model
+        score = (
+            score_tokens if not self.small_logits else _score if self.with_scores else _log_probs
+        )
+        head = use_model_head(model, score) if self.own_head else model
         aux: list[torch.Tensor | None] = []
 
         def call(**arguments: Any) -> Any:
@@ -115,6 +121,9 @@ class LossTrainer(SFTTrainer):  # type: ignore[misc]  # TRL's types are not foll
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean auxiliary loss of the batches since the last log."""
+        if self.small_logits and not self.with_scores:
+            for name in SCORES:
+                self._metrics["train" if self.model.training else "eval"].pop(name, None)
         if "loss" in logs and self.aux_coefficient is not None:
             total, batches = self.aux_window()
             self._aux.zero_()
@@ -145,16 +154,24 @@ def aux_loss_coefficient(model: Any) -> float:
     return next((float(value) for value in found if value is not None), 0.0)
 
 
+# TRL's values of the tokens in a log, which only trackers get.
+SCORES = ("entropy", "mean_token_accuracy")
 # Tokens whose float32 log-probabilities are in memory at once.
 CHUNK = 1024
 
 
-def use_model_head(model: Any, *, small_logits: bool) -> Callable[..., Any]:
+# Log-probability, entropy, and whether the target is the most likely token, (B, S) each.
+Scores = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def use_model_head(
+    model: Any, score: Callable[[torch.Tensor, torch.Tensor], Scores]
+) -> Callable[..., Any]:
     """Return a function that is called like a model with TRL's head, and uses the model's own head.
 
     Args:
         model: a causal language model, also one wrapped by PEFT, DDP or torch.compile.
-        small_logits: whether the memory suffices for several float32 tensors of their size.
+        score: returns the scores of logits (B, S, V) and targets (B, S), as score_tokens does.
 
     Returns:
         A function of the model's arguments, labels and fused_lm_head; it returns TRL's
@@ -166,7 +183,6 @@ def use_model_head(model: Any, *, small_logits: bool) -> Callable[..., Any]:
         assert fused_lm_head
         outputs = model(**arguments)
         targets = shift_labels(labels)
-        score = _score_chunk if small_logits else score_tokens
         log_probs, entropy, is_top1 = score(outputs.logits, targets)
         return FusedCausalLMOutput(
             log_probs=log_probs,
@@ -184,9 +200,7 @@ def shift_labels(labels: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=NO_LOSS)
 
 
-def score_tokens(
-    logits: torch.Tensor, targets: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def score_tokens(logits: torch.Tensor, targets: torch.Tensor) -> Scores:
     """Return log-probability, entropy and whether the target is the most likely token, (B, S) each.
 
     Args:
@@ -200,15 +214,13 @@ def score_tokens(
         logits.reshape(-1, vocabulary).split(CHUNK), targets.reshape(-1).split(CHUNK), strict=True
     )
     # The backward pass recomputes a chunk's float32 values, so that only the logits are kept.
-    found = [checkpoint(_score_chunk, *part, use_reentrant=False) for part in parts]
+    found = [checkpoint(_score, *part, use_reentrant=False) for part in parts]
     log_probs, entropy, is_top1 = (torch.cat(values).view(targets.shape)
                                    for values in zip(*found, strict=True))  # fmt: skip
     return log_probs, entropy, is_top1
 
 
-def _score_chunk(
-    logits: torch.Tensor, targets: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _score(logits: torch.Tensor, targets: torch.Tensor) -> Scores:
     """Return what score_tokens returns, with all intermediate tensors in memory at once."""
     has_loss = targets != NO_LOSS
     log_probs = logits.float().log_softmax(-1)
@@ -217,6 +229,15 @@ def _score_chunk(
         entropy = -torch.linalg.vecdot(log_probs.exp(), log_probs)
         is_top1 = (log_probs.argmax(-1) == targets) & has_loss
     return chosen.masked_fill(~has_loss, 0), entropy.masked_fill(~has_loss, 0), is_top1
+
+
+def _log_probs(logits: torch.Tensor, targets: torch.Tensor) -> Scores:
+    """Return what score_tokens returns, with zeros in place of all but the log-probabilities."""
+    flat = logits.float().flatten(0, -2)
+    found = -torch.nn.functional.cross_entropy(
+        flat, targets.flatten(), ignore_index=NO_LOSS, reduction="none"
+    ).view(targets.shape)
+    return found, torch.zeros_like(found), torch.zeros_like(targets, dtype=torch.bool)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,6 +24,7 @@ from attnimg.train.loss import (
     Comparison,
     Loss,
     LossCheck,
+    LossTrainer,
     Tolerance,
     loss_check_text,
     use_model_head,
@@ -263,12 +264,27 @@ def test_small_logits_give_the_metrics_of_trls_head(tmp_path: Path) -> None:
     inputs = {name: value for name, value in batch.items() if name != COUNTS} | {"use_cache": False}
     with torch.no_grad():
         trl = engine.model(**inputs, fused_lm_head=True)
-        own = use_model_head(engine.model, small_logits=True)(**inputs, fused_lm_head=True)
+        own = use_model_head(engine.model, loss._score)(**inputs, fused_lm_head=True)
+        without = use_model_head(engine.model, loss._log_probs)(**inputs, fused_lm_head=True)
+    torch.testing.assert_close(own.log_probs, without.log_probs)
     mask = trl.label_mask
     assert torch.equal(own.label_mask[:, :-1], mask)
     for name in ("log_probs", "entropy"):
         torch.testing.assert_close(getattr(own, name)[:, :-1], getattr(trl, name))
     assert torch.equal(own.is_top1[:, :-1][mask], trl.is_top1[mask].bool())
+
+
+@pytest.mark.parametrize("tracked", [True, False])
+def test_only_trackers_get_entropy_and_accuracy(tmp_path: Path, tracked: bool) -> None:
+    engine, session = engine_of(tmp_path, tiny_model("llama"), small_logits=True)
+    engine.with_scores = tracked
+    batch = session.train.collate([session.train.dataset[0]])
+    del batch[COUNTS]
+    engine.compute_loss(engine.model, batch)
+    logs = {"train_runtime": 1.0}
+    LossTrainer.log(engine, logs)
+    assert ({"entropy", "mean_token_accuracy"} <= logs.keys()) is tracked
+    assert "num_tokens" in logs
 
 
 def test_small_logits_need_no_head_that_trl_knows(tmp_path: Path) -> None:
@@ -291,8 +307,8 @@ def test_a_wrong_loss_of_small_logits_is_refused(
     def doubled(logits: torch.Tensor, targets: torch.Tensor) -> Any:
         return score(2 * logits, targets)
 
-    score = loss._score_chunk
-    monkeypatch.setattr(loss, "_score_chunk", doubled)
+    score = loss._log_probs
+    monkeypatch.setattr(loss, "_log_probs", doubled)
     engine, session = engine_of(tmp_path, tiny_model("llama"), small_logits=True)
     with pytest.raises(AttnimgError, match="not the negative log-likelihood") as caught:
         check(engine, session)
