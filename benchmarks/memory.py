@@ -53,6 +53,9 @@ TINY: dict[str, Any] = LLAMA | {"vocab_size": 2048, "hidden_size": 64, "intermed
                                 "num_hidden_layers": 1, "num_attention_heads": 2,
                                 "num_key_value_heads": 1}  # fmt: skip
 
+WIDER: dict[str, Any] = LLAMA | {"hidden_size": 640, "intermediate_size": 2048,
+                                 "num_hidden_layers": 7}  # fmt: skip
+
 # name -> part, fields of the model's config.json, keys of the run. The runs of the part "base" have
 # nearly no tensors: they measure the process.
 RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -96,6 +99,18 @@ RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "sgd, accumulation": (
         "validate", LLAMA | {"hidden_size": 768, "intermediate_size": 2304},
         FULL | {"optimizer": "sgd", "micro_batch_size": 1, "gradient_accumulation_steps": 2}),
+    "adafactor, bf16": (
+        "validate", WIDER, FULL | {"optimizer": "adafactor", "bf16": True, "sequence_len": 1024,
+                                   "micro_batch_size": 1}),
+    "adafactor, bf16, checkpointing": (
+        "validate", WIDER,
+        FULL | {"optimizer": "adafactor", "bf16": True, "sequence_len": 2048, "micro_batch_size": 2,
+                "gradient_checkpointing": True}),
+    "long rows, bf16": (
+        "validate", WIDER | {"max_position_embeddings": 4096},
+        FULL | {"bf16": True, "sequence_len": 2048, "micro_batch_size": 1}),
+    "lora bf16, long rows": (
+        "validate", WIDER, LORA | {"bf16": True, "sequence_len": 2048, "micro_batch_size": 1}),
     "qwen2, evaluation": (
         "calibrate", LLAMA | {"model_type": "qwen2"},
         FULL | {"val_set_size": 0.1, "eval_steps": 2, "eval_batch_size": 6}),
@@ -130,11 +145,18 @@ def main(names: list[str]) -> None:
             shutil.rmtree(Path(folder) / name)
 
 
-def forecast_run(model: dict[str, Any], keys: dict[str, Any]) -> dict[str, Any]:
-    """Return the forecast of a run on a CPU: bytes of the process and of what torch allocates."""
+def forecast_run(model: dict[str, Any], keys: dict[str, Any], *, head: str) -> dict[str, Any]:
+    """Return the forecast of a run on a CPU: bytes of the process and of what torch allocates.
+
+    Args:
+        model: fields of the model's config.json.
+        keys: of the run.
+        head: "own" where the run kept its logits, "chunked" where it used TRL's head.
+    """
     from attnimg.facts import Arch, Machine
     from attnimg.memory.architecture import read_architecture
     from attnimg.memory.forecast import forecast_memory
+    from attnimg.memory.settings import SMALL_LOGITS
 
     machine = Machine(arch=Arch(name="cpu", vendor="cpu"), gpu="cpu")
     values = {key: value for key, value in keys.items() if value is not None}
@@ -142,11 +164,16 @@ def forecast_run(model: dict[str, Any], keys: dict[str, Any]) -> dict[str, Any]:
         values["eval_strategy"] = "no"
     config, problem, plan = choose_backend(model, values, machine)
     sizes = read_architecture(model, problem.model)
-    found = forecast_memory(config, sizes, problem=problem, plan=plan, machine=machine)
+    options = {
+        "plan": plan,
+        "machine": machine,
+        "small_logits": SMALL_LOGITS if head == "own" else 0,
+    }
+    found = forecast_memory(config, sizes, problem=problem, **options)
     # Evaluations and the comparison of the loss are not in the profiled step.
     no_evaluation = config.model_copy(update={"eval_strategy": "no", "eval_batch_size": None})
     problem = replace(problem, rows=config.micro_batch_size)
-    step = forecast_memory(no_evaluation, sizes, problem=problem, plan=plan, machine=machine)
+    step = forecast_memory(no_evaluation, sizes, problem=problem, **options)
     return {"peak": found.total, "tensors": step.step_tensors, "why": found.why}
 
 
@@ -202,8 +229,11 @@ def gpu_comparisons() -> list[dict[str, Any]]:
             keys = GPU_KEYS | {"attn_implementation": GPU_BACKENDS[backend]}
             _, problem, plan = config_and_plan = choose_backend(GPU_MODEL, keys, machine)
             model = read_architecture(GPU_MODEL, problem.model)
-            run = read_settings(config_and_plan[0], problem, machine, plan.chosen.backend)
             assert isinstance(model, Architecture)
+            run = read_settings(
+                config_and_plan[0], problem, machine, plan.chosen.backend,
+                vocabulary=model.vocabulary,
+            )  # fmt: skip
             assert isinstance(run, RunSettings)
             quadratic = quadratic_memory(plan, problem)
             phases = list_phases(model, run, quadratic=quadratic.layer if quadratic else 0)
@@ -220,7 +250,7 @@ def compare(record: dict[str, Any]) -> list[dict[str, Any]]:
     """Return measured and forecast bytes of each run, and the relative errors of the forecasts."""
     found = []
     for name, run in record["runs"].items():
-        forecast = forecast_run(run["model"], run["keys"])
+        forecast = forecast_run(run["model"], run["keys"], head=run.get("head", "chunked"))
         measured = {"peak": run["peak"], "tensors": run["device"]["peak"]}
         errors = {key: forecast[key] / measured[key] - 1 for key in measured}
         found.append({"name": name, "part": run["part"], "measured": measured,
@@ -359,6 +389,7 @@ def train(folder: Path, name: str) -> None:
             found["peaks"]["steps"] = take_peak()
             found["device"] = {"start": live_bytes(self, inputs)}
             found["backend"] = self.session.run.backend
+            found["head"] = "own" if self.own_head else "chunked"
             found["tokens"] = list(inputs["input_ids"].shape)
             profiler.start()
         return step(self, model, inputs, *others)

@@ -13,12 +13,13 @@ from attnimg.errors import AttnimgError, counted, printable
 from attnimg.machine.kernel_cache import use_shipped_kernels
 from attnimg.runs.evaluate import Evaluation, find_target
 from attnimg.runs.evaluate import evaluate as evaluate_target
+from attnimg.runs.evaluate_preferences import PreferenceEvaluation
 from attnimg.task import installed_machine
 from attnimg.train.packages import require_trainer
 
 
 def evaluate(run: str, base: bool, base_model: str | None, as_json_lines: bool) -> None:
-    """Compute loss and perplexity of test_datasets with a run's model, as training does."""
+    """Compute the loss of test_datasets with a run's model, as training does."""
     require_trainer()
     require_one_process("evaluate")
     exit_on_sigterm()
@@ -38,9 +39,15 @@ def evaluate(run: str, base: bool, base_model: str | None, as_json_lines: bool) 
             print(printable(text) if sys.stdout.isatty() else text)
 
 
-def result_text(result: Evaluation) -> str:
+def result_text(result: Evaluation | PreferenceEvaluation) -> str:
     """Return a result as one line."""
     name = f"{result.dataset} ({result.path})" if result.path else result.dataset
+    if isinstance(result, PreferenceEvaluation):
+        values = "".join(f", {key} {value:.4f}" for key, value in result.metrics.items())
+        return (
+            f"{name}: {result.rl} loss {result.loss:.4f}{values}, {result.documents:,} records, "
+            f"{result.tokens:,} tokens"
+        )
     error = "" if result.standard_error is None else f" +- {result.standard_error:.4f}"
     return (
         f"{name}: loss {result.loss:.4f}{error}, perplexity {result.perplexity:,.2f}, "

@@ -21,6 +21,9 @@ LOSS_TOKENS, LOSS_COLUMNS = 4096, 32768
 # Source: trl 1.16, kernels/chunked_logprob.py, _backward_tile and _forward_tile
 # (2026-11-27).
 _LOSS_TENSORS, _FORWARD_TENSORS = 7, 3
+# Float32 tensors of the model's own logits in the backward pass: log-probabilities, two gradients.
+# Source: attnimg/train/loss.py, _log_probs; torch 2.13, log_softmax and nll_loss.
+_KEPT_TENSORS = 3
 # Float32 tensors of the logits in the comparison of the loss: in the model's own loss, and in its
 # tolerance. Source: attnimg/train/loss.py, loss_tolerance.
 _CHECK_TENSORS = 7
@@ -148,6 +151,12 @@ def loss_bytes(model: Architecture, run: RunSettings) -> tuple[Amount, Amount]:
     # The last norm, the hidden states that are scored, rotary embeddings and token numbers.
     kept = [state * 4, state * run.hidden, rotary, rotary, tokens * 24]
     kept += [] if run.adapter else [state * run.hidden]
+    if run.keeps_logits:
+        working = _KEPT_TENSORS * [tokens * model.vocabulary * 4]
+        if run.embedding != c:
+            # Autocast's copy of the output layer, and its gradient.
+            working += (2 if trains_head(model, run) else 1) * [model.embeddings * c]
+        return amount(kept), amount(working)
     rows, columns = min(tokens, LOSS_TOKENS), min(model.vocabulary, LOSS_COLUMNS)
     working = [rows * LOSS_COLUMNS * c, state * 4]
     working += [state * run.hidden] if run.hidden != 4 else []
@@ -171,6 +180,8 @@ def untouched_bytes(model: Architecture, run: RunSettings, *, rows: int) -> int:
         run: the run.
         rows: rows of the batch.
     """
+    if run.keeps_logits:
+        return 0
     tokens = min(rows * run.length, LOSS_TOKENS)
     return tokens * max(0, LOSS_COLUMNS - model.vocabulary) * run.compute
 
@@ -183,7 +194,10 @@ def evaluation_bytes(model: Architecture, run: RunSettings) -> Amount:
     wide = max((layer.experts.used if layer.experts else 1) * layer.size for layer in model.layers)
     rows, columns = min(tokens, LOSS_TOKENS), min(model.vocabulary, LOSS_COLUMNS)
     loss = [rows * LOSS_COLUMNS * c]
-    if run.cpu:
+    if run.keeps_logits:
+        logits = tokens * model.vocabulary
+        loss = [logits * c, logits * 4, *([logits * 4] if c != 4 else [])]
+    elif run.cpu:
         loss += [*_FORWARD_TENSORS * [rows * columns * 4], rows * columns]
     block = 3 * [tokens * wide * c]
     largest = max(linear.weights for layer in model.layers for linear in layer.linears)

@@ -22,7 +22,13 @@ from attnimg.memory.activations import (
 from attnimg.memory.amounts import Amount, amount
 from attnimg.memory.architecture import Architecture
 from attnimg.memory.parts import gradient_bytes, mapped_bytes, optimizer_bytes, weight_bytes
-from attnimg.memory.settings import RunSettings, read_settings, trained_weights, trains_head
+from attnimg.memory.settings import (
+    SMALL_LOGITS,
+    RunSettings,
+    read_settings,
+    trained_weights,
+    trains_head,
+)
 from attnimg.selection.run_findings import device_memory, quadratic_memory
 
 EVALUATION, LOSS_CHECK = "evaluation", "loss check"
@@ -88,6 +94,7 @@ def forecast_memory(
     plan: Plan,
     machine: Machine,
     processes: int = 1,
+    small_logits: int = SMALL_LOGITS,
 ) -> Forecast:
     """Return the forecast of a run's memory.
 
@@ -98,13 +105,17 @@ def forecast_memory(
         plan: the chosen backend.
         machine: the machine of the run.
         processes: processes that train together.
+        small_logits: bytes of a batch's float32 logits up to which a run keeps them.
     """
     available = device_memory(machine)
     if isinstance(model, str):
         return _unknown(model, available)
     if plan.chosen is None:
         return _unknown("no attention backend was chosen", available)
-    run = read_settings(config, problem, machine, plan.chosen.backend, processes=processes)
+    run = read_settings(
+        config, problem, machine, plan.chosen.backend,
+        vocabulary=model.vocabulary, processes=processes, small_logits=small_logits,
+    )  # fmt: skip
     if isinstance(run, str):
         return _unknown(run, available)
     if not trained_weights(model, run):

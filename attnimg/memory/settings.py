@@ -21,6 +21,9 @@ _UNKNOWN = (
     "batch_flattening", "rl", "lora_model_dir", "optim_args", "use_kernels",
 )  # fmt: skip
 EMBEDDINGS = ("embed_tokens", "lm_head")
+# The largest size of a batch's logits in float32 for which a run keeps them. A backward pass needs
+# about four such tensors: as much as the comparison of the loss before the first step.
+SMALL_LOGITS = 128 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +54,7 @@ class RunSettings:
         cpu: whether the run is on a CPU.
         masked: whether attention gets a mask, for which keys and values are repeated.
         eager: whether attention stores its scores for the backward pass.
+        keeps_logits: whether the loss is computed from the model's own logits.
         processes: processes that train together.
     """
 
@@ -77,6 +81,7 @@ class RunSettings:
     cpu: bool
     masked: bool
     eager: bool
+    keeps_logits: bool
     processes: int = 1
 
     @property
@@ -107,7 +112,14 @@ class RunSettings:
 
 
 def read_settings(
-    config: Config, problem: Problem, machine: Machine, backend: Backend, *, processes: int = 1
+    config: Config,
+    problem: Problem,
+    machine: Machine,
+    backend: Backend,
+    *,
+    vocabulary: int,
+    processes: int = 1,
+    small_logits: int = SMALL_LOGITS,
 ) -> RunSettings | str:
     """Return what a run's memory depends on, or why it is not known.
 
@@ -116,7 +128,9 @@ def read_settings(
         problem: what its attention computes.
         machine: the machine of the run.
         backend: the chosen backend.
+        vocabulary: size of the model's vocabulary.
         processes: processes that train together.
+        small_logits: bytes of a batch's float32 logits up to which a run keeps them.
     """
     for key in ("fsdp", "fsdp_config", "deepspeed"):
         if getattr(config, key):
@@ -174,8 +188,25 @@ def read_settings(
         cpu=machine.arch.vendor == "cpu",
         masked=packed and backend.packing == "mask",
         eager=backend.name == "eager",
+        keeps_logits=keeps_logits(config, vocabulary, limit=small_logits),
         processes=processes,
     )
+
+
+def keeps_logits(config: Config, vocabulary: int | None, *, limit: int = SMALL_LOGITS) -> bool:
+    """Return whether a run computes its loss from the model's own logits, because they are small.
+
+    It depends on nothing that a resumed run may find different, such as free memory.
+
+    Args:
+        config: the validated run.
+        vocabulary: size of the model's vocabulary; None where it is not known.
+        limit: bytes of the logits in float32.
+    """
+    if not vocabulary or config.fsdp or config.fsdp_config or config.deepspeed:
+        return False
+    rows = max(config.micro_batch_size, config.eval_batch_size or 0)
+    return 4 * rows * config.sequence_len * vocabulary <= limit
 
 
 def trains_head(model: Architecture, run: RunSettings) -> bool:

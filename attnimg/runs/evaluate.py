@@ -19,6 +19,11 @@ from attnimg.config.schema import Config, trains_preferences
 from attnimg.errors import AttnimgError, counted
 from attnimg.facts import Machine
 from attnimg.pipeline import Applied, Selected, select, select_verify_apply
+from attnimg.runs.evaluate_preferences import (
+    PreferenceEvaluation,
+    evaluate_preferences,
+    load_frozen_reference,
+)
 from attnimg.runs.folder import WITHOUT_TRAINING, RunFolder, find_run, has_receipt, locate
 from attnimg.train.run import TrainReport, read_checked_task, with_model_config
 
@@ -105,7 +110,7 @@ def find_target(argument: str, *, base: bool, base_model: str | None = None) -> 
         base_model: the base model, if it has been moved.
 
     Raises:
-        AttnimgError: as `find_run` does.
+        AttnimgError: as `find_run` does, or the file has another rl than the run (bad-value).
     """
     written, folder = locate(argument)
     if written is not None and (base or not has_receipt(folder)):
@@ -117,6 +122,8 @@ def find_target(argument: str, *, base: bool, base_model: str | None = None) -> 
     run = find_run(argument, command="evaluate", base_model=base_model)
     config = run.config if base else run.loading_config
     if written is not None:
+        if written.rl != run.config.rl:
+            raise _other_method(written, run)
         changes = {key: getattr(written, key) for key in DATA_KEYS}
         config = config.model_copy(update=changes)
     return Target(config=config, run=None if base else run, notes=run.notes)
@@ -124,7 +131,7 @@ def find_target(argument: str, *, base: bool, base_model: str | None = None) -> 
 
 def evaluate(
     target: Target, machine: Machine, *, report: TrainReport, advance: Advance
-) -> tuple[Evaluation, ...]:
+) -> tuple[Evaluation | PreferenceEvaluation, ...]:
     """Compute the loss on each evaluation dataset, and on all where there are several.
 
     Args:
@@ -134,14 +141,11 @@ def evaluate(
         advance: receives the progress.
 
     Raises:
-        AttnimgError: there is no evaluation data (missing-key), it is preference data
-            (unsupported-key), or what training raises.
+        AttnimgError: there is no evaluation data (missing-key), or what training raises.
     """
     from attnimg.train.environment import silence_libraries
 
     config = target.config.model_copy(update=WITHOUT_TRAINING)
-    if trains_preferences(config):
-        raise _of_preferences(target)
     if not config.test_datasets and not config.val_set_size:
         raise _nothing_to_evaluate(target)
     silence_libraries()
@@ -152,27 +156,37 @@ def evaluate(
         # Before the proofs, so that a mistake in the data is reported without waiting for them.
         tokenizer, parts = _load_data(config, target.run, report)
 
+        # The model that the losses of preferences compare with; None for texts.
+        reference: list[Any] = []
+
         def load(selected: Selected) -> Any:
-            return _load_weights(config, target.run, selected, tokenizer, report.log)
+            model = _load_weights(config, target.run, selected, tokenizer, report.log)
+            reference.append(load_frozen_reference(config, target.run, model, selected, tokenizer))
+            return model
 
         applied = select_verify_apply(task, load, report=report, plan=plan)
         folder = undo.enter_context(TemporaryDirectory())
         config = config.model_copy(update={"output_dir": folder})
-        return _evaluate_parts(
-            config, machine, applied, tokenizer=tokenizer, parts=parts, report=report,
-            advance=advance,
-        )  # fmt: skip
+        make_session = partial(_session, config, machine, applied, tokenizer, reference[-1], report)
+        if trains_preferences(config):
+            return evaluate_preferences(
+                parts, target.run, make_session=make_session, report=report, advance=advance
+            )
+        return _evaluate_parts(make_session, parts, report=report, advance=advance)
 
 
-def _of_preferences(target: Target) -> AttnimgError:
-    """Return the error for preference data, whose loss depends on a reference model."""
+def _other_method(written: Config, run: RunFolder) -> AttnimgError:
+    """Return the error for data of another method than the run's."""
     return AttnimgError(
-        "attnimg evaluate does not evaluate preference data",
-        why=f"found rl: {target.config.rl}; needed texts, whose loss is that of each token",
-        do="read metrics.eval_loss in the receipt.json of the run; for the loss on texts, pass a "
-        "YAML file without rl, with test_datasets and the trained model as base_model (merge an "
-        "adapter first, with attnimg merge)",
-        code="unsupported-key",
+        "the data are for another method than the run",
+        why=f"found rl: {written.rl or 'none'} in the file, rl: {run.config.rl or 'none'} in the "
+        "receipt of the run",
+        do=f"set rl: {run.config.rl} in the file, with test_datasets of preference data; for the "
+        "loss on texts, pass a YAML file with the trained model as base_model (merge an adapter "
+        "first, with attnimg merge), and an output_dir without a run"
+        if run.config.rl
+        else "remove rl from the file, with test_datasets of texts",
+        code="bad-value",
         key="rl",
     )
 
@@ -309,12 +323,9 @@ def _load_weights(
 
 
 def _evaluate_parts(
-    config: Config,
-    machine: Machine,
-    applied: Applied,
-    *,
-    tokenizer: Any,
+    make_session: Callable[[Documents], Session],
     parts: dict[str, Documents],
+    *,
     report: TrainReport,
     advance: Advance,
 ) -> tuple[Evaluation, ...]:
@@ -328,7 +339,7 @@ def _evaluate_parts(
     total = DocumentLosses()
     engine: Any = None
     for key, documents in parts.items():
-        session = _session(config, machine, applied, tokenizer, documents, report)
+        session = make_session(documents)
         if engine is None:
             view = ProgressView(report.console, total=1, visible=False)
             engine = build_engine(session, view, lambda _: None)
@@ -359,25 +370,30 @@ def _session(
     machine: Machine,
     applied: Applied,
     tokenizer: Any,
-    documents: Documents,
+    reference: Any,
     report: TrainReport,
+    documents: Documents,
 ) -> Session:
     """Return a session of training whose rows are those of one evaluation dataset."""
     from attnimg.train.arguments import plan_steps
     from attnimg.train.attention_check import build_attention_check
     from attnimg.train.distributed import StopFlag
     from attnimg.train.fit import Session
+    from attnimg.train.preferences.batches import make_preference_rows
     from attnimg.train.records import RunFacts
     from attnimg.train.rows import make_rows
 
-    selected = applied.selected
-    rows = make_rows(
-        documents.validation,
-        config,
-        packed=bool(config.sample_packing) and config.eval_sample_packing is not False,
-        context=selected.context,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    selected, padding = applied.selected, tokenizer.pad_token_id
+    if trains_preferences(config):
+        rows = make_preference_rows(documents.validation, config, pad_token_id=padding)
+    else:
+        rows = make_rows(
+            documents.validation,
+            config,
+            packed=bool(config.sample_packing) and config.eval_sample_packing is not False,
+            context=selected.context,
+            pad_token_id=padding,
+        )
     return Session(
         config=config,
         folder=Path(config.output_dir),
@@ -394,6 +410,7 @@ def _session(
         console=report.console,
         train=rows,
         evaluation=rows,
+        reference=reference,
         schedule=plan_steps(config, rows=len(rows.dataset), world=1, validation=True),
         restored={},
         identity={},

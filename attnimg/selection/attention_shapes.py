@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, Literal
 
 from attnimg.facts import LayerGroup, Model
@@ -265,6 +266,7 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
+@cache
 def read_families() -> dict[str, Family]:
     """Read data/families.toml: model_type -> family."""
     families = {}

@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
 from attnimg.errors import AttnimgError, set_backend
+from attnimg.memory.settings import keeps_logits
 from attnimg.train import checkpoint as checkpoints
 from attnimg.train import records
 from attnimg.train.checkpoint import FileHasher, write_errors
@@ -35,6 +36,7 @@ from attnimg.train.resume import apply_config
 from attnimg.train.rows import COUNTS, EpochSampler, LengthGroupedOrder, row_lengths
 from attnimg.train.saved_states import CheckpointingTrainer
 from attnimg.train.schedules import cosine_factor, create_optimizer_with_rates
+from attnimg.train.trackers import active_trackers
 
 if TYPE_CHECKING:
     from attnimg.train.fit import Session
@@ -432,7 +434,13 @@ class Engine(RunTrainer, LossTrainer):
 
     def __init__(self, session: Session, **options: Any) -> None:
         self._eval_sums = torch.zeros(2, dtype=torch.float64)
-        super().__init__(session, **options)
+        vocabulary = getattr(options["model"].config.get_text_config(), "vocab_size", None)
+        super().__init__(
+            session,
+            small_logits=keeps_logits(session.config, vocabulary),
+            with_scores=bool(active_trackers(session.config)),
+            **options,
+        )
 
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None

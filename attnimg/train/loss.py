@@ -1,7 +1,7 @@
 """Compute the loss of a training step, and bound the difference of two such losses.
 
-It is computed by TRL's chunked head, or from the model's own logits; own_loss.py compares it with
-the model's own loss.
+It is computed from the model's own logits where they are small, otherwise by TRL's chunked head;
+own_loss.py compares it with the model's own loss.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from trl import SFTTrainer
 
+from attnimg.memory.settings import SMALL_LOGITS
 from attnimg.train.rows import NO_LOSS, Batch, CountingCollator, Rows
 
 if TYPE_CHECKING:
@@ -27,16 +28,21 @@ class LossTrainer(SFTTrainer):  # type: ignore[misc]  # TRL's types are not foll
     """The part of the engine that computes the loss.
 
     Args:
+        small_logits: whether the logits of every batch are small, so that they are kept.
+        with_scores: whether entropy and accuracy are computed from small logits, for trackers.
         options: arguments of SFTTrainer.
 
     Attributes:
         own_head: whether the loss is computed from the model's own logits, not by TRL's head.
+        small_logits: as in the arguments.
+        with_scores: as in the arguments.
         aux_coefficient: the weight of the auxiliary loss; None where the model computes none.
         observe: called with each batch and the output of the head; None where nothing is observed.
     """
 
-    def __init__(self, **options: Any) -> None:
-        self.own_head = False
+    def __init__(self, *, small_logits: bool, with_scores: bool, **options: Any) -> None:
+        self.own_head = self.small_logits = small_logits
+        self.with_scores = with_scores
         self.observe: Callable[[Any, Any], None] | None = None
         config = options["model"].config.get_text_config()
         requested = getattr(config, "output_router_logits", None)
@@ -66,7 +72,10 @@ class LossTrainer(SFTTrainer):  # type: ignore[misc]  # TRL's types are not foll
         """
         if self.aux_coefficient is not None:
             inputs["output_router_logits"] = True
-        head = use_model_head(model) if self.own_head else model
+        score = (
+            score_tokens if not self.small_logits else _score if self.with_scores else _log_probs
+        )
+        head = use_model_head(model, score) if self.own_head else model
         aux: list[torch.Tensor | None] = []
 
         def call(**arguments: Any) -> Any:
@@ -112,6 +121,9 @@ class LossTrainer(SFTTrainer):  # type: ignore[misc]  # TRL's types are not foll
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean auxiliary loss of the batches since the last log."""
+        if self.small_logits and not self.with_scores:
+            for name in SCORES:
+                self._metrics["train" if self.model.training else "eval"].pop(name, None)
         if "loss" in logs and self.aux_coefficient is not None:
             total, batches = self.aux_window()
             self._aux.zero_()
@@ -142,15 +154,24 @@ def aux_loss_coefficient(model: Any) -> float:
     return next((float(value) for value in found if value is not None), 0.0)
 
 
+# TRL's values of the tokens in a log, which only trackers get.
+SCORES = ("entropy", "mean_token_accuracy")
 # Tokens whose float32 log-probabilities are in memory at once.
 CHUNK = 1024
 
 
-def use_model_head(model: Any) -> Callable[..., Any]:
+# Log-probability, entropy, and whether the target is the most likely token, (B, S) each.
+Scores = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def use_model_head(
+    model: Any, score: Callable[[torch.Tensor, torch.Tensor], Scores]
+) -> Callable[..., Any]:
     """Return a function that is called like a model with TRL's head, and uses the model's own head.
 
     Args:
         model: a causal language model, also one wrapped by PEFT, DDP or torch.compile.
+        score: returns the scores of logits (B, S, V) and targets (B, S), as score_tokens does.
 
     Returns:
         A function of the model's arguments, labels and fused_lm_head; it returns TRL's
@@ -162,7 +183,7 @@ def use_model_head(model: Any) -> Callable[..., Any]:
         assert fused_lm_head
         outputs = model(**arguments)
         targets = shift_labels(labels)
-        log_probs, entropy, is_top1 = score_tokens(outputs.logits, targets)
+        log_probs, entropy, is_top1 = score(outputs.logits, targets)
         return FusedCausalLMOutput(
             log_probs=log_probs,
             entropy=entropy,
@@ -179,9 +200,7 @@ def shift_labels(labels: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=NO_LOSS)
 
 
-def score_tokens(
-    logits: torch.Tensor, targets: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def score_tokens(logits: torch.Tensor, targets: torch.Tensor) -> Scores:
     """Return log-probability, entropy and whether the target is the most likely token, (B, S) each.
 
     Args:
@@ -195,22 +214,30 @@ def score_tokens(
         logits.reshape(-1, vocabulary).split(CHUNK), targets.reshape(-1).split(CHUNK), strict=True
     )
     # The backward pass recomputes a chunk's float32 values, so that only the logits are kept.
-    found = [checkpoint(_score_chunk, *part, use_reentrant=False) for part in parts]
+    found = [checkpoint(_score, *part, use_reentrant=False) for part in parts]
     log_probs, entropy, is_top1 = (torch.cat(values).view(targets.shape)
                                    for values in zip(*found, strict=True))  # fmt: skip
     return log_probs, entropy, is_top1
 
 
-def _score_chunk(
-    logits: torch.Tensor, targets: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _score(logits: torch.Tensor, targets: torch.Tensor) -> Scores:
+    """Return what score_tokens returns, with all intermediate tensors in memory at once."""
     has_loss = targets != NO_LOSS
     log_probs = logits.float().log_softmax(-1)
-    chosen = log_probs.gather(-1, targets.clamp(min=0)[:, None])[:, 0]
+    chosen = log_probs.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
     with torch.no_grad():
-        entropy = torch.special.entr(log_probs.exp()).sum(-1)
+        entropy = -torch.linalg.vecdot(log_probs.exp(), log_probs)
         is_top1 = (log_probs.argmax(-1) == targets) & has_loss
     return chosen.masked_fill(~has_loss, 0), entropy.masked_fill(~has_loss, 0), is_top1
+
+
+def _log_probs(logits: torch.Tensor, targets: torch.Tensor) -> Scores:
+    """Return what score_tokens returns, with zeros in place of all but the log-probabilities."""
+    flat = logits.float().flatten(0, -2)
+    found = -torch.nn.functional.cross_entropy(
+        flat, targets.flatten(), ignore_index=NO_LOSS, reduction="none"
+    ).view(targets.shape)
+    return found, torch.zeros_like(found), torch.zeros_like(targets, dtype=torch.bool)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -281,8 +308,9 @@ class LossCheck:
 
     Attributes:
         head: "chunked" (TRL's head) or "own" (the model's own logits).
+        small_logits: whether the model's own logits are used because they are small.
         compared: whether the losses were compared.
-        why: why they were not compared, or why the head is "own"; empty otherwise.
+        why: why they were not compared, or why TRL's head can't be used; empty otherwise.
         tokens: number of trained tokens in the compared batch.
         on_data: the comparison on that batch, in the run's precision.
         output_layer: the comparison of the output layer alone, in float32, on large hidden states;
@@ -295,6 +323,7 @@ class LossCheck:
     """
 
     head: str = "chunked"
+    small_logits: bool = False
     compared: bool = True
     why: str = ""
     tokens: int = 0
@@ -331,7 +360,7 @@ def loss_check_text(check: LossCheck) -> str:
     raised = ""
     if check.own_loss_raised:
         raised = f"; compared by its logits, since its own loss raised {check.own_loss_raised}"
-    if check.head == "own":
+    if check.head == "own" and not check.small_logits:
         return (
             f"warning: loss: TRL's chunked head is not used: {check.why}; the loss is computed "
             f"from the model's own logits, which needs more memory{raised}"
@@ -340,7 +369,11 @@ def loss_check_text(check: LossCheck) -> str:
     return (
         f"{'warning: ' if raised else ''}loss: the trainer's loss equals the model's own on "
         f"{check.tokens} tokens ({check.seconds:.1f} s)"
-        + ("" if check.output_layer else "; its output layer alone could not be compared")
+        + (
+            ""
+            if check.output_layer or check.small_logits
+            else "; its output layer alone could not be compared"
+        )
         + raised
     )
 
@@ -377,9 +410,6 @@ def loss_tolerance(
     )
 
 
-# Memory for the float32 logits of the batch; a backward pass needs about four such tensors.
-LOGITS_MIB = 128
-
 MAX_TOKENS = 512
 
 MAX_DOCUMENTS = 16
@@ -393,7 +423,7 @@ CONTEXT_TOKENS = 8
 
 def batch_tokens(vocabulary: int) -> int:
     """Return the largest number of tokens of the batch, padding included."""
-    return max(32, min(MAX_TOKENS, LOGITS_MIB * 2**20 // (4 * vocabulary)))
+    return max(32, min(MAX_TOKENS, SMALL_LOGITS // (4 * vocabulary)))
 
 
 def first_batch(rows: Rows, *, tokens: int) -> Batch | None:

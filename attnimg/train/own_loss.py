@@ -5,8 +5,9 @@
 
 TRL's chunked head rebuilds the model's output layer from its config, and silently leaves out any
 scale, cap, transform or auxiliary term that it does not know. Where the two losses differ, on the
-data or in the output layer, the model's own logits are used instead. Where the
-loss of the class is not the negative log-likelihood of its logits either, the run is refused.
+data or in the output layer, the model's own logits are used instead. A run with small logits uses
+them from the start, and its loss is compared on the data only. Where the loss of the class is not
+the negative log-likelihood of its logits either, the run is refused.
 
 The comparison runs in eval mode, which turns dropout off, and in the run's autocast. A class may
 add a term to its loss in train mode only: there, loss and logits of one forward pass are compared.
@@ -64,32 +65,44 @@ def check_loss(engine: Any, rows: Rows, *, context: RunContext, sharded: bool) -
             (loss-differs), or the model raises (model-raised); exit code 1.
     """
     began = time.monotonic()
+    small = engine.own_head
+    without = LossCheck(head="own" if small else "chunked", small_logits=small, compared=False)
     if sharded:
-        return LossCheck(compared=False, why="FSDP or DeepSpeed shards the weights")
+        return replace(without, why="FSDP or DeepSpeed shards the weights")
     vocabulary = getattr(engine.model.config.get_text_config(), "vocab_size", None) or 2**18
     batch = first_batch(rows, tokens=batch_tokens(vocabulary))
     if batch is None:
-        return LossCheck(compared=False, why="the first rows have no trained token")
+        return replace(without, why="the first rows have no trained token")
     inputs = {name: value for name, value in batch.items() if name != COUNTS}
     try:
         with _without_side_effects(engine):
-            found = _LossComparison(engine, engine._prepare_inputs(inputs), context).run()
+            prepared = engine._prepare_inputs(inputs)
+            found = _LossComparison(engine, prepared, context, without).run()
     except torch.OutOfMemoryError:
-        return LossCheck(compared=False, why="the comparison does not fit into the free GPU memory")
+        return replace(without, why="the comparison does not fit into the free GPU memory")
     return replace(
         found, aux_coefficient=engine.aux_coefficient, seconds=round(time.monotonic() - began, 3)
     )
 
 
 class _LossComparison:
-    """One comparison of an engine on one batch."""
+    """One comparison of an engine on one batch.
 
-    def __init__(self, engine: Any, inputs: dict[str, Any], context: RunContext) -> None:
-        self.engine, self.inputs, self.context = engine, inputs, context
+    Args:
+        engine: the engine in eval mode.
+        inputs: the batch, on the model's device.
+        context: how the run calls the model.
+        without: the result without a comparison.
+    """
+
+    def __init__(
+        self, engine: Any, inputs: dict[str, Any], context: RunContext, without: LossCheck
+    ) -> None:
+        self.engine, self.inputs, self.context, self.without = engine, inputs, context, without
         self.own_loss_raised: str | None = None
 
     def run(self) -> LossCheck:
-        """Compare with TRL's head; if it differs, switch to the model's own and compare again."""
+        """Compare the engine's loss; if TRL's head differs, use the model's own instead."""
         trainer, raised = self.trainer_loss()
         try:
             model, tolerance, tokens = self.model_loss()
@@ -100,18 +113,21 @@ class _LossComparison:
                 raise refusal from error
             if raised:
                 raise _model_raised_error(self.engine, exception_text(error)) from error
-            return LossCheck(
-                compared=False, why=f"the model's own loss raised {exception_text(error)}"
-            )
+            return replace(self.without, why=f"the model's own loss raised {exception_text(error)}")
         if any_rank(not math.isfinite(model.total)):
-            return LossCheck(compared=False, why="the model's own loss is NaN or inf")
+            return replace(self.without, why="the model's own loss is NaN or inf")
         on_data = Comparison(model=model, trainer=trainer, tolerance=tolerance, raised=raised)
         layer = None
-        if trainer is not None:
+        if trainer is not None and not self.without.small_logits:
             layer = compare_output_layer(self.engine, self.inputs)
-        found = LossCheck(
-            tokens=tokens, on_data=on_data, output_layer=layer, own_loss_raised=self.own_loss_raised
-        )
+        found = replace(
+            self.without, compared=True, tokens=tokens, on_data=on_data, output_layer=layer,
+            own_loss_raised=self.own_loss_raised,
+        )  # fmt: skip
+        if self.without.small_logits:
+            if any_rank(found.ratio > 1):
+                trainer = self.require_equal(model, tolerance)
+            return replace(found, on_data=replace(on_data, trainer=trainer), own_head=trainer)
         if not any_rank(found.ratio > 1):
             return found
         self.engine.own_head = True

@@ -15,18 +15,34 @@ from tiny_engine import make_engine, make_session
 from tiny_models import tiny_model
 from wrong_heads import WRONG_HEADS
 
+from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
-from attnimg.train.loss import Comparison, Loss, LossCheck, Tolerance, loss_check_text
+from attnimg.memory.settings import keeps_logits
+from attnimg.train import loss
+from attnimg.train.fit import build_engine
+from attnimg.train.loss import (
+    Comparison,
+    Loss,
+    LossCheck,
+    LossTrainer,
+    Tolerance,
+    loss_check_text,
+    use_model_head,
+)
 from attnimg.train.own_loss import check_loss
+from attnimg.train.records import ProgressView
+from attnimg.train.rows import COUNTS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ROUTED = {"output_router_logits": True, "router_aux_loss_coef": 0.1}
 
 
-def engine_of(folder: Path, model: Any, **options: Any) -> tuple[Any, Any]:
+def engine_of(
+    folder: Path, model: Any, *, small_logits: bool = False, **options: Any
+) -> tuple[Any, Any]:
     """Return an engine and its session for a model in this process."""
     session = make_session(folder, model=model, **options)
-    return make_engine(session), session
+    return make_engine(session, small_logits=small_logits), session
 
 
 def check(engine: Any, session: Any) -> Any:
@@ -220,6 +236,114 @@ def test_a_term_that_the_config_weighs_can_be_turned_off(tmp_path: Path) -> None
     assert check(engine, session).head == "chunked"
 
 
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("keys", [{}, {"adapter": "lora"}], ids=["full", "lora"])
+def test_small_logits_give_the_loss_of_trls_head(
+    tmp_path: Path, keys: dict[str, Any], precision: Any, packed: bool
+) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    session = make_session(tmp_path, precision=precision, sample_packing=packed, **keys)
+    chunked = check(make_engine(session), session)
+    engine = make_engine(session, small_logits=True)
+    found = check(engine, session)
+    assert (found.compared, found.head, found.small_logits) == (True, "own", True), found.why
+    assert (found.why, found.output_layer) == ("", None)
+    assert found.ratio < 0.5
+    tolerance = chunked.on_data.tolerance
+    assert found.own_head.nll == pytest.approx(chunked.on_data.trainer.nll, abs=tolerance.loss)
+    assert found.own_head.grad_norm == pytest.approx(
+        chunked.on_data.trainer.grad_norm, rel=tolerance.grad_norm
+    )
+    assert loss_check_text(found).startswith("loss: the trainer's loss equals the model's own on ")
+
+
+def test_small_logits_give_the_metrics_of_trls_head(tmp_path: Path) -> None:
+    engine, session = engine_of(tmp_path, tiny_model("llama"))
+    batch = session.train.collate([session.train.dataset[0], session.train.dataset[1]])
+    inputs = {name: value for name, value in batch.items() if name != COUNTS} | {"use_cache": False}
+    with torch.no_grad():
+        trl = engine.model(**inputs, fused_lm_head=True)
+        own = use_model_head(engine.model, loss._score)(**inputs, fused_lm_head=True)
+        without = use_model_head(engine.model, loss._log_probs)(**inputs, fused_lm_head=True)
+    torch.testing.assert_close(own.log_probs, without.log_probs)
+    mask = trl.label_mask
+    assert torch.equal(own.label_mask[:, :-1], mask)
+    for name in ("log_probs", "entropy"):
+        torch.testing.assert_close(getattr(own, name)[:, :-1], getattr(trl, name))
+    assert torch.equal(own.is_top1[:, :-1][mask], trl.is_top1[mask].bool())
+
+
+@pytest.mark.parametrize("tracked", [True, False])
+def test_only_trackers_get_entropy_and_accuracy(tmp_path: Path, tracked: bool) -> None:
+    engine, session = engine_of(tmp_path, tiny_model("llama"), small_logits=True)
+    engine.with_scores = tracked
+    batch = session.train.collate([session.train.dataset[0]])
+    del batch[COUNTS]
+    engine.compute_loss(engine.model, batch)
+    logs = {"train_runtime": 1.0}
+    LossTrainer.log(engine, logs)
+    assert ({"entropy", "mean_token_accuracy"} <= logs.keys()) is tracked
+    assert "num_tokens" in logs
+
+
+def test_small_logits_need_no_head_that_trl_knows(tmp_path: Path) -> None:
+    engine, session = engine_of(tmp_path, tiny_model("recurrent_gemma"), small_logits=True)
+    found = check(engine, session)
+    assert (found.small_logits, found.why) == (True, "")
+    assert found.ratio < 0.5
+
+
+def test_small_logits_of_a_class_with_another_loss_are_refused(tmp_path: Path) -> None:
+    engine, session = engine_of(tmp_path, changed(Aligned), small_logits=True)
+    with pytest.raises(AttnimgError, match="not the negative log-likelihood") as caught:
+        check(engine, session)
+    assert caught.value.code == "loss-differs"
+
+
+def test_a_wrong_loss_of_small_logits_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def doubled(logits: torch.Tensor, targets: torch.Tensor) -> Any:
+        return score(2 * logits, targets)
+
+    score = loss._log_probs
+    monkeypatch.setattr(loss, "_log_probs", doubled)
+    engine, session = engine_of(tmp_path, tiny_model("llama"), small_logits=True)
+    with pytest.raises(AttnimgError, match="not the negative log-likelihood") as caught:
+        check(engine, session)
+    assert caught.value.code == "loss-differs"
+
+
+def test_a_run_with_small_logits_keeps_them(tmp_path: Path) -> None:
+    session = make_session(tmp_path, model=tiny_model("llama"))
+    view = ProgressView(session.console, total=2, visible=False)
+    assert build_engine(session, view, lambda _: None).own_head
+
+
+@pytest.mark.parametrize(
+    ("keys", "vocabulary", "kept"),
+    [
+        pytest.param({}, 32768, True, id="128 MiB"),
+        pytest.param({}, 32769, False, id="more than 128 MiB"),
+        pytest.param({"micro_batch_size": 2}, 32768, False, id="two rows"),
+        pytest.param({"eval_batch_size": 2}, 32768, False, id="two rows to evaluate"),
+        pytest.param({"eval_batch_size": 1}, 32768, True, id="one row to evaluate"),
+        pytest.param({"gradient_accumulation_steps": 8}, 32768, True, id="accumulation"),
+        pytest.param({"deepspeed": "ds.json"}, 2048, False, id="deepspeed"),
+        pytest.param({}, None, False, id="vocabulary not known"),
+    ],
+)
+def test_logits_are_kept_up_to_a_size(
+    keys: dict[str, Any], vocabulary: int | None, kept: bool
+) -> None:
+    config = Config.model_validate(
+        {"base_model": "model", "datasets": [{"path": "d", "type": "completion"}],
+         "learning_rate": 1e-4, "sequence_len": 1024, "micro_batch_size": 1, **keys}
+    )  # fmt: skip
+    assert keeps_logits(config, vocabulary) is kept
+
+
 def test_dropout_makes_no_term_in_train_mode(tmp_path: Path) -> None:
     engine, session = engine_of(tmp_path, tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5))
     found = check(engine, session)
@@ -304,8 +428,8 @@ def test_the_comparison_leaves_nothing_behind(tmp_path: Path, build: Callable[[]
 
 
 def test_an_output_layer_that_was_not_compared_is_named() -> None:
-    loss = Loss(nll=2.0, total=2.0, aux=None, grad_norm=1.0)
-    equal = Comparison(model=loss, trainer=loss, tolerance=Tolerance(loss=1e-3, grad_norm=1e-3))
+    same = Loss(nll=2.0, total=2.0, aux=None, grad_norm=1.0)
+    equal = Comparison(model=same, trainer=same, tolerance=Tolerance(loss=1e-3, grad_norm=1e-3))
     on_data = LossCheck(tokens=5, on_data=equal)
     assert loss_check_text(on_data).endswith("; its output layer alone could not be compared")
     assert "output layer" not in loss_check_text(

@@ -15,7 +15,7 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from attnimg.config.schema import Config
 from attnimg.train.engine import EVAL_KEYS, TRAIN_KEYS, RunTrainer
-from attnimg.train.loss import aux_loss_coefficient, use_model_head
+from attnimg.train.loss import aux_loss_coefficient, score_tokens, use_model_head
 
 if TYPE_CHECKING:
     import torch
@@ -110,7 +110,7 @@ class ReferenceTrainer(PreferenceTrainer):
         """
         if self.aux_coefficient is not None:
             inputs["output_router_logits"] = True
-        head = use_model_head(model) if self.own_head else model
+        head = use_model_head(model, score_tokens) if self.own_head else model
         outputs = head(**inputs, fused_lm_head=True, use_cache=False)
         count = num_items_in_batch or outputs.label_mask.sum()
         aux = outputs.aux_loss if self.aux_coefficient is not None else None

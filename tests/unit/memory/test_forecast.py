@@ -65,7 +65,7 @@ def settings(**keys: Any) -> tuple[Architecture, RunSettings]:
     assert chosen is not None
     assert task.problem.model is not None
     model = read_architecture(LLAMA_8B, task.problem.model)
-    run = read_settings(config, task.problem, H100, chosen.backend)
+    run = read_settings(config, task.problem, H100, chosen.backend, vocabulary=32000)
     assert isinstance(model, Architecture)
     assert isinstance(run, RunSettings)
     return model, run

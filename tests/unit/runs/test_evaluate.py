@@ -201,30 +201,25 @@ def test_changed_test_data_are_reported(folder: Path, capsys: pytest.CaptureFixt
     assert "test_datasets[0] (" + str(folder / "one.jsonl") + ") has other" not in said
 
 
-def test_preference_data_are_refused_before_the_model_is_loaded(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("run", "rl"), [("full", "dpo"), ("lora", "kto")], ids=["a full run", "an adapter"]
+)
+def test_data_of_another_method_are_refused(
+    folder: Path, run: str, rl: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def loaded(*_: Any) -> None:
-        raise AssertionError("the model is loaded")
-
-    pair = {"prompt": "Is it?", "chosen": "Yes.", "rejected": "No."}
-    (folder / "pairs.jsonl").write_text(json.dumps(pair))
-    data = [{"path": str(folder / "pairs.jsonl"), "type": "chatml.prompt_pairs"}]
-    for rl in ("dpo", "orpo"):
-        if rl == "orpo":
-            data = [{**data[0], "type": "chat_template.argilla"}]
-        path = write_config(
-            folder, rl, rl=rl, datasets=data, test_datasets=data, sample_packing=False
-        )
-        with monkeypatch.context() as patch:
-            patch.setattr("attnimg.runs.evaluate._load_weights", loaded)
-            for options in ((), ("--base",)):
-                assert command("evaluate", str(path), *options) == 2
-                said = capsys.readouterr().err
-                assert f"found rl: {rl}" in said
-                assert "eval_loss in the receipt.json" in said
-    texts = write_config(folder, "texts", base_model=str(folder / "full"))
-    assert printed(capsys, str(texts))[-1]["documents"] == 26, "the advice helps"
+    record = {"prompt": "Is it?", "chosen": "Yes.", "rejected": "No."}
+    if rl == "kto":
+        record = {"prompt": "Is it?", "completion": "Yes.", "label": True}
+    (folder / "records.jsonl").write_text(json.dumps(record))
+    data = [{"path": str(folder / "records.jsonl")}]
+    path = write_config(
+        folder, f"{run}-{rl}", rl=rl, datasets=data, test_datasets=data, sample_packing=False,
+        output_dir=str(folder / run),
+    )  # fmt: skip
+    assert command("evaluate", str(path)) == 2
+    said = capsys.readouterr().err
+    assert f"found rl: {rl} in the file, rl: none in the receipt" in " ".join(said.split())
+    assert "remove rl from the file" in said
 
 
 def test_several_processes_are_refused(
