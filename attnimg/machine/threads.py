@@ -29,9 +29,9 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 # With two busy neighbours on two CPUs, a proof takes a quarter of the time that it takes with the
-# default of 300,000 spins, and 10,000 are too many; on an idle machine, the run would be a seventh
-# slower with these, and a quarter slower with none (docs/cpu-limits.md, 2026-11-27).
-SPINS = 1000
+# default of 300,000 spins; 10,000 are too many. On an idle machine, a run would be an eighth slower
+# with these, and a quarter slower with none (docs/cpu-limits.md, 2026-11-27).
+SPINS = 3000
 
 # CPUs that others may use before the machine counts as busy: what a system does all the time.
 _IDLE = 0.25

@@ -161,7 +161,7 @@ def evaluate(
 
         def load(selected: Selected) -> Any:
             model = _load_weights(config, target.run, selected, tokenizer, report.log)
-            reference.append(load_frozen_reference(config, target.run, model, selected, tokenizer))
+            reference[:] = [load_frozen_reference(config, target.run, model, selected, tokenizer)]
             return model
 
         applied = select_verify_apply(task, load, report=report, plan=plan)

@@ -19,10 +19,10 @@ from recipes.facts import ImagePlan, Step
 from recipes.files import generated_json
 
 # git, for `pip install git+https://...` and for trackers that record a commit; curl, less and
-# procps (ps, top) for people in a shell: 16 MB together (docs/figures.md).
+# procps (ps, top), for people in a shell: 18 MB together (docs/figures.md).
 _TOOLS = "tini git curl less procps"
-# gcc, since Triton compiles the launcher of a kernel where it runs. libibverbs and its
-# drivers (libmlx5), which NCCL and RCCL load at run time: without them they connect nodes over TCP.
+# gcc, since Triton compiles the launcher of a kernel on the machine where it runs. libibverbs and
+# its drivers, such as libmlx5, which NCCL and RCCL load: without them they connect machines by TCP.
 _GPU = f"{_TOOLS} gcc libc6-dev libpython3-dev libibverbs1 ibverbs-providers"
 _APT = {"cpu": _TOOLS, "cuda": _GPU, "rocm": _GPU}
 

@@ -119,18 +119,18 @@ def cpus(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("environ", "settings"),
     [
-        ({}, {"OMP_NUM_THREADS": "8", "GOMP_SPINCOUNT": "1000"}),
-        ({"OMP_NUM_THREADS": "8"}, {"GOMP_SPINCOUNT": "1000"}),
-        ({"OMP_NUM_THREADS": "7"}, {"GOMP_SPINCOUNT": "1000"}),
+        ({}, {"OMP_NUM_THREADS": "8", "GOMP_SPINCOUNT": "3000"}),
+        ({"OMP_NUM_THREADS": "8"}, {"GOMP_SPINCOUNT": "3000"}),
+        ({"OMP_NUM_THREADS": "7"}, {"GOMP_SPINCOUNT": "3000"}),
         ({"OMP_NUM_THREADS": "6"}, {}),
-        ({"OMP_NUM_THREADS": "x"}, {"GOMP_SPINCOUNT": "1000"}),
-        ({"MKL_NUM_THREADS": "8"}, {"GOMP_SPINCOUNT": "1000"}),
+        ({"OMP_NUM_THREADS": "x"}, {"GOMP_SPINCOUNT": "3000"}),
+        ({"MKL_NUM_THREADS": "8"}, {"GOMP_SPINCOUNT": "3000"}),
         ({"OMP_WAIT_POLICY": "active"}, {"OMP_NUM_THREADS": "8"}),
         ({"GOMP_SPINCOUNT": "1"}, {"OMP_NUM_THREADS": "8"}),
         ({"KMP_BLOCKTIME": "0"}, {}),
-        ({"KMP_DUPLICATE_LIB_OK": "TRUE"}, {"OMP_NUM_THREADS": "8", "GOMP_SPINCOUNT": "1000"}),
+        ({"KMP_DUPLICATE_LIB_OK": "TRUE"}, {"OMP_NUM_THREADS": "8", "GOMP_SPINCOUNT": "3000"}),
         ({"LOCAL_WORLD_SIZE": "4"}, {"OMP_NUM_THREADS": "2"}),
-        ({"LOCAL_WORLD_SIZE": "x"}, {"OMP_NUM_THREADS": "8", "GOMP_SPINCOUNT": "1000"}),
+        ({"LOCAL_WORLD_SIZE": "x"}, {"OMP_NUM_THREADS": "8", "GOMP_SPINCOUNT": "3000"}),
         ({"OMP_NUM_THREADS": "8", "OMP_WAIT_POLICY": "passive"}, {}),
     ],
 )
@@ -192,10 +192,10 @@ def test_without_proc_stat_there_is_no_load(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("environ", "settings"),
     [
-        ({}, {"OMP_NUM_THREADS": "8", "GOMP_SPINCOUNT": "1000"}),
-        ({"OMP_NUM_THREADS": "2"}, {"GOMP_SPINCOUNT": "1000"}),
-        ({"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "1000"}),
-        ({"OMP_NUM_THREADS": "2", "GOMP_SPINCOUNT": "infinite"}, {"GOMP_SPINCOUNT": "1000"}),
+        ({}, {"OMP_NUM_THREADS": "8", "GOMP_SPINCOUNT": "3000"}),
+        ({"OMP_NUM_THREADS": "2"}, {"GOMP_SPINCOUNT": "3000"}),
+        ({"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "3000"}),
+        ({"OMP_NUM_THREADS": "2", "GOMP_SPINCOUNT": "infinite"}, {"GOMP_SPINCOUNT": "3000"}),
         ({"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}, {}),
     ],
 )
