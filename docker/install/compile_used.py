@@ -45,7 +45,8 @@ def main() -> None:
         os.environ |= {"HOME": caches, "MPLCONFIGDIR": caches, "HF_HUB_OFFLINE": "1"}
         for name in USED:
             importlib.import_module(name)
-    files = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
+    modules = {name: module for name, module in sys.modules.items() if name != "__main__"}
+    files = {getattr(module, "__file__", None) for module in modules.values()}
     # torch.ops names a file without its folder.
     sources = sorted(f for f in files if f and f.endswith(".py") and Path(f).is_file())
     # In a new process: what this one has interned would be in the bytecode, which is then another

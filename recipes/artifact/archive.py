@@ -81,9 +81,10 @@ def read_archive(
         # The JSON is invalid, or has another structure than expected.
         except (ValueError, IndexError, TypeError, AttributeError) as error:
             raise tarfile.ReadError(f"its manifest is damaged: {error}") from error
+        names = stage_names([*history, *({} for _ in members[len(history) :])])
         for place, member in enumerate(members):
             step = history[place] if place < len(history) else {}
-            name = stage_name(step)
+            name = names[place]
             stored = tar.getmember(member).size / 1e6
             log(f"layer {place + 1} of {len(members)}: {name}, {stored:.0f} MB")
             with _open_layer(tar, member) as stream:
@@ -106,12 +107,19 @@ def archive_kind(path: Path) -> str:
         return "docker-archive" if "manifest.json" in tar.getnames() else "oci-archive"
 
 
-def stage_name(step: dict[str, Any]) -> str:
-    """Return the stage of the Dockerfile that made a layer, by its step in the history."""
-    command = str(step.get("created_by", ""))
-    if "buildkit" not in str(step.get("comment", "")):
-        return "base"
-    return next((stage for text, stage in _STAGES if text in command), "runtime")
+def stage_names(history: list[dict[str, Any]]) -> list[str]:
+    """Return the stage of the Dockerfile that made each layer, by its step in the history.
+
+    The layers of the base are those below the first of our own: it may be made by BuildKit too.
+    """
+    names = []
+    for step in history:
+        command = str(step.get("created_by", ""))
+        own = "buildkit" in str(step.get("comment", ""))
+        default = "runtime" if own else "base"
+        names.append(next((stage for text, stage in _STAGES if own and text in command), default))
+    first = names.index("python") if "python" in names else 0
+    return ["base"] * first + names[first:]
 
 
 def _layer(name: str, made_by: str, size: int, compressed: Compressed) -> Layer:

@@ -19,7 +19,7 @@ _WASTE = (
     (
         "a static library",
         r".*\.a",
-        "remove it in the layer that installs it (docker/install/prune.py)",
+        "remove it in the layer that installs it (docker/install/unneeded)",
     ),
     (
         "a cache of a package manager",
@@ -35,7 +35,7 @@ _WASTE = (
     (
         "a test of a dependency",
         _SITE + r"([^/]+/)*(tests?|testing/tests)/(.*/)?(test_[^/]*|[^/]*_test|conftest)\.py[co]?",
-        "add its folder to docker/install/prune.py",
+        "add its folder to docker/install/unneeded",
     ),
     ("a package archive", r"(?!.*/ensurepip/_bundled/)(.*\.(whl|deb|egg))", "install from a mount"),
 )

@@ -14,6 +14,7 @@ import pytest
 from small_image import SITE, Special, package, save
 
 from recipes.archs import can_run
+from recipes.artifact.archive import stage_names
 from recipes.artifact.elf import read_elf
 from recipes.artifact.facts import Artifact
 from recipes.artifact.read import read_image
@@ -178,6 +179,29 @@ def test_sizes_are_held_to_the_recipe(
     image = save(tmp_path / "image.tar", LAYERS, history=("RUN install.sh -r /torch.txt",))
     plan = replace(PLAN, image=replace(PLAN.image, **{"layers_max_mb": {}, **budget}))  # type: ignore[arg-type]
     assert [file for file, _ in run_gate("size", read(image), plan=plan)] == says
+
+
+def step(command: str, comment: str = "buildkit.dockerfile.v0") -> dict[str, str]:
+    return {"created_by": command, "comment": comment}
+
+
+@pytest.mark.parametrize(
+    ("base", "names"),
+    [
+        pytest.param([step("", "Imported from -")], ["base"], id="an imported base"),
+        pytest.param(
+            [step("# debian.sh"), step("RUN apt-get install tk"), step("COPY /usr/local")],
+            ["base"] * 3,
+            id="a base that BuildKit made",
+        ),
+    ],
+)
+def test_the_layers_below_our_own_are_those_of_the_base(
+    base: list[dict[str, str]], names: list[str]
+) -> None:
+    ours = ["install $APT_PACKAGES", "-r /torch.txt", "-r /stack.txt", "COPY /files /"]
+    found = stage_names([*base, *(step(command) for command in ours)])
+    assert found == [*names, "python", "torch", "stack", "runtime"]
 
 
 def test_sizes_are_those_of_zstd_3(tmp_path: Path) -> None:
