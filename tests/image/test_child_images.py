@@ -94,7 +94,7 @@ AS_A_USER = """
 set -euo pipefail
 pip install -q uv einops
 uv pip install -q 'rich==14.3.0'
-pip install -q 'torch==2.12.1' 2>&1 | grep -q ResolutionImpossible
+(pip install -q 'torch==2.12.1' 2>&1 || true) | grep -q ResolutionImpossible
 ! uv pip install -q 'torch==2.12.1' 2>/dev/null
 pip install -q --user six
 pip uninstall -qy torch
