@@ -76,14 +76,14 @@ def test_an_image_without_known_vulnerabilities_passes_and_each_pin_was_asked_fo
     assert ("torch", "2.13.0") in asked
 
 
-def test_a_vulnerability_is_refused_with_the_version_that_has_it_not() -> None:
+def test_a_vulnerability_is_refused_with_the_version_that_fixes_it() -> None:
     done = run(database(vulnerability("transformers", "GHSA-aaaa-bbbb-cccc", "CVE-2030-1234")))
     assert done.returncode == 1
     assert "CVE-2030-1234 (GHSA-aaaa-bbbb-cccc), fixed in 99" in done.stderr
     assert "do:  make bump PIN=PACKAGE" in done.stderr
 
 
-def test_one_with_an_answer_passes_and_is_shown() -> None:
+def test_a_vulnerability_with_an_answer_passes_and_is_printed() -> None:
     done = run(
         database(vulnerability("flash-attn", "GHSA-7g5w-pq96-8c5w", "CVE-2026-31253")), "hopper"
     )

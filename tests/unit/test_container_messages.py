@@ -25,7 +25,7 @@ from attnimg.verification import runner
     ],
     ids=["the limit was reached", "another SIGKILL", "no limit"],
 )
-def test_a_killed_proof(
+def test_a_proof_that_sigkill_ended_names_the_memory_limit_if_that_was_the_cause(
     monkeypatch: pytest.MonkeyPatch, limit: int | None, kills: int, text: str
 ) -> None:
     monkeypatch.setattr(runner, "memory_limit", lambda: limit)
@@ -36,7 +36,9 @@ def test_a_killed_proof(
 
 
 @pytest.mark.parametrize("limit", [600 << 20, None])
-def test_the_advice_after_it(monkeypatch: pytest.MonkeyPatch, limit: int | None) -> None:
+def test_the_advice_after_out_of_memory_names_the_limit_if_there_is_one(
+    monkeypatch: pytest.MonkeyPatch, limit: int | None
+) -> None:
     monkeypatch.setattr(pipeline, "memory_limit", lambda: limit)
     proof = Proof(backend="sdpa", reasons=(Reason(code="oom", text="killed"),), seconds=1.0)
     advice = pipeline._failed_proof(proof, do="set it").do
@@ -51,7 +53,9 @@ def test_the_advice_after_it(monkeypatch: pytest.MonkeyPatch, limit: int | None)
     ],
     ids=["a read-only mount", "a folder of this user's own"],
 )
-def test_a_folder_of_this_user(tmp_path: Path, number: int, mode: int, why: str, do: str) -> None:
+def test_a_folder_that_can_t_be_written_to_is_reported_with_its_mode(
+    tmp_path: Path, number: int, mode: int, why: str, do: str
+) -> None:
     tmp_path.chmod(mode)
     found = _why_not_writable(tmp_path, OSError(number, os.strerror(number)))
     tmp_path.chmod(0o755)

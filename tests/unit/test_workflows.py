@@ -169,7 +169,7 @@ def test_only_a_hosted_runner_is_prepared() -> None:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 1
-    assert "no hosted runner" in done.stderr
+    assert "not a GitHub-hosted runner" in done.stderr
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
@@ -202,7 +202,7 @@ def test_every_step_is_a_make_target_that_exists(path: Path) -> None:
 PIPELINE: set[str] = {"attest", "verify", "promote"}
 
 
-def test_ci_makes_what_the_script_for_a_laptop_makes() -> None:
+def test_ci_yml_and_the_script_for_a_laptop_make_the_same_targets() -> None:
     script = make_targets((ROOT / ".ci/run").read_text())
     workflow = make_targets((ROOT / ".github/workflows/ci.yml").read_text())
     assert workflow - {"engine"} == script

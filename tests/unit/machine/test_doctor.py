@@ -180,11 +180,11 @@ def test_gpu_and_driver(
         ),
         pytest.param(
             replace(HOST, replaced_cache="/cache is not writable for user 7; caches are in /x"),
-            "warn", "caches are in /x", id="a replaced cache is told",
+            "warn", "caches are in /x", id="a replaced cache folder warns",
         ),
         pytest.param(
             replace(HOST, noexec=("/cache/triton-7",)), "warn", "noexec",
-            id="a cache that runs no code is told",
+            id="a cache mounted with noexec warns",
         ),
         pytest.param(
             replace(HOST, cuda_error="OSError: libcuda.so.1: cannot open shared object file"),
@@ -214,7 +214,7 @@ def test_a_kernel_of_which_a_part_was_compiled_is_told_although_the_image_has_it
     assert "without TRIM=1" in found.do
 
 
-def test_packages_that_were_added_are_named_and_no_fault() -> None:
+def test_added_packages_are_listed_and_pass() -> None:
     names = {f"extra-{place}": "1.0" for place in range(10)}
     host = replace(HOST, installed={**PACKAGES, "einops": "0.8.2", **names})
     assert findings(host=host) == []
@@ -239,7 +239,9 @@ def test_packages_that_were_added_are_named_and_no_fault() -> None:
         pytest.param("transformers", "warn", id="transformers"),
     ],
 )
-def test_what_the_kernels_depend_on_may_not_differ(name: str, status: str) -> None:
+def test_another_version_fails_if_kernels_depend_on_it_and_warns_otherwise(
+    name: str, status: str
+) -> None:
     packages = {**PACKAGES, name: "1.0"}
     host, image = replace(HOST, installed={**packages, name: "2.0"}), HOPPER
     (found,) = findings(host=host, image=replace(image, packages=packages))
@@ -301,7 +303,7 @@ def test_threads_are_compared_with_the_cpus(
     assert bool(check.do) == (status != "ok")
 
 
-def test_the_network_is_checked_with_a_gpu_alone() -> None:
+def test_the_network_is_checked_only_with_a_gpu() -> None:
     rdma = Rdma(adapters={"mlx5_0": "mlx5"}, device_files=False, library=True, locked_bytes=None)
     host = replace(HOST, rdma=rdma)
     (found,) = findings(host=host)
@@ -522,7 +524,7 @@ def test_the_kernels_that_an_amd_gpu_runs_are_named(
         pytest.param(container.ENROOT, "98-nvidia.sh", "--container-mounts", id="enroot"),
     ],
 )
-def test_the_advice_is_for_the_runtime(
+def test_the_advice_has_the_options_of_the_container_runtime(
     runtime: container.Runtime | None, gpu_flag: str, volume_flag: str
 ) -> None:
     host = replace(HOST, runtime=runtime, folders=(replace(HOME, writable=False), WORK))

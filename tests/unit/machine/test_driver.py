@@ -44,7 +44,7 @@ def machine(arch: str, driver: str, gpu: str = "NVIDIA GeForce RTX 3090") -> Mac
         ),
     ],
 )  # fmt: skip
-def test_a_driver_that_is_too_old(
+def test_a_driver_that_is_too_old_is_reported_with_the_needed_one(
     here: Machine, image: str, status: str, what: str, do: str
 ) -> None:
     found = judge_driver(here, image=IMAGES[image], images=IMAGES)
@@ -65,7 +65,7 @@ def test_a_driver_that_is_too_old(
         (machine("sm_80", "535.1"), None),
     ],
 )
-def test_a_driver_that_no_image_refuses(here: Machine, image: str | None) -> None:
+def test_a_driver_that_is_new_enough_passes(here: Machine, image: str | None) -> None:
     own = IMAGES[image] if image else None
     assert judge_driver(here, image=own, images=IMAGES) == ("ok", f"driver {here.driver}", "")
 
@@ -90,5 +90,5 @@ def test_an_image_for_the_older_driver_is_named() -> None:
         ("NVIDIA RTX 6000 Ada Generation", False), ("NVIDIA GB10", False), ("", False),
     ],
 )  # fmt: skip
-def test_data_center_gpus(name: str, answer: bool) -> None:
+def test_data_center_gpus_are_known_by_nvidia_smi_s_names(name: str, answer: bool) -> None:
     assert is_data_center_gpu(name) == answer

@@ -26,7 +26,7 @@ READY = Rdma(
         ),
     ],
 )
-def test_nothing_is_missing(rdma: Rdma) -> None:
+def test_an_adapter_with_all_that_nccl_needs_passes(rdma: Rdma) -> None:
     status, what, do = judge_rdma(rdma)
     assert (status, do) == ("ok", "")
     assert what.startswith(", ".join(rdma.adapters) or "no RDMA adapter")
@@ -41,7 +41,7 @@ def test_nothing_is_missing(rdma: Rdma) -> None:
         (replace(READY, adapters={"rdmap0s31": "efa"}), "aws-ofi-nccl", "child image"),
     ],
 )
-def test_what_is_missing_is_named(rdma: Rdma, what: str, do: str) -> None:
+def test_what_nccl_lacks_for_rdma_is_named_with_advice(rdma: Rdma, what: str, do: str) -> None:
     found = judge_rdma(rdma)
     assert found[0] == "warn"
     assert what in found[1]

@@ -212,7 +212,7 @@ def test_what_locking_changes_without_a_pin_gets_a_commit_of_its_own(checkout: P
 
 def test_a_checkout_with_changes_is_refused_and_keeps_them(checkout: Path) -> None:
     (checkout / "mine.txt").write_text("mine")
-    with pytest.raises(AttnimgError, match="changes of its own") as refused:
+    with pytest.raises(AttnimgError, match="uncommitted changes") as refused:
         list(commit_bumps([XFORMERS], checkout, relock=render, today=TODAY))
     assert "mine.txt" in refused.value.why
     assert (checkout / "mine.txt").read_text() == "mine"

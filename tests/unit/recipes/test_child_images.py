@@ -50,7 +50,7 @@ def judge(tmp_path: Path, child: dict[str, bytes | str]) -> dict[str, GateResult
                      id="a .pyc that Python wrote"),
     ],
 )  # fmt: skip
-def test_what_a_child_adds_is_named(
+def test_what_a_child_image_adds_is_listed(
     tmp_path: Path, child: dict[str, bytes | str], gate: str, named: str
 ) -> None:
     results = judge(tmp_path, child)
@@ -94,7 +94,7 @@ def test_a_declaration_in_a_virtual_environment_is_no_second_torch(tmp_path: Pat
     assert (results["pins"].findings, results["pins"].own) == ((), ())
 
 
-def test_an_image_that_is_made_from_none_of_ours_is_refused(tmp_path: Path) -> None:
+def test_an_image_that_is_not_built_from_an_attnimg_image_is_refused(tmp_path: Path) -> None:
     image = save(tmp_path / "other.tar", OURS, history=("RUN pip install torch",))
     with pytest.raises(AttnimgError) as caught:
         mark_child(read_image(image, log=lambda _: None))

@@ -58,7 +58,7 @@ def test_the_answers_of_the_repository_are_for_what_the_images_have() -> None:
         pytest.param(replace(CVE, expires=date(2020, 1, 1)), id="its form is right when expired"),
     ],
 )
-def test_a_right_answer_passes(right: Cve) -> None:
+def test_a_valid_entry_passes(right: Cve) -> None:
     refuse_wrong_cves([right], pins=PINS)
 
 
@@ -76,7 +76,7 @@ def test_a_right_answer_passes(right: Cve) -> None:
         pytest.param(replace(CVE, reason=" "), "reason is empty", id="no reason"),
     ],
 )
-def test_a_wrong_answer_is_refused(wrong: Cve, why: str) -> None:
+def test_an_invalid_entry_is_refused(wrong: Cve, why: str) -> None:
     with pytest.raises(AttnimgError) as refused:
         refuse_wrong_cves([CVE, wrong], pins=PINS)
     assert why in refused.value.why
@@ -107,9 +107,9 @@ def test_an_expired_or_endless_answer_is_refused(days: int, why: str) -> None:
         '[[cve]]\nid = "CVE-2026-1234"\npackage = "a"\nversion = "1"\nstatus = "fixed"\n'
         'reason = "r"\nexpires = 2027-01-01\nexpire = 1\n',
     ],
-    ids=["missing keys", "a status that OpenVEX has not", "no date", "an unknown key"],
+    ids=["missing keys", "a status that OpenVEX does not have", "no date", "an unknown key"],
 )
-def test_a_wrong_file_is_refused(tmp_path: Path, text: str) -> None:
+def test_a_cves_toml_with_another_form_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "recipes").symlink_to(tmp_path / "copy")
     for path in (ROOT / "recipes").rglob("*.toml"):
         copy = tmp_path / "copy" / path.relative_to(ROOT / "recipes")

@@ -108,13 +108,14 @@ def test_an_immutable_tag_is_never_moved() -> None:
 
 # ---- what may be published ----------------------------------------------------------------------
 
-PLAN = replace(PLANS["cpu"], base_digest=DIGEST, unresolved={})
+BASE = replace(PLANS["cpu"].base, digest=DIGEST)
+PLAN = replace(PLANS["cpu"], base=BASE, unresolved={})
 LABELS = {
     f"{OCI}.title": "attnimg:cpu",
     f"{OCI}.version": "0.2.0",
     f"{OCI}.revision": COMMIT,
     f"{OCI}.created": "2026-11-27T00:00:00Z",
-    f"{OCI}.base.name": PLAN.image.base,
+    f"{OCI}.base.name": BASE.reference,
     f"{OCI}.base.digest": DIGEST,
 }
 PASSED = {"gates": [{"gate": "size", "findings": [], "skip_reason": ""}]}
@@ -128,7 +129,9 @@ def check(labels=LABELS, judged=PASSED, plan=PLAN, place=REMOTE, head=COMMIT, re
     )  # fmt: skip
 
 
-def test_a_resolved_labelled_and_judged_image_is_published_also_in_a_rehearsal() -> None:
+def test_a_resolved_labelled_image_that_passed_the_gates_may_be_published_also_in_a_rehearsal() -> (
+    None
+):
     assert check() == ()
     assert check(place=LOCAL) == ()
     assert check(place=LOCAL, rehearsal=True) == ()
@@ -151,7 +154,7 @@ def test_a_resolved_labelled_and_judged_image_is_published_also_in_a_rehearsal()
         ("base.digest", f"sha256:{'b' * 64}", f"needed {DIGEST}, the recipe's"),
     ],
 )
-def test_what_the_build_did_not_know_is_refused_and_a_warning_in_a_rehearsal(
+def test_a_missing_or_different_label_is_refused_and_a_warning_in_a_rehearsal(
     label: str, value: str, found: str
 ) -> None:
     labels = LABELS | {f"{OCI}.{label}": value}
@@ -182,7 +185,7 @@ def test_an_unresolved_value_is_refused_and_a_warning_in_a_rehearsal() -> None:
         ({"gates": []}, "gates: found no result"),
         (
             {"gates": [{"gate": "pins", "findings": [{"file": "torch"}], "skip_reason": ""}]},
-            "gate pins: 1 findings (torch)",
+            "gate pins: 1 finding (torch)",
         ),
         (
             {"gates": [{"gate": "sbom", "findings": [], "skip_reason": "no syft"}]},
@@ -213,7 +216,7 @@ def test_a_release_is_refused_before_anything_is_built_and_runs_all_tests(tmp_pa
         release(PLAN, RECIPES, step="push", root=ROOT, env=resolved | {"TESTS": "tests/x.py"})
 
 
-def test_a_rehearsal_never_leaves_this_machine() -> None:
+def test_a_rehearsal_is_refused_with_a_registry_elsewhere() -> None:
     with pytest.raises(AttnimgError) as caught:
         check(rehearsal=True)
     assert caught.value.code == "not-a-rehearsal"
@@ -247,7 +250,7 @@ def test_a_record_is_read_as_it_was_written_and_a_rehearsal_has_its_own(tmp_path
     other = parse_place("127.0.0.1:2/rehearsal")
     with pytest.raises(AttnimgError, match="another registry"):
         records.needed_record("cpu", other, tmp_path, after="push")
-    with pytest.raises(AttnimgError, match="not that far"):
+    with pytest.raises(AttnimgError, match="has not reached this step"):
         records.needed_record("hopper", LOCAL, tmp_path, after="push")
 
 
@@ -294,7 +297,7 @@ def test_a_damaged_record_is_refused(tmp_path: Path, text: str) -> None:
         ("", "skopeo failed"),
     ],
 )
-def test_what_a_registry_answers_is_told_in_plain_words(output: str, what: str) -> None:
+def test_errors_of_a_registry_become_plain_messages(output: str, what: str) -> None:
     error = answer_error("skopeo", f"first line\n{output}" if output else "", host="example.com")
     assert what in error.what
     assert error.why

@@ -97,7 +97,7 @@ def test_all_wheels_are_installed_by_hash(
 
 
 @pytest.mark.parametrize("program", ["pip", "uv"])
-def test_a_file_that_was_exchanged_is_refused(index: Path, tmp_path: Path, program: str) -> None:
+def test_a_file_that_was_replaced_is_refused(index: Path, tmp_path: Path, program: str) -> None:
     wheel = next((index / "files").glob("other-*.whl"))
     content = wheel.read_bytes()
     wheel.unlink()  # a hard link of the wheelhouse

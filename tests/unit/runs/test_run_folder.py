@@ -85,7 +85,7 @@ def test_a_moved_base_model_is_found_by_its_content(trained: Path, tmp_path: Pat
         ("org/model", "run hf download org/model, or attnimg merge with --base-model", ""),
     ],
 )
-def test_a_name_like_a_folder_s_is_first_taken_for_one(
+def test_a_missing_base_model_that_may_be_a_folder_gets_advice_on_folders_first(
     copied: Path, monkeypatch: pytest.MonkeyPatch, base: str, first: str, second: str
 ) -> None:
     monkeypatch.chdir(copied)

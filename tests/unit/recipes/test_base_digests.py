@@ -321,7 +321,7 @@ def test_lock_writes_digests_and_leaves_the_rest(checkout: Path) -> None:
     assert [text.partition(" = ")[0] for text in changed] == ["digest", "platforms"]
     for name in ("images", "kernels", "patches"):
         shutil.copytree(ROOT / "recipes" / name, checkout / "recipes" / name)
-    for name in ("torch", "cuda", "pairs", "allowed"):
+    for name in ("torch", "cuda", "pairs", "allowed", "cves"):
         shutil.copy(ROOT / f"recipes/{name}.toml", checkout / "recipes")
     shutil.copy(ROOT / "pyproject.toml", checkout)
     base = read_recipes(checkout).bases["bookworm"]
