@@ -13,7 +13,7 @@ _INTRO = """# Keys of other trainers
 What `attnimg convert` ([page](convert.md)) does with each key of TRL's scripts and of
 LLaMA-Factory. A key that this page does not list is refused, except those of axolotl, which are in
 [Config keys](config-keys.md). A default of the old trainer that differs from attnimg's is written
-into the new config. The other answers than `done` apply to values that are not the default.
+into the new config. Answers other than `done` apply only to values that differ from the default.
 
 """
 _TITLES = {
@@ -38,9 +38,9 @@ def convert_keys_page() -> str:
         own = {key: found for key, found in keys.items() if known.get(key) != found}
         parts += _section(f"{NAMES[trainer]} (`--from {trainer}`)", own)
         if absent := known.keys() - keys:
-            parts.append(f"It has no {code_list(absent)}.\n\n")
+            parts.append(f"{NAMES[trainer]} does not have: {code_list(absent)}.\n\n")
     templates = key_table("llama-factory").templates
-    parts.append(f"LLaMA-Factory's templates that are converted: {code_list(templates)}.\n")
+    parts.append(f"Templates of LLaMA-Factory that are converted: {code_list(templates)}.\n")
     return "".join(parts)
 
 
@@ -51,7 +51,7 @@ def _section(title: str, keys: Mapping[str, SourceKey]) -> Iterator[str]:
         for key, found in keys.items()
         if found.answer == "done"
     ]
-    head = ("key", "becomes", "default there", "how")
+    head = ("key", "becomes", "old default", "how")
     yield f"## {title}\n\n{markdown_table(head, done)}\n"
     for answer, name in _TITLES.items():
         groups: dict[tuple[str, str], list[str]] = {}
