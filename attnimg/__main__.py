@@ -235,7 +235,7 @@ def main() -> None:
     if not debug:
         # Hide errors that libraries raise at the end of the process, after the reported one.
         sys.unraisablehook = lambda _: None
-    _use_container()
+    _set_folders_and_driver()
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     if arguments[:1] and arguments[0] in _WITH_TORCH:
         from attnimg.machine.threads import set_threads
@@ -249,7 +249,7 @@ def main() -> None:
     sys.exit(code)
 
 
-def _use_container() -> None:
+def _set_folders_and_driver() -> None:
     """Choose the folders of caches and find the driver's libraries, before either is needed."""
     if (path := container.library_path(os.environ)) is not None:
         # The loader reads the variable only when a process starts.

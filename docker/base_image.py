@@ -5,7 +5,7 @@
 
 The base is, in this order: BASE_IMAGE=REFERENCE@sha256:... of the environment; the one of
 recipes/bases.toml at its digest; where that is unresolved or can't be pulled, the stand-in that
-docker/base.sh makes of Debian's packages. What is used is printed, and written into the labels.
+docker/base.sh makes of Debian's packages. The one that is used is printed, and named in the labels.
 """
 
 from __future__ import annotations

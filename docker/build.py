@@ -137,7 +137,7 @@ def fill_cache(name: str, targets: dict[str, dict[str, Any]], only: str, bake: l
     for kernel in kernels:
         reference = kernel_cache.kernel_reference(name, kernel, targets, cache)
         if kernel in found:
-            print(f"kernels: {reference} is there")
+            print(f"kernels: {reference} is in the cache")
             continue
         check_free_disk(name, NEEDED_GB[targets[f"{name}_common"]["args"]["ACCELERATOR"]])
         target = f"{name}_{kernel}"
@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--no-cache", action="store_true", help="use no layer of an earlier build")
     parser.add_argument("--check", action="store_true", help="check only that the image exists")
     arguments = parser.parse_args()
-    # It is where releases are pushed to; in the bake file it would be a part of this engine's tags.
+    # `make release` sets REGISTRY to where it pushes; bake would make it part of the image's tags.
     os.environ.pop("REGISTRY", None)
     name, stage = arguments.name, "wheelhouse" if arguments.wheels_to else arguments.stage
     if name.endswith(DEVEL) and stage == "runtime":

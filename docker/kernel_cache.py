@@ -1,9 +1,9 @@
-"""Keep compiled kernels and layers in a registry, so that no machine makes them twice.
+"""Cache compiled kernels and layers in a registry, so that each is built once.
 
-CACHE=host/namespace names it. A kernel is the image attnimg-kernels:KERNEL-KEY-TOOLCHAIN in it,
-with its wheel in /wheels: KEY is the hash of its recipe, TOOLCHAIN of what compiles it. It replaces
-the target that would compile it. Layers are in attnimg-cache: those of torch and the stack under
-the name of the lock that several images share, the rest under the image's name.
+CACHE=host/namespace names the registry. A kernel is the image attnimg-kernels:KERNEL-KEY-TOOLCHAIN,
+with its wheel in /wheels: KEY is the hash of its recipe, TOOLCHAIN that of what compiles it. It
+replaces the target that would compile the kernel. Layers are in attnimg-cache: those of torch and
+the stack under the name of the lock file that images share, the others under the image's name.
 
 Whoever may push there decides what images contain: only the workflows on main may.
 """
@@ -50,7 +50,7 @@ def find_kernels(name: str, targets: Targets, cache: str) -> dict[str, str]:
     """Return the kernels of an image that the cache has: name -> reference.
 
     Raises:
-        CacheError: the registry can't be asked. To compile for hours instead is not wanted.
+        CacheError: the registry does not answer. Nothing is compiled instead: it would take hours.
     """
     found = {}
     for kernel in kernel_names(name, targets):
@@ -97,7 +97,7 @@ def layer_settings(
     shared = targets[f"{name}_common"]["args"]["LOCK"]
     settings = [f"{target}.cache-from={place}:{tag}" for tag in dict.fromkeys((own, shared))]
     if write:
-        # The layers of the image alone (mode=min): the toolchain's 6 GB would be read by nobody.
+        # The layers of the image alone (mode=min): no build reads the toolchain's 6 GB from there.
         options = "mode=min,image-manifest=true,oci-mediatypes=true,compression=zstd"
         settings.append(f"{target}.cache-to={place}:{own},{options}")
     return [word for setting in settings for word in ("--set", setting)]

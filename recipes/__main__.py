@@ -225,7 +225,7 @@ def gpu_run(arguments: Namespace) -> None:
 
 
 def release(arguments: Namespace) -> None:
-    """Build, judge, push, test, sign, verify and tag an image, or do one of these steps."""
+    """Build an image, run the gates, push, test, sign, verify and tag it, or run one of these."""
     from recipes.release import command
 
     plan = _plan(arguments.name, arguments.root)

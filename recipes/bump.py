@@ -135,7 +135,7 @@ def commit_bumps(
     """
     if changed := _git(root, "status", "--porcelain"):
         raise AttnimgError(
-            "the checkout has changes of its own",
+            "the checkout has uncommitted changes",
             why=f"git status: {'; '.join(changed.splitlines()[:5])}",
             do="commit them, or git stash -u",
             code="dirty",

@@ -1,8 +1,8 @@
-"""Tell the layers of an image that somebody built FROM an attnimg image from those of the latter.
+"""Find which layers and files of a child image are its own: one that is built FROM attnimg:NAME.
 
-The gates judge such a child too (`make gate/NAME CHILD=IMAGE`). What the child adds is its own
-affair, and is named; refused are a secret that is in no package, a fault in the image's own files,
-and another torch or kernel than the image's.
+The gates check child images too (`make gate/NAME CHILD=IMAGE`). What the child adds is only listed.
+They refuse another torch or kernel than the image's, a fault in the image's own files, and a secret
+in a file that is not part of a package.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def mark_child(artifact: Artifact) -> Artifact:
     steps = [place for place, layer in enumerate(artifact.layers) if _LAST_STEP in layer.made_by]
     if not steps:
         raise AttnimgError(
-            f"{artifact.source} is not made FROM an attnimg image",
+            f"{artifact.source} is not built FROM an attnimg image",
             why=f"its history has no step that runs {_LAST_STEP}; a squashed image has lost it",
             do="give `docker save` of an image that is built FROM attnimg:NAME",
             code="no-child",
@@ -62,7 +62,7 @@ def replaced_files(artifact: Artifact, fixed: frozenset[str]) -> Iterator[GateFi
 def is_childs_own(
     finding: GateFinding, *, gate: str, artifact: Artifact, fixed: frozenset[str]
 ) -> bool:
-    """Return whether a finding is about what the child added, which its author answers for."""
+    """Return whether a finding is about files that the child has added, and is only listed."""
     if finding.file in fixed:
         return False
     if gate == "secrets":  # packages have keys for their tests, as tornado does

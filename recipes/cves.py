@@ -1,6 +1,7 @@
-"""Read and check cves.toml: known vulnerabilities that the images have an answer to.
+"""Check cves.toml: why a known vulnerability of a package does, or does not, affect the images.
 
-The scan (`make scan/NAME`) accepts these until they expire, and a release states them as VEX.
+An entry is called an answer. The scan (`make scan/NAME`) accepts a vulnerability with an answer
+until the answer expires, and a release publishes all answers as VEX.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def refuse_wrong_cves(cves: Iterable[Cve], *, pins: Collection[tuple[str, str]])
     """
     if faults := [fault for cve in cves for fault in _faults(cve, pins)]:
         raise AttnimgError(
-            "recipes/cves.toml is not right",
+            "recipes/cves.toml has wrong entries",
             why="\n".join(faults),
             do="correct the entry, or remove it with its package",
             code="bad-cve",

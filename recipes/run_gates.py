@@ -23,10 +23,10 @@ from recipes.files import write_all
 from recipes.gates import ExpectedContents, Gate, GateFinding, all_gates
 from recipes.solve.lock import fixed_versions, pinned_versions, read_locks
 
-# Findings about a child's own files that are named in the text; JSON has all.
+# How many findings about a child's own files the text lists; JSON has all.
 _SHOWN = 5
 _EVERY_IMAGE = "docker/install/every_image.txt"
-# What an image is judged by, besides its own content.
+# The files that decide what the gates find in an image, besides the image itself.
 _JUDGED_BY = (
     "recipes/*.toml", "recipes/images/*", "recipes/kernels/*", "recipes/run_gates.py",
     "recipes/gates/*.py", "recipes/artifact/*.py", "requirements/images/*.txt", _EVERY_IMAGE,

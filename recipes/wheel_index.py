@@ -50,7 +50,7 @@ class IndexedWheel:
 
 
 def write_index(name: str, wheels: Path, out: Path, *, base_url: str = "") -> list[IndexedWheel]:
-    """Write the index of a wheelhouse; an index that is there already is replaced.
+    """Write the index of a wheelhouse, in place of an existing one.
 
     Args:
         name: the image's.

@@ -36,7 +36,7 @@ _GIB = 1 << 30
 # A checkpoint of a 7B model with its optimizer has under 1 GiB for LoRA, 80 GiB for full
 # fine-tuning. With less than the first nothing can be saved, with less than the second little.
 _DISK_FAIL, _DISK_WARN = 1 * _GIB, 20 * _GIB
-# A cache without a model of the hub has proofs and compiled code of some megabytes (our choice).
+# Without models from the hub, caches have some megabytes of proofs and compiled code (our choice).
 _CACHE_FAIL = 16 << 20
 # With Docker's default, 64 MiB, data loader workers and NCCL fail with a bus error.
 # Source: https://github.com/NVIDIA/nccl/issues/290 (2026-11-21).
@@ -197,7 +197,7 @@ def _compare_with_manifest(host: Host, image: ImageFacts) -> Iterator[Check]:
 
 
 def _list_added(host: Host, image: ImageFacts) -> Iterator[Check]:
-    """Name the packages that a child image or a user has added; they are no fault."""
+    """List the packages that a child image or a user has added, which is allowed."""
     added = [
         f"{name} {version}"
         for name, version in sorted(host.installed.items())
@@ -289,7 +289,7 @@ def _check_network(machine: Machine, host: Host) -> Iterator[Check]:
 
 
 def _check_cpus(host: Host) -> Iterator[Check]:
-    """Tell how many threads torch starts, and compare OMP_NUM_THREADS with the usable CPUs."""
+    """Check that torch starts no more threads than there are usable CPUs."""
     if host.cpus is None:
         return
     what = f"{host.cpus} CPUs" if host.cpus > 1 else "1 CPU"
@@ -352,7 +352,7 @@ def _check_folder(folder: Folder, host: Host) -> Check:
     if folder.free_bytes >= _DISK_WARN:
         return Check("folder", "ok", f"writable, {free}")
     if folder.role != WORKING_FOLDER:
-        # What a run needs there depends on its model: with one from a folder, next to nothing.
+        # How much a run needs depends on its model: for one from a folder, almost nothing.
         status: Status = "fail" if folder.free_bytes < _CACHE_FAIL else "warn"
         what = f"{free}, a model from the hub may need more"
         return Check("disk", status, what, "mount a larger volume there")

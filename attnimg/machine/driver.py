@@ -27,8 +27,8 @@ def judge_driver(
     Args:
         machine: a machine with a driver.
         image: the image of this process; None outside an image.
-        images: all images. If this image does not serve the GPU, as the one for CPUs, those that do
-            decide how new the driver must be.
+        images: all images. If this image does not serve the GPU (as the image for CPUs), the images
+            that do decide how new the driver must be.
     """
     here = f"driver {machine.driver}"
     serving = [other for other in images.values() if machine.arch.name in other.devices]
@@ -71,5 +71,5 @@ def is_data_center_gpu(name: str) -> bool:
 
 
 def _status(own: ImageFacts | None) -> Literal["warn", "fail"]:
-    """An image that does not use the GPU works with any driver."""
+    """Return the status of an old driver: an image that does not use the GPU works with any."""
     return "fail" if own else "warn"

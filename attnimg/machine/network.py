@@ -1,7 +1,7 @@
 """Check whether NCCL can connect several nodes by RDMA from here, or only by TCP.
 
-NCCL loads libibverbs at run time (and libmlx5, for adapters of NVIDIA). It says nothing where the
-library is absent, and connects over TCP instead.
+NCCL loads libibverbs at run time (and libmlx5, for adapters of NVIDIA). Without the library, it
+connects over TCP and prints no warning.
 Source: NVIDIA/nccl, src/misc/ibvsymbols.cc and mlx5dvsymbols.cc (2026-11-27).
 """
 
@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-# Folders of libraries that the dynamic linker searches on Debian, and that a person would add.
+# Folders of libraries that the dynamic linker searches on Debian and on other distributions.
 _LIBRARY_FOLDERS = ("usr/lib/x86_64-linux-gnu", "usr/lib/aarch64-linux-gnu", "usr/lib64", "usr/lib")
 _VERBS = "libibverbs.so.1"
-# RDMA registers memory that must not be swapped, so that a limit of locked memory makes it fail.
-# NVIDIA starts its containers with --ulimit memlock=-1; that less than this is too little is our
-# choice.
+# RDMA registers memory that must not be swapped, so it fails under a small limit of locked memory.
+# NVIDIA recommends --ulimit memlock=-1 for its containers; this threshold is our choice.
 _LOCKED_BYTES = 1 << 30
 
 
@@ -58,7 +57,7 @@ def read_rdma(root: Path = Path("/")) -> Rdma:
 def judge_rdma(rdma: Rdma) -> tuple[Literal["ok", "warn"], str, str]:
     """Return the result of a check: its status, what was found, and what to do.
 
-    Runs on one machine need none of this, so that it is at most a warning.
+    It is at most a warning, since runs on one machine need no RDMA.
     """
     names = ", ".join(rdma.adapters)
     if not rdma.adapters:

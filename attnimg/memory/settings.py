@@ -22,7 +22,7 @@ _UNKNOWN = (
 )  # fmt: skip
 EMBEDDINGS = ("embed_tokens", "lm_head")
 # The largest size of a batch's logits in float32 for which a run keeps them. A backward pass needs
-# about four such tensors: as much as the comparison of the loss before the first step.
+# three to four such tensors, as the comparison of the loss before the first step does.
 SMALL_LOGITS = 128 << 20
 
 

@@ -93,7 +93,7 @@ def missing_folder(base_model: str) -> AttnimgError | None:
 def may_be_path(name: str) -> bool:
     """Return whether a name for which nothing was found is more likely a folder than a hub name.
 
-    So it is if it has no "/", as few names of the hub, or if its first part is a folder here.
+    That is so if it has no "/", which most names on the hub have, or if its parent folder exists.
     """
     return not _HUB_NAME.fullmatch(name) or "/" not in name or Path(name).parent.is_dir()
 

@@ -258,7 +258,7 @@ def _die_with_parent() -> None:
 
 
 def _die_before_parent() -> None:
-    """Make Linux kill this process first when memory runs out, so that its parent reports it."""
+    """Make Linux kill this process before its parent if memory runs out: the parent reports it."""
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
 

@@ -2,7 +2,7 @@
 
 Our own code, since skopeo's conversion to OCI drops HEALTHCHECK from the configuration
 (skopeo 1.9.3, run 2026-11-27), and Docker's own push compresses with gzip. Here the configuration
-is kept byte for byte, so the image in the registry has the ID that was built, judged and tested.
+is kept byte for byte, so the image in the registry has the ID that was built and checked.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Compressed:
 
 
 def compress(stream: IO[bytes], *, folder: Path | None = None) -> Compressed:
-    """Compress a layer with zstd -3: the one compressor of the gates and of what is pushed.
+    """Compress a layer with zstd -3, for the sizes in the gates and for what is pushed.
 
     Args:
         stream: the plain tar.

@@ -1,4 +1,4 @@
-"""Write what is stated about an image, one file a kind, once for each digest."""
+"""Write the statements about an image (SBOMs, provenance, machine code, VEX), one file each."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def write_predicates(
         recipes: of the plan.
         registry: of the recipes.
         root: the checkout.
-        env: environment variables, which tell who builds.
+        env: environment variables; those of GitHub name the builder.
 
     Raises:
         AttnimgError: an answer to a known vulnerability does not hold (code "no-vex").

@@ -1,7 +1,7 @@
-"""Verify a released image as a user would: from the registry alone, in an engine that has nothing.
+"""Verify a released image as a user would: from the registry alone, in an empty Docker engine.
 
-The signature, every statement about it, that these agree with one another, and that the image can
-be pulled by its digest and runs.
+Verified are the signature, every statement, that the statements agree with the image, and that the
+image can be pulled by its digest and runs.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def disagreements(
     digest: str,
     labels: Mapping[str, str],
 ) -> list[str]:
-    """Return what the statements say otherwise than the image; none if all agree.
+    """Return where the statements differ from the image; none if all agree.
 
     Args:
         found: kind -> verified predicate.
@@ -191,6 +191,6 @@ def run_clean(image: Verified, place: Place, *, folder: Path) -> str:
 
 def _not_that(reference: str, why: str) -> AttnimgError:
     return AttnimgError(
-        f"{reference} is not the image that it says", why=why, do="do not use it", code="tampered",
+        f"{reference} is not the expected image", why=why, do="do not use it", code="tampered",
         exit_code=1,
     )  # fmt: skip

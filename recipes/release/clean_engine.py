@@ -20,9 +20,10 @@ import psutil
 from recipes.release.programs import report
 
 _START_SECONDS = 60
-# Of cpu, 0.32 GB, an engine keeps 1.5 GB while it pulls (2026-11-27): room for twice as much.
+# Unpacked bytes for each compressed byte: while it pulls cpu, 0.32 GB, an engine uses 1.5 GB
+# (2026-11-27). This is about twice that.
 _UNPACKED = 10
-# Bytes of memory for everything else.
+# Bytes of memory that stay free for other processes.
 _KEPT_FREE = 2 << 30
 
 
@@ -50,7 +51,7 @@ def clean_engine(folder: Path, *, size: int) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="attnimg-engine-") as short:
         host = f"unix://{short}/docker.sock"
         at.write_text(short, encoding="utf-8")
-        # It ends with us, also if we are killed.
+        # dockerd ends when this process ends, also if it is killed.
         command = [*sudo, "setpriv", "--pdeathsig=TERM", "dockerd", f"--host={host}"]
         command += [f"--data-root={folder.resolve()}", f"--exec-root={short}/exec"]
         command += [f"--pidfile={pid_file.resolve()}", f"--group={os.getgid()}"]

@@ -1,4 +1,4 @@
-"""Run skopeo, cosign and docker, and word what a registry answers."""
+"""Run skopeo, cosign and docker, and translate the errors of a registry into plain messages."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Refuse to publish an image that is unresolved, not a release, unlabelled, or was not judged.
+"""Refuse to publish an image with unresolved values, changes, missing labels or gate findings.
 
-In a rehearsal, which goes to a registry of this machine only, what the build did not know is a
-named warning. What the gates found is never one.
+In a rehearsal, which goes to a registry of this machine only, unresolved values, changes and labels
+are warnings. Findings of the gates are refused there too.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from attnimg.errors import AttnimgError
+from attnimg.errors import AttnimgError, counted
 from recipes.facts import ImagePlan
 from recipes.release.place import Place
 
@@ -34,7 +34,7 @@ def check_publishable(
     Args:
         plan: of the image.
         labels: of the image.
-        judged: what `make gate/NAME` wrote about it.
+        judged: the result of `make gate/NAME`.
         version: of pyproject.toml.
         head: the commit of the checkout, with "-dirty" if it was changed.
         place: where it would go.
@@ -84,7 +84,7 @@ def refuse_other_rehearsal(place: Place, *, rehearsal: bool) -> None:
 def unknown(
     plan: ImagePlan, *, labels: Mapping[str, str], version: str, head: str
 ) -> Iterator[str]:
-    """Yield each value that a published image must have and this one has not."""
+    """Yield each value that a published image must have and this one lacks."""
     for key, reason in plan.unresolved.items():
         yield f"{key} is unresolved: {reason}"
 
@@ -110,13 +110,13 @@ def unknown(
 
 
 def _gate_faults(judged: Mapping[str, Any]) -> Iterator[str]:
-    """Yield each gate that found something, or could not look."""
+    """Yield each gate that found something, or was skipped."""
     gates = judged.get("gates") or []
     if not gates:
         yield "gates: found no result"
     for gate in gates:
         if gate["findings"]:
             files = ", ".join(finding["file"] for finding in gate["findings"][:3])
-            yield f"gate {gate['gate']}: {len(gate['findings'])} findings ({files})"
+            yield f"gate {gate['gate']}: {counted(len(gate['findings']), 'finding')} ({files})"
         elif gate["skip_reason"]:
             yield f"gate {gate['gate']} was skipped: {gate['skip_reason']}"

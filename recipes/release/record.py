@@ -1,4 +1,4 @@
-"""Keep what a release has done in build/release/NAME.json; it continues where it stopped."""
+"""Record the finished steps of a release in build/release/NAME.json, from which it continues."""
 
 from __future__ import annotations
 
@@ -98,10 +98,10 @@ def read_record(name: str, place: Place, root: Path) -> Record | None:
 
 
 def needed_record(name: str, place: Place, root: Path, *, after: str) -> Record:
-    """Return the record of a release to this registry in which a step is done.
+    """Return the record of a release to this registry in which the step `after` is done.
 
     Raises:
-        AttnimgError: it is not, or went to another registry (code "no-step").
+        AttnimgError: it is not, or the release went to another registry (code "no-step").
     """
     record = read_record(name, place, root)
     if record is not None and record.registry != place.registry:
@@ -114,7 +114,7 @@ def needed_record(name: str, place: Place, root: Path, *, after: str) -> Record:
     if record is None or after not in record.steps:
         done = ", ".join(record.steps) if record else "no step"
         raise AttnimgError(
-            f"the release of {name} is not that far",
+            f"the release of {name} has not reached this step",
             why=f"found {done or 'no step'} in {record_path(name, place)}, needed {after}",
             do=f"make {after}/{name}",
             code="no-step",

@@ -96,7 +96,7 @@ def build(job: Release) -> None:
 
 
 def gate(job: Release) -> None:
-    """Judge the image of this engine, unless that was done with these recipes and gates."""
+    """Run the gates on the image of this engine, unless these recipes and gates already did."""
     if _judged(job, image_id=_engine_image(job)) is None:
         _make(f"gate/{job.name}", job)
     else:
@@ -107,7 +107,7 @@ def push(job: Release) -> Record:
     """Check that the image may be published, and push it by its digest.
 
     Raises:
-        AttnimgError: it may not, was not judged, or the registry does not take it.
+        AttnimgError: it may not be published, or the registry refuses it.
     """
     judged = _judged(job, image_id="")
     if judged is None:
@@ -116,7 +116,9 @@ def push(job: Release) -> Record:
     assert judged is not None
     digest, manifest, config = transfer.layout_manifest(job.layout)
     if digest != judged["digest"]:
-        raise _not_judged(job, f"found {digest} in {job.layout}, judged was {judged['digest']}")
+        raise _not_judged(
+            job, f"found {digest} in {job.layout}, the gates checked {judged['digest']}"
+        )
     labels = config.get("config", {}).get("Labels") or {}
     warnings = publishable.check_publishable(
         job.plan,
@@ -193,7 +195,7 @@ def attest(job: Release) -> Record:
 
 
 def verify(job: Release) -> Record:
-    """Read everything back from the registry, and verify it, in an engine that has nothing else."""
+    """Verify the image and its statements from the registry, in a second, empty engine."""
     record = needed_record(job.name, job.place, job.root, after="attest")
     start = time.monotonic()
     checked_in = check_released(
@@ -277,7 +279,7 @@ def _judged(job: Release, *, image_id: str) -> dict[str, Any] | None:
 
 def _not_judged(job: Release, why: str) -> AttnimgError:
     return AttnimgError(
-        f"the image {job.name} is not the one that was judged",
+        f"the image {job.name} is not the one that the gates checked",
         why=why,
         do=f"make gate/{job.name}",
         code="not-judged",

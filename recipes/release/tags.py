@@ -1,4 +1,4 @@
-"""Name an image's tags: moving ones for people, and one that never changes for lock files."""
+"""Choose the tags of an image: those that move to each new release, and one that never moves."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def pull(digest: str, place: Place, folder: Path) -> None:
     """Pull an image into an empty folder; skopeo compares the digest of everything it reads.
 
     Raises:
-        AttnimgError: the registry has not the same bytes, or does not answer (code "registry").
+        AttnimgError: the registry has other bytes, or does not answer (code "registry").
     """
     remove(folder)
     tls = [f"--src-tls-verify={not place.loopback}".lower()]
@@ -145,7 +145,7 @@ def _tampered(place: Place, why: str) -> AttnimgError:
     return AttnimgError(
         f"the registry {place.host} has another image than it says",
         why=why,
-        do="tell who runs the registry; do not use this image",
+        do="do not use this image; report it to the operator of the registry",
         code="tampered",
         exit_code=1,
     )

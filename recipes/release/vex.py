@@ -37,7 +37,7 @@ def vex(
     """Return the document.
 
     Args:
-        cves: every entry of cves.toml; one about a package that the image has not is stated too.
+        cves: every entry of cves.toml, also those about packages that the image does not have.
         sbom: the CycloneDX SBOM of the image.
         repository: of the image in the registry.
         digest: of its manifest.

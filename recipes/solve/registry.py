@@ -122,7 +122,7 @@ def _get(client: httpx.Client, address: str, reference: str) -> httpx.Response:
         429: "it answers no more requests from this address for now",
     }
     status = f"{answer.status_code} {answer.reason_phrase}".strip()
-    raise _error(reference, f"{reasons.get(answer.status_code, 'it can not answer')} ({status})")
+    raise _error(reference, f"{reasons.get(answer.status_code, 'it reports an error')} ({status})")
 
 
 def _checked_digest(answer: httpx.Response, reference: str) -> str:

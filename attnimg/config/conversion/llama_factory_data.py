@@ -147,8 +147,8 @@ def _unread_columns(
 ) -> dict[str, str]:
     """Return the keys that turn off columns of conversations that LLaMA-Factory does not read.
 
-    attnimg reads the columns system and tools without being asked. Tools are refused: a template of
-    LLaMA-Factory writes them in its own form.
+    attnimg reads the columns system and tools by default. Tools are refused, since LLaMA-Factory's
+    templates write them in a format of their own.
     """
     columns, seen, readable = found.get("columns") or {}, set[str](), False
     for record in records:
