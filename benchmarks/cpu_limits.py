@@ -2,7 +2,7 @@
 
     python benchmarks/cpu_limits.py OLD [ROUNDS]
 
-OLD is an image of before the change, such as attnimg-old:cpu; the other one is attnimg:cpu. Both
+OLD is an image of an earlier commit, such as attnimg-old:cpu; it is compared with attnimg:cpu. They
 train the demo in turn, so that other load on the machine affects both, and with a new cache, so
 that each proves its kernel. The medians go to docs/measured/cpu-limits.json.
 
