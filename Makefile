@@ -192,7 +192,7 @@ NEEDS_ENGINE = @docker/build.py $* --check && $(MAKE) engine
 NEEDS_SET = @[ -e docker/images/$*/$(1) ] || { printf '$@: %s\n  why: %s\n  do:  %s\n' "attnimg:$* has no $(2)" \
 	  "found no docker/images/$*/$(1)" "name one of: $$(cd docker/images && ls */$(1) | cut -d/ -f1 | paste -sd ' ')" >&2; exit 2; }
 
-# The image that a target is about: attnimg:NAME of this engine, or with DIGEST that of REGISTRY, pulled.
+# The image that a target tests or checks: attnimg:NAME in this engine; with DIGEST, that one, pulled from REGISTRY.
 SUBJECT = $(if $(DIGEST),$$($(BIN)/python -m recipes pull $* "$(DIGEST)"),attnimg:$*)
 
 build/%: ## Build the image attnimg:%, for example build/cpu; WHEELS=dist/% uses existing wheels
@@ -210,14 +210,14 @@ wheels/%: ## Compile the kernels of attnimg:% into dist/%; hours; TRIM=1 makes s
 	$(NEEDS_ENGINE)
 	@PROGRESS=plain docker/build.py $* --wheels-to dist/$*
 
-kernels/%: ## Compile the kernels of attnimg:% that CACHE=host/namespace lacks, into it; KERNEL=one of them
-	$(NEEDS_BASE)
+kernels/%: ## Compile the kernels of attnimg:% that the registry CACHE=host/namespace does not have, and push them; KERNEL=one of them
+	$(NEEDS_ENGINE)
 	@[ -n "$(CACHE)" ] || { printf 'kernels: %s\n  why: %s\n  do:  %s\n' "no cache is given" \
 	  "found no CACHE" "make $@ CACHE=host/namespace, or make wheels/$* for this machine" >&2; exit 2; }
 	@CACHE="$(CACHE)" PROGRESS=plain docker/build.py $* --to-cache $(if $(KERNEL),--kernel "$(KERNEL)")
 
-layers/%: ## Build the layers of torch and the stack that attnimg:% shares with others, into CACHE=host/namespace
-	$(NEEDS_BASE)
+layers/%: ## Build the layers of torch and the stack, which images share, and push them to the registry CACHE=host/namespace
+	$(NEEDS_ENGINE)
 	@[ -n "$(CACHE)" ] || { printf 'layers: %s\n  why: %s\n  do:  %s\n' "no cache is given" \
 	  "found no CACHE" "make $@ CACHE=host/namespace" >&2; exit 2; }
 	@CACHE="$(CACHE)" docker/build.py $* --stage stack --to-cache
@@ -279,7 +279,7 @@ test/release: .venv/ready ## Release attnimg:cpu to a registry on this machine; 
 test/gates: .venv/ready build/nvcc/ready ## Test the gates on small images with real machine code; 1 minute
 	$(BIN)/pytest tests/gates
 
-test/public-base: .venv/ready engine ## Build and judge attnimg:cpu on a base made as the public python:3.11-slim-bookworm; 15 minutes
+test/public-base: .venv/ready engine ## Build attnimg:cpu on a base made as the public python:3.11-slim-bookworm, run gates and tests; 15 minutes
 	@[ -x "$$(command -v docker-registry)" ] || apt-get install -qy --no-install-recommends docker-registry
 	@$(BIN)/python tests/public_base/run.py
 
@@ -290,10 +290,10 @@ test/reproducible: .venv/ready engine ## Build attnimg:cpu twice without a cache
 test/children: .venv/ready build/cpu build/cpu-devel ## Build examples/child-images on attnimg:cpu: JupyterLab, axolotl, an extension; 10 minutes
 	CHILDREN_RECORD=1 IMAGE=attnimg:cpu $(BIN)/pytest --timeout 3600 tests/children
 
-test/%: .venv/ready ## Test the image attnimg:%, or DIGEST=sha256:... of REGISTRY; TESTS="tests/image/test_running.py"
+test/%: .venv/ready ## Test the image attnimg:%, or DIGEST=sha256:... pulled from REGISTRY; TESTS="tests/image/test_running.py"
 	@image=$(SUBJECT); IMAGE=$$image $(BIN)/pytest $(or $(TESTS),tests/image)
 
-gate/%: .venv/ready ## Check attnimg:% by all gates, or DIGEST=sha256:... of REGISTRY, ARCHIVE=file or folder, WHEELS=dist/%, CHILD=an image FROM it; no GPU
+gate/%: .venv/ready ## Check attnimg:% by all gates, or DIGEST=sha256:... from REGISTRY, ARCHIVE=file or folder, WHEELS=dist/%, CHILD=an image built FROM it; no GPU
 	@if [ -z "$${ARCHIVE-}$${WHEELS-}" ]; then \
 	  image=$(or $(CHILD),$(SUBJECT)); docker image inspect "$$image" >/dev/null 2>&1 || { printf 'gate: %s\n  why: %s\n  do:  %s\n' \
 	    "there is no image $$image" "docker image inspect does not find it" \
@@ -307,7 +307,7 @@ gate/%: .venv/ready ## Check attnimg:% by all gates, or DIGEST=sha256:... of REG
 scan/%: .venv/ready build/audit/ready ## Scan the Python packages of attnimg:% for known vulnerabilities
 	@$(BIN)/python -m recipes scan $* --pip-audit build/audit/bin/pip-audit
 
-scan-config: .venv/ready ## Write the answers of recipes/cves.toml for grype into build/grype.yaml
+scan-config: .venv/ready ## Write recipes/cves.toml as the configuration of grype, build/grype.yaml
 	@mkdir -p build
 	@$(BIN)/python -m recipes grype-config >build/grype.yaml
 
@@ -315,17 +315,17 @@ test/scan: .venv/ready build/audit/ready ## Test the scan against a server on th
 	PIP_AUDIT=build/audit/bin/pip-audit $(BIN)/pytest tests/scan
 
 .PHONY: bump scan-config
-bump: .venv/ready ## Make a commit of each pin that has a newer release; DRY_RUN=1 lists them; PIN=PACKAGE
+bump: .venv/ready ## Commit each newer release of a pin, one commit a pin; DRY_RUN=1 only lists them; PIN=PACKAGE
 	@$(BIN)/python -m recipes bump $(PIN) $(if $(DRY_RUN),--dry-run)
 
-index/%: .venv/ready ## Write dist/% as a package index into dist/index/%; BASE_URL=where its files will be
+index/%: .venv/ready ## Write the wheels of dist/% as a package index into dist/index/%; BASE_URL=where the files will be
 	@$(BIN)/python -m recipes index $* --wheels dist/$* --to dist/index/$* $(if $(BASE_URL),--base-url "$(BASE_URL)")
 
 run/%: ## Run attnimg:% on this folder, as this user: make run/cpu ARGS="train config.yaml"
 	@docker run --rm --user "$$(id -u):$$(id -g)" -v "$$PWD:/workspace" -e ATTNIMG_IMAGE_DIGEST="$$(docker image inspect \
 	  --format '{{range .RepoDigests}}{{println .}}{{end}}' attnimg:$* 2>/dev/null | head -n 1)" attnimg:$* $(ARGS)
 
-gpu/%: $(if $(DIGEST),.venv/ready) ## Run the GPU tests inside attnimg:%, or DIGEST=sha256:... of REGISTRY, on a machine with the GPU
+gpu/%: $(if $(DIGEST),.venv/ready) ## Run the GPU tests inside attnimg:%, or DIGEST=sha256:... pulled from REGISTRY, on a machine with the GPU
 	@image=$(SUBJECT); docker run --rm --gpus all -v "$$PWD/tests:/tests:ro" --workdir /tests --entrypoint python \
 	  "$$image" -m pytest gpu
 
@@ -338,13 +338,13 @@ matrix/%: ## Print the jobs of CI: matrix/images, matrix/gpu, matrix/skipped...;
 release/%: .venv/ready ## Build, gate, push, test, sign, verify and tag attnimg:%; REGISTRY=host/name, REHEARSAL=1
 	@$(BIN)/python -m recipes release $*
 
-push/%: .venv/ready ## Push the judged attnimg:% by its digest, under no tag
+push/%: .venv/ready ## Push attnimg:%, which the gates have checked, by its digest, without a tag
 	@$(BIN)/python -m recipes release $* --step push
 
 attest/%: .venv/ready ## Sign the pushed attnimg:%; attach SBOMs, provenance, machine code, VEX
 	@$(BIN)/python -m recipes release $* --step attest
 
-verify/%: .venv/ready ## Verify the attested attnimg:% from a clean engine, or DIGEST=sha256:... or TAG=% of REGISTRY
+verify/%: .venv/ready ## Verify the attested attnimg:%, or DIGEST=sha256:... or TAG=% of REGISTRY, in a second, empty Docker engine
 	@$(BIN)/python -m recipes $(if $(or $(DIGEST),$(TAG)),verify $* "$(or $(DIGEST),$(TAG))",release $* --step verify)
 
 promote/%: .venv/ready ## Give the verified attnimg:% its tags
