@@ -279,7 +279,7 @@ test/release: .venv/ready ## Release attnimg:cpu to a registry on this machine; 
 test/gates: .venv/ready build/nvcc/ready ## Test the gates on small images with real machine code; 1 minute
 	$(BIN)/pytest tests/gates
 
-test/public-base: .venv/ready engine ## Build attnimg:cpu on a base made as the public python:3.11-slim-bookworm, run gates and tests; 30 minutes
+test/public-base: .venv/ready engine ## Build attnimg:cpu on a base made as the public python:3.11-slim-bookworm, run gates and tests; 15 minutes
 	@[ -x "$$(command -v docker-registry)" ] || apt-get install -qy --no-install-recommends docker-registry
 	@$(BIN)/python tests/public_base/run.py
 

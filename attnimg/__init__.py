@@ -1,7 +1,8 @@
 """Select the attention kernels for a GPU, verify them, and use them in a training run.
 
 The functions below are described in docs/use-your-own-trainer.md. They are imported at their first
-use: importing attnimg imports neither torch nor anything else that is large.
+use: importing attnimg imports neither torch nor anything else that is large. An image does so at
+each start of Python (docker/image_files.py).
 """
 
 from __future__ import annotations
@@ -9,10 +10,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from attnimg.errors import AttnimgError, KernelError, PackingLeak
-
 if TYPE_CHECKING:
     from attnimg.api import Choice, apply, check_packing, restore, select, use, verify
+    from attnimg.errors import AttnimgError, KernelError, PackingLeak
     from attnimg.functional import attention
     from attnimg.integrations.transformers import AttnimgCallback
 
@@ -36,6 +36,9 @@ __all__ = [
 # The modules of the names that are not in attnimg.api.
 _MODULES = {
     "AttnimgCallback": "attnimg.integrations.transformers",
+    "AttnimgError": "attnimg.errors",
+    "KernelError": "attnimg.errors",
+    "PackingLeak": "attnimg.errors",
     "attention": "attnimg.functional",
 }
 

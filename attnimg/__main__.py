@@ -305,6 +305,8 @@ def _run_command(arguments: Sequence[str]) -> None:
         parser.add_argument(argument, **options)
     # Options may be between the files, too.
     values = vars(parser.parse_intermixed_args(arguments[1:]))
+    if name in _WITH_TORCH:
+        container.require_folders(os.environ)
     getattr(import_module(f"attnimg.cli.{command.module}"), name)(**values)
 
 

@@ -27,11 +27,13 @@ from attnimg.machine.host import this_host
 
 FOLDER = Path("/opt/attnimg")
 # The line of a .pth file, which Python runs at its start: a program that bypasses the entrypoint,
-# or is started by docker exec, has the same folders of caches. Importing the module takes 20 ms,
-# which a process whose parent has set them saves.
+# or is started by docker exec, has the same folders of caches, and threads for its CPUs. Importing
+# the module takes about 20 ms, which a process saves if its parent has set them for the same user
+# and CPUs.
 AT_START = (
-    "import os; os.environ.get('ATTNIMG_FOLDERS_OF') == str(os.geteuid()) or "
-    "__import__('attnimg.machine.container', fromlist=['apply']).apply(create=False)"
+    "import os; os.environ.get('ATTNIMG_SET_FOR') == f'{os.geteuid()} "
+    '{len(os.sched_getaffinity(0))} {os.environ.get("LOCAL_WORLD_SIZE", str())}\' or '
+    "__import__('attnimg.machine.container', fromlist=['main']).set_up_program()"
 )
 
 

@@ -15,7 +15,7 @@ from attnimg.cli.progress import exit_on_sigterm
 from attnimg.cli.train import PrintedReport
 from attnimg.errors import AttnimgError, counted, printable
 from attnimg.machine.kernel_cache import use_shipped_kernels
-from attnimg.runs.chat import Answer, ChatModel, Message, Settings, answer, load_chat
+from attnimg.runs.chat import Answer, ChatModel, GenerationSettings, Message, answer, load_chat
 from attnimg.runs.folder import find_run
 from attnimg.task import installed_machine
 from attnimg.train.packages import require_trainer
@@ -37,7 +37,9 @@ def chat(
     require_trainer()
     require_one_process("chat")
     exit_on_sigterm()
-    settings = Settings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+    settings = GenerationSettings(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p
+    )
     found = find_run(run, command="chat", base_model=base_model)
     machine = installed_machine()
     use_shipped_kernels(machine)
@@ -51,13 +53,13 @@ def chat(
             set_seed(seed)
         if sys.stdin.isatty():
             report.log(HELP)
-        Conversation(model, settings, system=system, raw=raw, as_json_lines=as_json_lines).run()
+        ChatSession(model, settings, system=system, raw=raw, as_json_lines=as_json_lines).run()
 
 
 HELP = "/reset begins a new conversation, /exit ends, /help shows this; Ctrl-C stops an answer"
 
 
-class Conversation:
+class ChatSession:
     """Answer lines until the input ends.
 
     Args:
@@ -71,7 +73,7 @@ class Conversation:
     def __init__(
         self,
         model: ChatModel,
-        settings: Settings,
+        settings: GenerationSettings,
         *,
         system: str | None,
         raw: bool,

@@ -5,24 +5,27 @@ writable and in the place of the driver, and most of them can bypass an image's 
 is therefore decided there. `attnimg` applies these settings when it starts; in an image,
 attnimg_container.pth applies them at the start of every other Python program, and main() prints
 them for docker/entrypoint.sh. They depend on the environment, the user and the file system only, so
-that `docker exec` and a HEALTHCHECK get the same. docs/runtimes.md has the rules.
+that `docker exec` and a HEALTHCHECK get the same. docs/runtimes.md has the rules. With the folders,
+other programs get the number of OpenMP's threads (threads.py).
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
+
+from attnimg.machine.threads import SET_HERE, THREAD_VARIABLES, set_number, set_threads
 
 CACHE = "ATTNIMG_CACHE"
 # Set with the folder that could not be used, so that a later process can still report it.
 INSTEAD_OF = "ATTNIMG_CACHE_INSTEAD_OF"
-# Set with the number of the user that the variables were set for.
-FOR_USER = "ATTNIMG_FOLDERS_OF"
+# Set with what the variables were set for: the user, the CPUs of the mask, and LOCAL_WORLD_SIZE. A
+# program with the same need not set them again (docker/image_files.py).
+SET_FOR = "ATTNIMG_SET_FOR"
 # Variables of caches -> the folder's name. A user has a folder NAME-UID of each: Hugging Face's
 # library and compilers fail on files of another user, and what they load is run.
 CACHES = {
@@ -47,8 +50,8 @@ _SYSTEM_LIBRARIES = (
 LIBCUDA = "libcuda.so.1"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Settings:
+# No dataclass: every Python of an image imports this module, and dataclasses takes as long as it.
+class FolderSettings(NamedTuple):
     """What a process has to set.
 
     Attributes:
@@ -57,7 +60,7 @@ class Settings:
         tried: the folders that can't be used, if there is none for caches; otherwise empty.
     """
 
-    variables: Mapping[str, str] = field(default_factory=dict)
+    variables: Mapping[str, str]
     folders: tuple[Path, ...] = ()
     tried: tuple[Path, ...] = ()
 
@@ -69,7 +72,7 @@ def choose_folders(
     working_folder: Path,
     tmp: Path = Path("/tmp"),
     shm: Path = Path("/dev/shm"),
-) -> Settings:
+) -> FolderSettings:
     """Return the variables of caches, HOME and TMPDIR to set, and the folders to create.
 
     A variable of a cache that is set is kept.
@@ -93,12 +96,13 @@ def choose_folders(
         *([Path(named)] if named else []),
         *standard,
         working_folder / ".cache",
+        *([Path(environment["TMPDIR"]) / f"attnimg-{uid}"] if environment.get("TMPDIR") else []),
         tmp / f"attnimg-{uid}",
         shm / f"attnimg-{uid}",
     ]
     base = next((path for path in candidates if why_unusable(path, uid) is None), None)
     if base is None:
-        return Settings(tried=tuple(candidates))
+        return FolderSettings({}, tried=tuple(candidates))
     variables: dict[str, str] = {}
     folders = []
 
@@ -121,7 +125,7 @@ def choose_folders(
         folders.append(Path(home))
     temporary = [tmp, *([Path(environment["TMPDIR"])] if environment.get("TMPDIR") else [])]
     use("TMPDIR", "tmp", wanted=not any(can_write(folder) for folder in temporary))
-    return Settings(variables=variables, folders=tuple(folders))
+    return FolderSettings(variables=variables, folders=tuple(folders))
 
 
 def _is_home(home: Path, base: Path, uid: int) -> bool:
@@ -180,8 +184,7 @@ def replaced_cache(environment: Mapping[str, str]) -> str | None:
     return f"{named} {why} for user {os.geteuid()}; caches are in {environment.get(CACHE)}"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Runtime:
+class Runtime(NamedTuple):
     """A program that starts containers.
 
     Attributes:
@@ -243,6 +246,8 @@ def find_runtime(environment: Mapping[str, str], *, root: Path = Path("/")) -> R
 
 def find_driver_program(name: str, path: str | None = None) -> str | None:
     """Return the path of a program of the driver, on PATH or where runtimes mount it."""
+    import shutil  # not at each start of Python
+
     path = os.environ.get("PATH", os.defpath) if path is None else path
     return shutil.which(name, path=os.pathsep.join([path, *DRIVER_PROGRAMS]))
 
@@ -266,20 +271,15 @@ def library_path(environment: Mapping[str, str], *, root: Path = Path("/")) -> s
     return ":".join([*listed, *found]) if found else None
 
 
-def apply(*, create: bool) -> Settings:
+def apply(*, create: bool) -> FolderSettings:
     """Set the variables for this process and its children, and return the settings.
 
     Args:
         create: create all folders, so that only this user can write to them; otherwise only a
             temporary folder, as the programs that use the others create them.
     """
-    try:
-        working_folder = Path.cwd()
-    except OSError:  # it was removed, or this user can't read it
-        working_folder = Path("/")
-    settings = choose_folders(os.environ, uid=os.geteuid(), working_folder=working_folder)
+    settings = choose_folders(os.environ, uid=os.geteuid(), working_folder=_working_folder())
     os.environ.update(settings.variables)
-    os.environ[FOR_USER] = str(os.geteuid())
     for folder in settings.folders:
         if create or str(folder) == os.environ.get("TMPDIR"):
             # A full disk is reported by whoever writes to the folder.
@@ -292,16 +292,62 @@ def apply(*, create: bool) -> Settings:
     return settings
 
 
+def _working_folder() -> Path:
+    try:
+        return Path.cwd()
+    except OSError:  # it was removed, or this user can't read it
+        return Path("/")
+
+
+def set_up_program() -> None:
+    """Set the variables for a program that is not attnimg: folders, and the number of threads."""
+    apply(create=False)
+    set_number(os.environ)
+    _mark()
+
+
+def _mark() -> None:
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "")
+    os.environ[SET_FOR] = f"{os.geteuid()} {len(os.sched_getaffinity(0))} {processes}"
+
+
+def require_folders(environment: Mapping[str, str]) -> None:
+    """Raise unless there is a folder for caches and temporary files.
+
+    Raises:
+        AttnimgError: code no-folder.
+    """
+    if tried := unusable_folders(environment):
+        from attnimg.errors import AttnimgError  # not at each start of Python
+
+        raise AttnimgError(
+            "there is no folder for caches and temporary files",
+            why="\n".join(tried),
+            do=(find_runtime(environment) or DOCKER).volume,
+            code="no-folder",
+        )
+
+
+def unusable_folders(environment: Mapping[str, str]) -> tuple[str, ...]:
+    """Return why each folder can't be used; empty if one can."""
+    uid = os.geteuid()
+    tried = choose_folders(environment, uid=uid, working_folder=_working_folder()).tried
+    return tuple(f"{path} {why_unusable(path, uid)} for user {uid}" for path in tried)
+
+
 def main() -> None:
     """Print the variables to set as shell commands, and a note to stderr."""
     import shlex
     import sys
 
     apply(create=True)
+    set_threads(os.environ)
+    _mark()
     if (path := library_path(os.environ)) is not None:
         os.environ["LD_LIBRARY_PATH"] = path
     # All of them: attnimg_container.pth has set them for this process already.
-    for name in (CACHE, INSTEAD_OF, FOR_USER, *CACHES, "HOME", "TMPDIR", "LD_LIBRARY_PATH"):
+    ours = (CACHE, INSTEAD_OF, SET_FOR, SET_HERE, *THREAD_VARIABLES, *CACHES)
+    for name in (*ours, "HOME", "TMPDIR", "LD_LIBRARY_PATH"):
         if name in os.environ:
             print(f"export {name}={shlex.quote(os.environ[name])}")  # noqa: T201 - for the shell
     if (note := replaced_cache(os.environ)) is not None:

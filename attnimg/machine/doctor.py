@@ -328,6 +328,9 @@ def _check_folders(host: Host) -> Iterator[Check]:
         alike.setdefault(_check_folder(folder, host), []).append(name)
     for check, names in alike.items():
         yield Check(check.code, check.status, f"{', '.join(names)}: {check.what}", check.do)
+    if host.unusable_folders:
+        what = f"no folder for caches and temporary files: {'; '.join(host.unusable_folders)}"
+        yield Check("cache", "fail", what, (host.runtime or DOCKER).volume)
     if host.replaced_cache is not None:
         yield Check("cache", "warn", host.replaced_cache, (host.runtime or DOCKER).volume)
     if host.noexec:

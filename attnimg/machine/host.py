@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from attnimg.cgroup import cpu_quota
 from attnimg.machine.container import (
     CACHES,
     LIBCUDA,
@@ -20,11 +21,11 @@ from attnimg.machine.container import (
     find_driver_program,
     find_runtime,
     replaced_cache,
+    unusable_folders,
 )
 from attnimg.machine.kernel_cache import ShippedKernels, shipped_kernels, shipped_triton
 from attnimg.machine.network import Rdma, read_rdma
 from attnimg.machine.probe import canonical, changed_files, read_record
-from attnimg.machine.threads import cgroup_quota
 
 WORKING_FOLDER = "the working folder"
 # Top-level packages of the kernels; of two with one name on sys.path, one shadows the other.
@@ -74,6 +75,7 @@ class Host:
         shipped_triton: SageAttention's precompiled Triton kernels in the image.
         runtime: what started the container; None outside of one.
         replaced_cache: why another cache folder is used; None if none is.
+        unusable_folders: why no folder can have the caches; empty if one can.
         cuda_error: the loader's message on libcuda; None where it loads, and without nvidia-smi.
         noexec: cache folders whose file system runs no code.
         rdma: the adapters that connect machines; None where they were not read.
@@ -95,6 +97,7 @@ class Host:
     shipped_triton: ShippedKernels | None = None
     runtime: Runtime | None = None
     replaced_cache: str | None = None
+    unusable_folders: tuple[str, ...] = ()
     cuda_error: str | None = None
     noexec: tuple[str, ...] = ()
     rdma: Rdma | None = None
@@ -134,11 +137,12 @@ def this_host(*, shm: Path = Path("/dev/shm")) -> Host:
         shipped_triton=shipped_triton(),
         runtime=find_runtime(os.environ),
         replaced_cache=replaced_cache(os.environ),
+        unusable_folders=unusable_folders(os.environ),
         cuda_error=_cuda_error() if find_driver_program("nvidia-smi") else None,
         noexec=tuple(_noexec()),
         rdma=read_rdma(),
         cpus=len(os.sched_getaffinity(0)),
-        quota=cgroup_quota(),
+        quota=cpu_quota(),
         threads=os.environ.get("OMP_NUM_THREADS"),
     )
 

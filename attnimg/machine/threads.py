@@ -14,8 +14,12 @@ The load does not change the number of threads: the sums of a run and of its res
 bit for bit only with the same number. Processes of a data loader are not subtracted: each computes
 with one thread, and mostly sleeps.
 
-The library reads these variables once, when torch loads it. What the user has set is kept. psutil
-and Python do not read cgroups; joblib's loky reads the container's own, but not those above it.
+The library reads these variables once, when torch loads it. What the user has set is kept. SET_HERE
+names the variables that this module has set: a process that inherits them chooses them again, for
+its own mask and LOCAL_WORLD_SIZE.
+
+attnimg's commands and the image's entrypoint measure the load; other Python programs in an image
+(machine/container.py) only get the number of threads, as measuring would delay each start.
 """
 
 from __future__ import annotations
@@ -23,10 +27,11 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from contextlib import suppress
-from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from pathlib import Path
+
+from attnimg.cgroup import cpu_quota
 
 # With two busy neighbours on two CPUs, a proof takes a quarter of the time that it takes with the
 # default of 300,000 spins; 10,000 are too many. On an idle machine, a run would be an eighth slower
@@ -48,6 +53,10 @@ _OTHER = "KMP_DUPLICATE_LIB_OK"
 # What decides the threads of a run: a receipt has their values.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
+# The variables that were set here, with their values: "OMP_NUM_THREADS=8 GOMP_SPINCOUNT=3000". One
+# with another value was set by the user.
+SET_HERE = "ATTNIMG_THREADS"
+
 
 def set_threads(environ: MutableMapping[str, str]) -> None:
     """Set OpenMP's variables, before torch is imported; takes _SAMPLE_S for the load.
@@ -55,7 +64,33 @@ def set_threads(environ: MutableMapping[str, str]) -> None:
     Args:
         environ: os.environ, or the environment of a new process.
     """
-    environ.update(thread_settings(environ, load=cpu_load()))
+    for name in _set_here(environ):
+        del environ[name]
+    _set(environ, thread_settings(environ, load=cpu_load()))
+
+
+def set_number(environ: MutableMapping[str, str]) -> None:
+    """Set OpenMP's number of threads alone, without measuring the load.
+
+    Args:
+        environ: os.environ, or the environment of a new process.
+    """
+    _set(environ, _set_here(environ) | _number_of_threads(environ))
+
+
+def _set(environ: MutableMapping[str, str], settings: Mapping[str, str]) -> None:
+    environ.update(settings)
+    environ[SET_HERE] = " ".join(f"{name}={value}" for name, value in settings.items())
+
+
+def _set_here(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that this process or one above it has set, and nobody has changed."""
+    pairs = (text.partition("=")[::2] for text in environ.get(SET_HERE, "").split())
+    return {
+        name: value
+        for name, value in pairs
+        if name in THREAD_VARIABLES and environ.get(name) == value
+    }
 
 
 def thread_settings(environ: Mapping[str, str], *, load: float) -> dict[str, str]:
@@ -95,7 +130,11 @@ def _number_of_threads(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _has_set(environ: Mapping[str, str], prefixes: tuple[str, ...]) -> bool:
-    return any(name.startswith(prefixes) and name != _OTHER for name in environ)
+    """Return whether the user has set a variable whose name starts with one of the prefixes."""
+    inherited = _set_here(environ)
+    return any(
+        name.startswith(prefixes) and name != _OTHER and name not in inherited for name in environ
+    )
 
 
 def cpu_load(stat: Path = Path("/proc/stat"), *, seconds: float = _SAMPLE_S) -> float:
@@ -142,104 +181,8 @@ def count_threads(*, cpus: float, processes: int = 1) -> int:
 def usable_cpus() -> float:
     """Return how many CPUs this process may use: those of its mask, or fewer by a quota."""
     mask = len(os.sched_getaffinity(0))
-    quota = cgroup_quota()
+    quota = cpu_quota()
     return mask if quota is None else min(mask, quota)
-
-
-def cgroup_quota(root: Path = Path("/")) -> float | None:
-    """Return the smallest quota of this process's cgroup and of those above it, in CPUs.
-
-    Args:
-        root: the folder with proc/self and the mounts in it.
-
-    Returns:
-        None without a quota, or where it can't be read.
-    """
-    quotas = [*_quotas(root)]
-    return min(quotas, default=None)
-
-
-class _Mount(NamedTuple):
-    """A mount of a cgroup tree.
-
-    Attributes:
-        version: 1 or 2.
-        top: the cgroup that is mounted, "/" or "/docker/ID".
-        folder: where.
-    """
-
-    version: int
-    top: PurePosixPath
-    folder: Path
-
-
-def _quotas(root: Path) -> Iterator[float]:
-    own = _own_cgroups(root)
-    for mount in _mounts(root):
-        if mount.version not in own:
-            continue
-        try:
-            inner = own[mount.version].relative_to(mount.top)
-        except ValueError:  # a namespace of its own, or an unshared mount: its top is what is known
-            inner = PurePosixPath()
-        if ".." in inner.parts:
-            inner = PurePosixPath()
-        for part in (inner, *inner.parents):
-            with suppress(OSError, ValueError, ZeroDivisionError):
-                quota = _read_quota(mount.folder / part, version=mount.version)
-                if quota is not None:
-                    yield quota
-
-
-def _own_cgroups(root: Path) -> dict[int, PurePosixPath]:
-    """Return this process's cgroup with the controller `cpu`, in each version: lines 4:cpu:/a."""
-    found = {}
-    for line in _lines(root / "proc/self/cgroup"):
-        _, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if path.startswith("/"):
-            if not controllers:
-                found[2] = PurePosixPath(path)
-            elif "cpu" in controllers.split(","):
-                found[1] = PurePosixPath(path)
-    return found
-
-
-def _mounts(root: Path) -> Iterator[_Mount]:
-    """Yield the mounted cgroup trees that limit CPUs.
-
-    Source: proc_pid_mountinfo(5): fields 4 and 5 are the top and the place, and after the hyphen
-    stand the type, the source and the options of the file system (man-pages 6.9, 2026-11-27).
-    """
-    for line in _lines(root / "proc/self/mountinfo"):
-        before, _, after = line.partition(" - ")
-        places, kinds = before.split(" "), after.split(" ")
-        if len(places) < 6 or len(kinds) < 3:
-            continue
-        is_v1 = kinds[0] == "cgroup" and "cpu" in kinds[2].split(",")
-        if is_v1 or kinds[0] == "cgroup2":
-            # A blank in a path is written as \040.
-            top, place = (text.replace("\\040", " ") for text in places[3:5])
-            yield _Mount(1 if is_v1 else 2, PurePosixPath(top), root / place.lstrip("/"))
-
-
-def _read_quota(folder: Path, *, version: int) -> float | None:
-    """Return one cgroup's quota in CPUs; None if it has none.
-
-    Source: Linux's cgroup-v2.rst, cpu.max, and sched-bwc.rst, cpu.cfs_quota_us (read 2026-11-27).
-
-    Raises:
-        OSError, ValueError, ZeroDivisionError: the files are absent or malformed.
-    """
-    if version == 2:
-        limit, _, period = (folder / "cpu.max").read_text().strip().partition(" ")
-    else:
-        limit = (folder / "cpu.cfs_quota_us").read_text().strip()
-        period = (folder / "cpu.cfs_period_us").read_text().strip()
-    if limit == "max":
-        return None
-    quota = int(limit) / int(period)
-    return quota if quota > 0 else None  # -1 for none
 
 
 def _lines(path: Path) -> list[str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from attnimg.memory.amounts import Amount, amount
-from attnimg.memory.architecture import Architecture, Layer, Linear
+from attnimg.memory.architecture import Architecture, LayerShape, Linear
 from attnimg.memory.settings import ADAPTER_BYTES, RunSettings, trains_head
 
 # The tokens and vocabulary entries whose logits TRL's loss has in memory at once.
@@ -45,7 +45,7 @@ class LayerBytes:
 
 
 def layer_bytes(
-    layer: Layer, model: Architecture, run: RunSettings, *, quadratic: int
+    layer: LayerShape, model: Architecture, run: RunSettings, *, quadratic: int
 ) -> LayerBytes:
     """Return the bytes of one layer in a training step.
 
@@ -123,7 +123,7 @@ def _inputs(linears: tuple[Linear, ...], run: RunSettings, *, source: int) -> li
     return found
 
 
-def _dense(layer: Layer, run: RunSettings) -> tuple[list[int], list[int]]:
+def _dense(layer: LayerShape, run: RunSettings) -> tuple[list[int], list[int]]:
     """Return what a gated feed-forward block keeps, and what its backward pass needs."""
     assert layer.down is not None
     wide = run.rows * run.length * layer.size * run.compute
@@ -131,7 +131,9 @@ def _dense(layer: Layer, run: RunSettings) -> tuple[list[int], list[int]]:
     return [*inputs, wide, wide, wide, *_inputs((layer.down,), run, source=run.compute)], 2 * [wide]
 
 
-def _experts(layer: Layer, model: Architecture, run: RunSettings) -> tuple[list[int], list[int]]:
+def _experts(
+    layer: LayerShape, model: Architecture, run: RunSettings
+) -> tuple[list[int], list[int]]:
     """Return what a block of experts keeps, and what its backward pass needs."""
     assert layer.experts is not None
     tokens, experts = run.rows * run.length, layer.experts

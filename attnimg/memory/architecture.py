@@ -101,7 +101,7 @@ class Experts:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Layer:
+class LayerShape:
     """A group of decoder layers with the same sizes.
 
     Attributes:
@@ -150,7 +150,7 @@ class Architecture:
     hidden: int
     vocabulary: int
     tied: bool
-    layers: tuple[Layer, ...]
+    layers: tuple[LayerShape, ...]
 
     @property
     def linear_weights(self) -> int:
@@ -268,14 +268,14 @@ def _read(raw: Mapping[str, Any], model: Model) -> Architecture | str:
 def _layer(
     group: LayerGroup, block: _Block, *, hidden: int, size: int, experts: Experts | None,
     bias: bool, mlp_bias: bool,
-) -> Layer:  # fmt: skip
+) -> LayerShape:  # fmt: skip
     q = group.heads * group.head_dim_qk
     k, v = group.kv_heads * group.head_dim_qk, group.kv_heads * group.head_dim_v
     with_bias = bias or block.qkv_bias
     sizes = {"qkv_proj": q + k + v} if block.fused else {"q_proj": q, "k_proj": k, "v_proj": v}
     wide = {"gate_up_proj": 2 * size} if block.fused else {"gate_proj": size, "up_proj": size}
     qk_norm = {None: 0, "head": 2 * group.head_dim_qk, "all": q + k}[block.qk_norm]
-    return Layer(
+    return LayerShape(
         count=group.count,
         attention=group,
         qkv=tuple(

@@ -30,7 +30,7 @@ LIMIT = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Change:
+class ConfigChange:
     """A change of the config.
 
     Attributes:
@@ -49,7 +49,7 @@ def find_changes(
     available: int,
     is_valid: Callable[[Mapping[str, Any]], bool],
     cpu: bool,
-) -> tuple[Change, ...]:
+) -> tuple[ConfigChange, ...]:
     """Return up to three changes with which the run fits, those with the least effect first.
 
     Args:
@@ -59,13 +59,13 @@ def find_changes(
         is_valid: whether `check` accepts the config with these values set.
         cpu: whether the run is on a CPU, where activations are not offloaded.
     """
-    found: list[Change] = []
+    found: list[ConfigChange] = []
     for values in _candidates(config, cpu=cpu):
         if any(_includes(values, change.values) for change in found):
             continue
         after = forecast(config.model_copy(update=values))
         if after.parts and not after.why and after.high <= available and is_valid(values):
-            found.append(Change(values=values, bytes=after.high))
+            found.append(ConfigChange(values=values, bytes=after.high))
             if len(found) == LIMIT:
                 break
     return tuple(found)

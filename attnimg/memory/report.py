@@ -9,7 +9,7 @@ from typing import Any
 from attnimg.config.schema import Config
 from attnimg.facts import Finding, Machine, Plan, Problem
 from attnimg.memory.architecture import read_architecture
-from attnimg.memory.changes import Change, find_changes
+from attnimg.memory.changes import ConfigChange, find_changes
 from attnimg.memory.forecast import Forecast, forecast_memory
 from attnimg.selection.gpus_and_images import gpu_catalogue
 from attnimg.selection.run_findings import device_memory
@@ -27,7 +27,7 @@ class MemoryReport:
     """
 
     forecast: Forecast
-    changes: tuple[Change, ...] = ()
+    changes: tuple[ConfigChange, ...] = ()
     gpus: tuple[str, ...] = ()
 
 

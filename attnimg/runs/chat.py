@@ -24,7 +24,7 @@ _CACHE_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Settings:
+class GenerationSettings:
     """How answers are generated; None means the value of the model's generation config.
 
     Attributes:
@@ -218,7 +218,7 @@ def _cache_error(model: Any) -> str | None:
 def answer(
     chat: ChatModel,
     prompt: Sequence[Message] | str,
-    settings: Settings,
+    settings: GenerationSettings,
     *,
     on_text: Callable[[str], None],
     stopped: Callable[[], bool],
@@ -290,7 +290,7 @@ def answer(
     )
 
 
-def _sampling(settings: Settings) -> dict[str, Any]:
+def _sampling(settings: GenerationSettings) -> dict[str, Any]:
     """Return the arguments of `generate` for sampling."""
     if settings.temperature == 0:
         return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}

@@ -6,7 +6,7 @@ select a backend -> verify -> tokenizer, documents -> model -> rows -> the engin
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnimg import application
 from attnimg.config.schema import Config, trains_preferences
-from attnimg.errors import AttnimgError, counted
+from attnimg.errors import AttnimgError
 from attnimg.facts import Machine
 from attnimg.pipeline import Applied, Selected, select, select_verify_apply
 from attnimg.runs.evaluate_preferences import (
@@ -24,13 +24,14 @@ from attnimg.runs.evaluate_preferences import (
     evaluate_preferences,
     load_frozen_reference,
 )
+from attnimg.runs.evaluation_data import load_data
 from attnimg.runs.folder import WITHOUT_TRAINING, RunFolder, find_run, has_receipt, locate
 from attnimg.train.run import TrainReport, read_checked_task, with_model_config
 
 if TYPE_CHECKING:
     import torch
 
-    from attnimg.train.data import Documents, SourceFigures
+    from attnimg.train.data import Documents
     from attnimg.train.fit import Session
 
 # Keys that an evaluation takes from a config file; all others come from the trained run.
@@ -45,15 +46,9 @@ DATA_KEYS = (
     "max_steps",
 )  # fmt: skip
 
-# Keys that decide which documents val_set_size splits off.
-_SPLIT_KEYS = (
-    "val_set_size", "seed", "shuffle_merged_datasets", "shuffle_before_merging_datasets",
-    "dataset_exact_deduplication",
-)  # fmt: skip
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Target:
+class EvaluationTarget:
     """What is evaluated.
 
     Attributes:
@@ -101,7 +96,7 @@ class Evaluation:
 Advance = Callable[[str, int, int], None]
 
 
-def find_target(argument: str, *, base: bool, base_model: str | None = None) -> Target:
+def find_target(argument: str, *, base: bool, base_model: str | None = None) -> EvaluationTarget:
     """Return the model and the data that an argument names.
 
     Args:
@@ -118,7 +113,7 @@ def find_target(argument: str, *, base: bool, base_model: str | None = None) -> 
         if base_model is not None:
             config = config.model_copy(update={"base_model": base_model})
         note = f"{folder} has no trained run: the base model {config.base_model} is evaluated"
-        return Target(config=config, run=None, notes=() if base else (note,))
+        return EvaluationTarget(config=config, run=None, notes=() if base else (note,))
     run = find_run(argument, command="evaluate", base_model=base_model)
     config = run.config if base else run.loading_config
     if written is not None:
@@ -126,11 +121,11 @@ def find_target(argument: str, *, base: bool, base_model: str | None = None) -> 
             raise _other_method(written, run)
         changes = {key: getattr(written, key) for key in DATA_KEYS}
         config = config.model_copy(update=changes)
-    return Target(config=config, run=None if base else run, notes=run.notes)
+    return EvaluationTarget(config=config, run=None if base else run, notes=run.notes)
 
 
 def evaluate(
-    target: Target, machine: Machine, *, report: TrainReport, advance: Advance
+    target: EvaluationTarget, machine: Machine, *, report: TrainReport, advance: Advance
 ) -> tuple[Evaluation | PreferenceEvaluation, ...]:
     """Compute the loss on each evaluation dataset, and on all where there are several.
 
@@ -154,7 +149,7 @@ def evaluate(
         task = read_checked_task(config, machine, report)
         task, plan = with_model_config(config, task, select(task, report), report)
         # Before the proofs, so that a mistake in the data is reported without waiting for them.
-        tokenizer, parts = _load_data(config, target.run, report)
+        tokenizer, parts = load_data(config, target.run, report)
 
         # The model that the losses of preferences compare with; None for texts.
         reference: list[Any] = []
@@ -191,7 +186,7 @@ def _other_method(written: Config, run: RunFolder) -> AttnimgError:
     )
 
 
-def _nothing_to_evaluate(target: Target) -> AttnimgError:
+def _nothing_to_evaluate(target: EvaluationTarget) -> AttnimgError:
     """Return the error for a run without evaluation data."""
     known = target.run is None or target.run.receipt is not None
     return AttnimgError(
@@ -207,87 +202,6 @@ def _nothing_to_evaluate(target: Target) -> AttnimgError:
         code="missing-key",
         key="test_datasets",
     )
-
-
-def _load_data(
-    config: Config, run: RunFolder | None, report: TrainReport
-) -> tuple[Any, dict[str, Documents]]:
-    """Load the tokenizer and the evaluation documents, and report their statistics."""
-    from attnimg.train.data import load_evaluation_documents, summary_line
-    from attnimg.train.tokenizer import load_tokenizer
-
-    tokenizer = load_tokenizer(config, log=report.log)
-    parts = load_evaluation_documents(config, tokenizer)
-    for documents in parts.values():
-        for figures in documents.figures:
-            report.log(summary_line(figures))
-        for warning in documents.warnings:
-            report.log(f"warning: {warning}")
-        if run is not None and run.receipt is not None:
-            _compare_data(documents.figures, config, run)
-            for text in _changed_tests(documents.figures, run):
-                report.log(f"warning: {text}")
-    return tokenizer, parts
-
-
-def _compare_data(figures: tuple[SourceFigures, ...], config: Config, run: RunFolder) -> None:
-    """Raise if val_set_size may split off documents that the run trained on.
-
-    Raises:
-        AttnimgError: code data-differs.
-    """
-    if not config.val_set_size:
-        return
-    changed = [
-        f"{key}: found {getattr(config, key)}, trained with {getattr(run.config, key)}"
-        for key in _SPLIT_KEYS
-        if getattr(config, key) != getattr(run.config, key)
-    ]
-    before = [found for found in _trained_figures(run) if not found["key"].startswith("test_")]
-    if len(before) != len(figures):
-        changed.append(f"found {counted(len(figures), 'dataset')}, trained on {len(before)}")
-    changed += [
-        f"{now.key} ({now.path}): found {counted(now.documents, 'document')}, "
-        f"SHA-256 {now.content[:12]}; trained on {then.get('documents')}, "
-        f"{str(then.get('content'))[:12]}"
-        for now, then in zip(figures, before, strict=False)
-        if not _has_same_split(now, then, config)
-    ]
-    if changed:
-        raise AttnimgError(
-            "val_set_size would split off documents that the run trained on",
-            why="\n".join(changed),
-            do="restore what has changed, or list data that the run was not trained on in "
-            "test_datasets of a YAML file in place of val_set_size",
-            code="data-differs",
-            key="val_set_size",
-        )
-
-
-def _has_same_split(now: SourceFigures, then: Mapping[str, Any], config: Config) -> bool:
-    """Return whether a source has the documents of training, even if rendered differently."""
-    if now.content == then.get("content"):
-        return True
-    is_same = now.read and (now.read, now.documents) == (then.get("read"), then.get("documents"))
-    return bool(is_same) and not config.dataset_exact_deduplication
-
-
-def _changed_tests(figures: tuple[SourceFigures, ...], run: RunFolder) -> Iterator[str]:
-    """Yield a warning for each source of test_datasets that has changed since training."""
-    before = [found for found in _trained_figures(run) if found["key"].startswith("test_")]
-    for now in figures:
-        contents = [found.get("content") for found in before if found.get("path") == now.path]
-        if now.key.startswith("test_") and contents and now.content not in contents:
-            yield (
-                f"{now.key} ({now.path}) has other documents than in training (SHA-256 "
-                f"{now.content[:12]}, in training {str(contents[0])[:12]}): the loss is not "
-                "comparable with the run's eval_loss"
-            )
-
-
-def _trained_figures(run: RunFolder) -> list[Mapping[str, Any]]:
-    """Return the statistics of the sources in a run's receipt."""
-    return list((run.receipt or {}).get("data") or ())
 
 
 def _load_weights(

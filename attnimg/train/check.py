@@ -354,22 +354,21 @@ def _require_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
-        why, do = _why_not_writable(nearest, error)
-        raise _output_dir_error(
-            f"output_dir {folder} can't be written to", why=why, do=do
-        ) from error
+        raise _not_writable(folder, nearest, error) from error
 
 
-def _why_not_writable(folder: Path, error: OSError) -> tuple[str, str]:
-    """Return why nothing could be written to a folder, and what to do."""
-    found, uid, why = folder.stat(), os.geteuid(), f"{folder}: {error.strerror}"
-    if error.errno not in (errno.EACCES, errno.EPERM):  # a full disk, a read-only file system
-        return why, "set output_dir elsewhere"
-    if found.st_uid == uid:
-        mode = stat.filemode(found.st_mode)
-        return f"{why}; its mode is {mode}", f"set output_dir elsewhere, or chmod u+wx {folder}"
-    why = f"{why}; it belongs to user {found.st_uid}, this is user {uid}"
-    return why, "set output_dir elsewhere, or chown the folder"
+def _not_writable(folder: Path, nearest: Path, error: OSError) -> AttnimgError:
+    """Return the error for an output_dir, by what its nearest existing folder has answered."""
+    found, uid, why = nearest.stat(), os.geteuid(), f"{nearest}: {error.strerror}"
+    do = "set output_dir elsewhere"
+    if error.errno in (errno.EACCES, errno.EPERM):  # not a full disk or a read-only file system
+        if found.st_uid == uid:
+            why = f"{why}; its mode is {stat.filemode(found.st_mode)}"
+            do = f"set output_dir elsewhere, or chmod u+wx {nearest}"
+        else:
+            why = f"{why}; it belongs to user {found.st_uid}, this is user {uid}"
+            do = "set output_dir elsewhere, or chown the folder"
+    return _output_dir_error(f"output_dir {folder} can't be written to", why=why, do=do)
 
 
 def _not_empty(folder: Path, found: list[str], *, newest: Path | None) -> AttnimgError:

@@ -86,7 +86,7 @@ def tile(drawn: Draw, length: int, generator: torch.Generator) -> Tiling | None:
     return Tiling(order % distinct, factors, factor * copies, drawn.dim)
 
 
-class Inputs(NamedTuple):
+class LayerInputs(NamedTuple):
     """The inputs of a call.
 
     Attributes:
@@ -110,7 +110,7 @@ class LayerCall(NamedTuple):
 class _Forward(NamedTuple):
     """A call that ran forward."""
 
-    inputs: Inputs
+    inputs: LayerInputs
     outputs: tuple[Tensor, ...]
     leaves: Mapping[str, Tensor]
     given: Mapping[str, Tensor]
@@ -119,7 +119,7 @@ class _Forward(NamedTuple):
 
 def run_calls(
     call: Call,
-    inputs: Sequence[Inputs],
+    inputs: Sequence[LayerInputs],
     *,
     device: str,
     autocast: torch.dtype | None = None,
@@ -154,7 +154,7 @@ def run_calls(
     return [_results(one, found) for one, found in zip(started, outputs, strict=True)]
 
 
-def _forward(call: Call, inputs: Inputs, *, device: str, in_float64: bool) -> _Forward:
+def _forward(call: Call, inputs: LayerInputs, *, device: str, in_float64: bool) -> _Forward:
     """Call a layer with activations that are copies of the leaves.
 
     In a model they are results of other layers, whose memory a kernel may reuse.

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from attnimg import hub_layers, liger
 from attnimg.facts import Figure, LayersTask, Reason
-from attnimg.verification.layer_calls import Inputs, LayerCall, Layout, Tiling, run_calls, tile
+from attnimg.verification.layer_calls import LayerCall, LayerInputs, Layout, Tiling, run_calls, tile
 from attnimg.verification.layer_subjects import Form, Subject, build_model, list_subjects
 
 # The lowest precision of the inputs -> how far the largest error of a row, the root mean square
@@ -209,8 +209,8 @@ def _check_case(
         activations, weights = (getattr(torch, dtype) for dtype in dtypes)
         drawn = subject.draw(form, activations, weights, generator)
         length = case.tokens // form.batch if drawn.dim else case.tokens
-        inputs.append(Inputs(drawn, layout))
-        large.append(Inputs(drawn, layout, tile(drawn, length, generator)))
+        inputs.append(LayerInputs(drawn, layout))
+        large.append(LayerInputs(drawn, layout, tile(drawn, length, generator)))
     # One by one, so that the reference of one call at most needs memory.
     exact = [run_calls(subject.exact, [one], device=device, in_float64=True)[0] for one in inputs]
     plain = [run_calls(subject.exact, [one], device=device, autocast=autocast)[0] for one in inputs]
@@ -235,7 +235,7 @@ def _check_case(
 
 def _compare(
     subject: Subject,
-    inputs: Inputs,
+    inputs: LayerInputs,
     found: LayerCall,
     plain: LayerCall,
     exact: LayerCall,
@@ -281,7 +281,7 @@ def _judge(
     plain: Tensor | None,
     exact: Tensor,
     key: str,
-    inputs: Inputs,
+    inputs: LayerInputs,
     *,
     multiplies: bool,
     slack: float,

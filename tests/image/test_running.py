@@ -90,6 +90,30 @@ def test_torch_has_as_many_threads_as_the_container_has_cpus(
     assert f"torch computes with {threads} thread" in checks["cpus"]["what"]
 
 
+@pytest.mark.parametrize("entrypoint", [(), ("--entrypoint=env",)])
+@pytest.mark.parametrize(
+    ("options", "threads"),
+    [
+        (("--cpus=0.5",), 1),
+        (("--cpuset-cpus=0",), 1),
+        (("--cpus=0.5", "--env=OMP_NUM_THREADS=3"), 3),
+        ((), os.cpu_count()),
+    ],
+)
+def test_other_programs_have_as_many_threads(
+    docker: Run, options: tuple[str, ...], threads: int, entrypoint: tuple[str, ...]
+) -> None:
+    code = "import os; print(os.environ['OMP_NUM_THREADS'])"
+    done = docker("python", "-c", code, options=(*options, *entrypoint))
+    assert (done.stdout.strip(), done.stderr) == (str(threads), "")
+
+
+def test_a_worker_has_its_part_of_the_threads_and_a_child_those_of_its_mask(docker: Run) -> None:
+    show = "python -c 'import os; print(os.environ[\"OMP_NUM_THREADS\"])'"
+    done = docker("bash", "-c", f"LOCAL_WORLD_SIZE=1000 {show}; taskset -c 0 {show}")
+    assert (done.stdout.split(), done.stderr) == (["1", "1"], "")
+
+
 def test_a_proof_is_quick_on_half_a_cpu(docker: Run, workspace: Path) -> None:
     options = [option for option in mounted(workspace) if "OMP_NUM_THREADS" not in option]
     done = docker(

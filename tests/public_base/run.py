@@ -136,7 +136,7 @@ def main() -> None:
     label = "org.opencontainers.image.base."
     right = (labels[f"{label}name"], labels[f"{label}digest"]) == (name, digest)
     gates = judge()
-    command = [sys.executable, "-m", "pytest", "-q", *(f"tests/image/{name}" for name in TESTS)]
+    command = [sys.executable, "-m", "pytest", *(f"tests/image/{name}" for name in TESTS)]
     tests = subprocess.run(
         command,
         cwd=ROOT,

@@ -12,7 +12,7 @@ import pytest
 
 from attnimg import pipeline
 from attnimg.facts import Proof, Reason
-from attnimg.train.check import _why_not_writable
+from attnimg.train.check import _not_writable
 from attnimg.verification import runner
 
 
@@ -57,8 +57,8 @@ def test_a_folder_that_can_t_be_written_to_is_reported_with_its_mode(
     tmp_path: Path, number: int, mode: int, why: str, do: str
 ) -> None:
     tmp_path.chmod(mode)
-    found = _why_not_writable(tmp_path, OSError(number, os.strerror(number)))
+    error = _not_writable(tmp_path / "new", tmp_path, OSError(number, os.strerror(number)))
     tmp_path.chmod(0o755)
-    assert why in found[0]
-    assert do in found[1]
-    assert "belongs to user" not in found[0]
+    assert why in error.why
+    assert do in error.do
+    assert "belongs to user" not in error.why

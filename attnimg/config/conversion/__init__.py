@@ -11,7 +11,7 @@ from typing import Any
 from attnimg.config import check_values
 from attnimg.config.attention import LEGACY
 from attnimg.config.conversion.axolotl import convert_axolotl
-from attnimg.config.conversion.draft import Draft, KeyAnswer, ReadRecords
+from attnimg.config.conversion.draft import ConvertedKey, Draft, ReadRecords
 from attnimg.config.conversion.llama_factory import convert_llama_factory
 from attnimg.config.conversion.tables import NAMES, OF_TRL, KeyTable, Trainer, key_table
 from attnimg.config.conversion.trl import FORMATS, Format, convert_trl
@@ -45,7 +45,7 @@ class Conversion:
     trainer: Trainer
     values: Mapping[str, Any]
     text: str
-    answers: tuple[KeyAnswer, ...]
+    answers: tuple[ConvertedKey, ...]
     added: Mapping[str, Any]
     errors: tuple[Finding, ...]
     warnings: tuple[Finding, ...]

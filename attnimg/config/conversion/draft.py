@@ -26,7 +26,7 @@ ReadRecords = Callable[[dict[str, Any]], Iterable[Mapping[str, Any]]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class KeyAnswer:
+class ConvertedKey:
     """What happened to one key of the old config.
 
     Attributes:
@@ -70,7 +70,7 @@ class Draft:
     values: dict[str, Any] = field(default_factory=dict)
     comments: dict[str, str] = field(default_factory=dict)
     added: dict[str, Any] = field(default_factory=dict)
-    answers: dict[str, KeyAnswer] = field(default_factory=dict)
+    answers: dict[str, ConvertedKey] = field(default_factory=dict)
     errors: list[Finding] = field(default_factory=list)
     read: set[str] = field(default_factory=set)
 
@@ -157,7 +157,7 @@ class Draft:
     ) -> None:
         value = None if self.old[key] == MASK else self.old[key]
         name = self.written.get(key, key)
-        self.answers[key] = KeyAnswer(
+        self.answers[key] = ConvertedKey(
             key=name, value=value, answer=answer, to=to, reason=reason, do=do
         )
 

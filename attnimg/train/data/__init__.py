@@ -26,7 +26,7 @@ from attnimg.train.data.prepare import SourceFigures, load_source, summary_line
 from attnimg.train.data.prompts import TYPE_OF_COLUMN
 from attnimg.train.data.records import IGNORE_INDEX, read_records
 from attnimg.train.data.sources import Source, find_source
-from attnimg.train.data.streams import Need, need_of
+from attnimg.train.data.streams import StreamAmount, need_of
 from attnimg.train.data.types import choose_parser
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def load_documents(config: Config, tokenizer: Any) -> Documents:
     figures = list[SourceFigures]()
     warnings = dict.fromkeys(_warn_of_shared_files(training, testing))
 
-    def load_all(sources: list[Source], need: Need | None = None) -> Dataset:
+    def load_all(sources: list[Source], need: StreamAmount | None = None) -> Dataset:
         parts = []
         for source in sources:
             part, counts, found = _load_part(source, config, tokenizer, need)
@@ -201,7 +201,7 @@ def load_evaluation_documents(config: Config, tokenizer: Any) -> dict[str, Docum
 
 
 def _load_part(
-    source: Source, config: Config, tokenizer: Any, need: Need | None
+    source: Source, config: Config, tokenizer: Any, need: StreamAmount | None
 ) -> tuple[Dataset, SourceFigures, tuple[str, ...]]:
     """Load the documents of one source, with its figures and warnings."""
     part, (figures, warnings) = load_source(source, config, tokenizer, need)

@@ -44,7 +44,7 @@ from attnimg.train.data.records import (
     bad_file,
 )
 from attnimg.train.data.sources import Source, read_source
-from attnimg.train.data.streams import Need, shuffle_in_buffer
+from attnimg.train.data.streams import StreamAmount, shuffle_in_buffer
 from attnimg.train.data.types import Encoder, choose_parser, make_encoder
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def summary_line(figures: SourceFigures) -> str:
 
 
 def prepare_source(
-    source: Source, config: Config, tokenizer: Any, need: Need | None, write: Write
+    source: Source, config: Config, tokenizer: Any, need: StreamAmount | None, write: Write
 ) -> tuple[SourceFigures, tuple[str, ...]]:
     """Write the documents of one source, batch by batch; return its figures and warnings.
 
@@ -239,7 +239,7 @@ def _parse_batches(
     source: Source,
     tally: Tally,
     advance: Callable[[int], object],
-    need: Need | None,
+    need: StreamAmount | None,
     *,
     seed: int,
 ) -> Iterator[Batch]:
@@ -280,7 +280,7 @@ def read_shard(source: Source, *, seed: int) -> Iterator[Record]:
     yield from compress(read_source(source), chosen)
 
 
-def _read_stream(source: Source, need: Need, seed: int) -> Iterator[Record]:
+def _read_stream(source: Source, need: StreamAmount, seed: int) -> Iterator[Record]:
     """Yield the records of a source, in the order of the shuffle buffer."""
     records = islice(read_source(source, stream=True), _skipped(source), None)
     return shuffle_in_buffer(records, size=need.buffer, seed=seed) if need.buffer else records
@@ -399,7 +399,7 @@ class UnusableCache(Exception):
     """Raised for a cached folder that can't be used; the message is the reason."""
 
 
-def cache_key(source: Source, config: Config, tokenizer: Any, need: Need | None) -> str:
+def cache_key(source: Source, config: Config, tokenizer: Any, need: StreamAmount | None) -> str:
     """Return a hash of all that a source's documents depend on."""
     paths = [file.path for file in source.files]
     if source.kind == "saved":
@@ -442,7 +442,7 @@ def cache_key(source: Source, config: Config, tokenizer: Any, need: Need | None)
 
 
 def load_source(
-    source: Source, config: Config, tokenizer: Any, need: Need | None
+    source: Source, config: Config, tokenizer: Any, need: StreamAmount | None
 ) -> tuple[Dataset, Prepared]:
     """Prepare one source, or load its documents from dataset_prepared_path."""
     make, columns = partial(prepare_source, source, config, tokenizer, need), schema()

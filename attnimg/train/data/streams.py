@@ -18,7 +18,7 @@ BUFFER_RECORDS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Need:
+class StreamAmount:
     """How much of a stream the run trains on.
 
     Attributes:
@@ -36,7 +36,7 @@ class Need:
         return tally["documents"] >= self.documents and tally["tokens"] >= self.tokens
 
 
-def need_of(config: Config) -> Need | None:
+def need_of(config: Config) -> StreamAmount | None:
     """Return how much of its stream a run needs; None where it reads all records."""
     if not is_streamed(config) or not config.max_steps:
         return None
@@ -44,7 +44,7 @@ def need_of(config: Config) -> Need | None:
     rows *= config.max_steps
     packed = bool(config.sample_packing)
     buffer = config.streaming_multipack_buffer_size or BUFFER_RECORDS
-    return Need(
+    return StreamAmount(
         documents=0 if packed else rows,
         tokens=rows * config.sequence_len if packed else 0,
         buffer=buffer if config.shuffle_merged_datasets else 0,

@@ -680,7 +680,8 @@ NEEDS = {
         output-dir-not-empty, _not_found file-missing, _output_dir_error AttnimgError,
         _paths_in bad_file, _read_jinja file-missing, _readme_splits bad-value,
         _require_checkpoint _no_checkpoint, _require_files bad_model, _require_shards
-        bad_model x2, _require_weights bad_model, _require_writable _output_dir_error x2,
+        bad_model x2, _require_weights bad_model, _require_writable _output_dir_error,
+        _require_writable _not_writable, _not_writable _output_dir_error,
         _resume_from_named _not_empty, _resume_from_named damaged_error, _resume_from_named
         output-dir-not-empty, _resume_from_newest damaged_error, _resume_point
         _no_checkpoint, _unreadable bad_file, _unreadable file-missing, bad_model bad-model,

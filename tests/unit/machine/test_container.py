@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ class Layout:
             (self.root / name).rmdir()
             (self.root / name).write_text("")
 
-    def choose(self, **variables: str) -> container.Settings:
+    def choose(self, **variables: str) -> container.FolderSettings:
         return choose_folders(
             {**self.environment, **variables},
             uid=UID, working_folder=self.root / "work", tmp=self.root / "tmp",
@@ -101,6 +102,14 @@ def test_nowhere(layout: Layout) -> None:
     chosen = layout.choose()
     assert chosen.variables == {}
     assert layout.root / "shm" / f"attnimg-{UID}" in chosen.tried
+
+
+def test_the_temporary_folder_of_a_job_is_used(layout: Layout) -> None:
+    layout.block("cache", "work", "tmp", "shm")
+    chosen = layout.choose(TMPDIR=str(layout.root / "alice"))
+    assert chosen.tried == ()
+    assert chosen.variables["ATTNIMG_CACHE"] == str(layout.root / "alice" / f"attnimg-{UID}")
+    assert "TMPDIR" not in chosen.variables
 
 
 def test_a_home_of_the_user_s_own_is_used_as_without_a_container(layout: Layout) -> None:
@@ -173,7 +182,7 @@ def test_a_group_writable_folder_is_made_private(
     folder = layout.root / "cache" / f"huggingface-{UID}"
     folder.mkdir()
     folder.chmod(0o775)
-    for name in (*container.CACHES, "TMPDIR", container.INSTEAD_OF, container.FOR_USER):
+    for name in (*container.CACHES, "TMPDIR", container.INSTEAD_OF):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     for name, value in layout.environment.items():
@@ -270,3 +279,71 @@ def test_a_command_says_which_folder_it_uses(layout: Layout) -> None:
     wanted = f"attnimg: {layout.root}/cache is not writable for user {UID}; caches are in {where}\n"
     assert done.stderr == wanted
     assert {path.name for path in where.iterdir()} >= {f"inductor-{UID}", f"home-{UID}"}
+
+
+# The root of a container that is read-only with --ipc=none: nothing that a user could write to.
+READ_ONLY = """
+set -e
+mount -t tmpfs none /dev/shm
+mount -o remount,ro,bind /dev/shm
+mount --bind /tmp /tmp
+mount -o remount,ro,bind /tmp
+cd /dev/shm
+exec "$@"
+"""
+
+
+def read_only(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run attnimg as an ordinary user where no folder for caches is writable."""
+    namespace = ["unshare", "--mount", "--map-root-user"]
+    if UID == 0:
+        namespace.pop()
+        command = ("setpriv", f"--reuid={OTHER}", f"--regid={OTHER}", "--clear-groups", *command)
+    environment = {
+        "PATH": os.environ["PATH"], "HOME": "/dev/null/home", "ATTNIMG_CACHE": "/dev/null/cache",
+        "PYTHONPATH": str(Path(__file__).parents[3]), "PYTHONDONTWRITEBYTECODE": "1",
+    }  # fmt: skip
+    return subprocess.run(
+        [*namespace, "bash", "-c", READ_ONLY, "bash", *command], env=environment | variables,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def namespaces() -> None:
+    if read_only("true").returncode:
+        pytest.skip("mounts are not permitted here, which make the folders read-only")
+
+
+ATTNIMG = (sys.executable, "-P", "-m", "attnimg")
+
+
+@pytest.mark.usefixtures("namespaces")
+@pytest.mark.parametrize("arguments", [("train", "x.yaml"), ("verify",), ("evaluate", "x.yaml")])
+def test_without_a_writable_folder_a_run_is_refused(arguments: tuple[str, ...]) -> None:
+    done = read_only(*ATTNIMG, *arguments)
+    uid = OTHER if UID == 0 else 0
+    assert done.returncode == 2
+    lines = done.stderr.splitlines()
+    assert lines[0] == "attnimg: there is no folder for caches and temporary files"
+    for folder in ("/dev/null/cache", "/dev/shm/.cache", "/tmp/attnimg-", "/dev/shm/attnimg-"):
+        assert any(folder in line and f"is not writable for user {uid}" in line for line in lines)
+    assert lines[-1].startswith("  do:  mount a")
+
+
+@pytest.mark.usefixtures("namespaces")
+def test_without_a_writable_folder_doctor_fails_and_others_work() -> None:
+    done = read_only(*ATTNIMG, "doctor")
+    assert done.returncode == 1
+    assert "FAIL  no folder for caches and temporary files: /dev/null/cache is not" in done.stdout
+    assert read_only(*ATTNIMG, "train", "--help").returncode == 0
+    assert read_only(*ATTNIMG, "--version").stderr == ""
+
+
+@pytest.mark.usefixtures("namespaces")
+def test_one_writable_folder_is_enough() -> None:
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        Path(folder).chmod(0o777)
+        done = read_only(*ATTNIMG, "train", "x.yaml", TMPDIR=folder)
+        assert f"caches are in {folder}/attnimg-" in done.stderr
+        assert "there is no folder" not in done.stderr

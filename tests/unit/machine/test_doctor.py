@@ -183,6 +183,11 @@ def test_gpu_and_driver(
             "warn", "caches are in /x", id="a replaced cache folder warns",
         ),
         pytest.param(
+            replace(HOST, unusable_folders=("/cache is not writable for user 7", "/tmp is full")),
+            "fail", "/cache is not writable for user 7; /tmp is full",
+            id="no folder for caches fails",
+        ),
+        pytest.param(
             replace(HOST, noexec=("/cache/triton-7",)), "warn", "noexec",
             id="a cache mounted with noexec warns",
         ),

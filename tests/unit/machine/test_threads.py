@@ -1,4 +1,4 @@
-"""OpenMP's threads by affinity and quota, in trees of cgroups as kernels and engines make them."""
+"""OpenMP's threads, and how they wait, by affinity, quota, load and what the user has set."""
 
 from __future__ import annotations
 
@@ -6,95 +6,20 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from attnimg.machine import threads
 from attnimg.machine.threads import (
-    cgroup_quota,
+    SET_HERE,
     count_threads,
     cpu_load,
     proof_settings,
+    set_number,
+    set_threads,
     thread_settings,
 )
-
-V1 = "30 29 0:29 {top} /sys/fs/cgroup/cpu,cpuacct ro,nosuid - cgroup cgroup rw,cpu,cpuacct"
-V2 = "30 29 0:29 {top} /sys/fs/cgroup ro,nosuid - cgroup2 cgroup rw,nsdelegate"
-HYBRID = "41 31 0:38 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw"
-OTHER = "33 31 0:31 / /sys/fs/cgroup/cpuset rw - cgroup cgroup rw,cpuset"
-
-
-def v1(folder: str, quota: str, period: str = "100000") -> dict[str, str]:
-    place = f"sys/fs/cgroup/cpu,cpuacct{folder}"
-    return {f"{place}/cpu.cfs_quota_us": f"{quota}\n", f"{place}/cpu.cfs_period_us": f"{period}\n"}
-
-
-def v2(folder: str, limit: str) -> dict[str, str]:
-    return {f"sys/fs/cgroup{folder}/cpu.max": f"{limit}\n"}
-
-
-def write(root: Path, files: Mapping[str, str]) -> Path:
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return root
-
-
-@pytest.mark.parametrize(
-    ("own", "mounts", "files", "quota"),
-    [
-        pytest.param("0::/", [V2.format(top="/")], v2("", "50000 100000"), 0.5,
-                     id="v2, docker run --cpus 0.5"),
-        pytest.param("0::/", [V2.format(top="/")], v2("", "max 100000"), None,
-                     id="v2, max is no quota"),
-        pytest.param("0::/", [V2.format(top="/")], {}, None,
-                     id="v2, the root cgroup of a machine has no cpu.max"),
-        pytest.param("0::/a/b/c", [V2.format(top="/")],
-                     v2("/a/b/c", "max 100000") | v2("/a/b", "300000 99000")
-                     | v2("/a", "150000 100000"),
-                     1.5, id="v2, nested: the smallest quota above counts"),
-        pytest.param("0::/kubepods/pod1/c1", [V2.format(top="/")],
-                     v2("/kubepods/pod1/c1", "25000 100000") | v2("/kubepods", "400000 100000"),
-                     0.25, id="v2, nested: its own quota counts if it is smaller"),
-        pytest.param("0::/../../job", [V2.format(top="/")], v2("", "200000 100000"), 2.0,
-                     id="v2, a cgroup outside of its namespace"),
-        pytest.param("0::/other", [V2.format(top="/docker/1")], v2("", "100000 50000"), 2.0,
-                     id="v2, a mount of another cgroup than its own"),
-        pytest.param("0::/", [V2.format(top="/")], v2("", "50000"), None,
-                     id="v2, malformed: no period"),
-        pytest.param("0::/", [V2.format(top="/")], v2("", "a b"), None, id="v2, malformed: words"),
-        pytest.param("0::/", [V2.format(top="/")], v2("", "50000 0"), None,
-                     id="v2, malformed: a period of 0"),
-        pytest.param("0::/", [V2.format(top="/")], v2("", ""), None, id="v2, malformed: empty"),
-        pytest.param("0::/a/b", [V2.format(top="/")], v2("/a/b", "?") | v2("/a", "50000 100000"),
-                     0.5, id="one malformed file hides no quota above it"),
-        pytest.param("4:cpu,cpuacct:/docker/1\n0::/docker/1",
-                     [V1.format(top="/docker/1"), HYBRID], v1("", "50000"), 0.5,
-                     id="v1 and hybrid, docker run --cpus 0.5"),
-        pytest.param("4:cpuacct,cpu:/docker/1", [V1.format(top="/docker/1")], v1("", "-1"), None,
-                     id="v1, -1 is no quota"),
-        pytest.param("4:cpu:/a/b", [OTHER, V1.format(top="/")],
-                     v1("/a/b", "-1") | v1("/a", "20000", "10000") | v1("", "-1"), 2.0,
-                     id="v1, nested: the quota above counts"),
-        pytest.param("4:cpu:/a/b", [V1.format(top="/")], v1("/a/b", "50000", ""), None,
-                     id="v1, malformed: an empty period"),
-        pytest.param("2:cpuacct:/a", [V1.format(top="/")], v1("", "50000"), None,
-                     id="v1, only the controller cpu has a quota"),
-        pytest.param("nonsense\n::\n", ["nonsense", "- -", ""], {}, None, id="malformed lists"),
-    ],
-)  # fmt: skip
-def test_quota(
-    tmp_path: Path, own: str, mounts: list[str], files: dict[str, str], quota: float | None
-) -> None:
-    lists = {"proc/self/cgroup": own + "\n", "proc/self/mountinfo": "\n".join(mounts) + "\n"}
-    assert cgroup_quota(write(tmp_path, lists | files)) == quota
-
-
-def test_without_proc_there_is_no_quota(tmp_path: Path) -> None:
-    assert cgroup_quota(tmp_path) is None
 
 
 @pytest.mark.parametrize(
@@ -111,7 +36,7 @@ def test_number_of_threads(cpus: float, processes: int, number: int) -> None:
 @pytest.fixture
 def cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with 8 CPUs and no quota."""
-    monkeypatch.setattr(threads, "cgroup_quota", lambda: None)
+    monkeypatch.setattr(threads, "cpu_quota", lambda: None)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
 
 
@@ -136,6 +61,35 @@ def cpus(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_what_the_user_sets_is_kept(environ: dict[str, str], settings: dict[str, str]) -> None:
     assert thread_settings(environ, load=2.0) == settings
+
+
+@pytest.mark.usefixtures("cpus")
+def test_what_another_process_of_attnimg_has_set_is_chosen_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    environ: dict[str, str] = {}
+    monkeypatch.setattr(threads, "cpu_load", lambda: 2.0)
+    set_threads(environ)
+    assert environ[SET_HERE] == "OMP_NUM_THREADS=8 GOMP_SPINCOUNT=3000"
+    worker = environ | {"LOCAL_WORLD_SIZE": "4"}
+    monkeypatch.setattr(threads, "cpu_load", lambda: 0.0)
+    set_threads(worker)
+    assert worker == {
+        "LOCAL_WORLD_SIZE": "4", "OMP_NUM_THREADS": "2", SET_HERE: "OMP_NUM_THREADS=2",
+    }  # fmt: skip
+    assert proof_settings(worker)["OMP_NUM_THREADS"] == "2"
+    # What the user changes is the user's.
+    changed = environ | {"OMP_NUM_THREADS": "3", "GOMP_SPINCOUNT": "7", "LOCAL_WORLD_SIZE": "4"}
+    set_threads(changed)
+    assert (changed["OMP_NUM_THREADS"], changed["GOMP_SPINCOUNT"]) == ("3", "7")
+
+
+@pytest.mark.usefixtures("cpus")
+@pytest.mark.parametrize("mark", ["", "x", "=", "HOME=/", "OMP_NUM_THREADS", "OMP_NUM_THREADS=8"])
+def test_a_mark_removes_nothing_else(mark: str) -> None:
+    environ = {SET_HERE: mark, "HOME": "/", "OMP_NUM_THREADS": "6"}
+    set_number(environ)
+    assert (environ["HOME"], environ["OMP_NUM_THREADS"]) == ("/", "6")
 
 
 @pytest.mark.usefixtures("cpus")

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from attnimg.cli.chat import Conversation, _lines, _stop_on_interrupt
+from attnimg.cli.chat import ChatSession, _lines, _stop_on_interrupt
 from attnimg.errors import AttnimgError
-from attnimg.runs.chat import ChatModel, Settings, answer
+from attnimg.runs.chat import ChatModel, GenerationSettings, answer
 
 sys.path.append(str(Path(__file__).parents[2] / "fixtures"))
 from random_adapters import make_base, write_adapter
@@ -173,8 +173,8 @@ def test_a_seed_gives_the_same_samples(
     assert answers[0] == answers[1] != answers[2]
 
 
-def settings(tokens: int = 30) -> Settings:
-    return Settings(max_new_tokens=tokens, temperature=0)
+def settings(tokens: int = 30) -> GenerationSettings:
+    return GenerationSettings(max_new_tokens=tokens, temperature=0)
 
 
 def test_the_user_can_stop_an_answer(plain: ChatModel) -> None:
@@ -228,7 +228,7 @@ def test_an_error_ends_a_pipe_and_not_a_conversation(
     plain: ChatModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     chat = ChatModel(model=plain.model, tokenizer=plain.tokenizer, stops=(2,), limit=20)
-    talk = Conversation(chat, settings(2), system=None, raw=True, as_json_lines=False)
+    talk = ChatSession(chat, settings(2), system=None, raw=True, as_json_lines=False)
     lines = ["day " * 40, "hi"]
     monkeypatch.setattr("attnimg.cli.chat._lines", lambda: iter(lines))
     monkeypatch.setattr("sys.stdin", io.StringIO())
@@ -272,7 +272,7 @@ def test_the_second_interrupt_ends_the_program() -> None:
 def test_control_characters_do_not_reach_a_terminal(
     plain: ChatModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    talk = Conversation(plain, settings(), system=None, raw=True, as_json_lines=False)
+    talk = ChatSession(plain, settings(), system=None, raw=True, as_json_lines=False)
     talk._print_piece("a\x1b]0;x\x07\n")
     assert capsys.readouterr().out == "a\x1b]0;x\x07\n", "a script gets the text as it is"
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
