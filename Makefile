@@ -274,7 +274,7 @@ release-tools: ## Install skopeo and cosign, which move and sign images, from De
 
 test/release: .venv/ready ## Release attnimg:cpu to a registry on this machine; refuse tampered images; 1 minute
 	@docker/release_tools.sh skopeo cosign docker-registry
-	$(BIN)/pytest -v tests/release
+	$(BIN)/pytest -v tests/release tests/unit/recipes/test_base_digests.py
 
 test/gates: .venv/ready build/nvcc/ready ## Test the gates on small images with real machine code; 1 minute
 	$(BIN)/pytest tests/gates
