@@ -191,7 +191,10 @@ def test_a_command_trains_where_only_the_working_folder_is_writable(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("caches are in /workspace/.cache") == 1
-    assert len(losses(workspace / "outputs" / "demo" / "trained" / "metrics.jsonl")) == 2
+    out = workspace / "outputs" / "demo" / "trained"
+    assert len(losses(out / "metrics.jsonl")) == 2
+    assert (out / "model.safetensors").exists()
+    assert {(path.stat().st_uid, path.stat().st_gid) for path in out.rglob("*")} == {(UID, GID)}
     assert (workspace / ".cache" / f"inductor-{UID}").is_dir()
 
 
