@@ -22,8 +22,9 @@ _AGAIN = "then run the same command again: it continues"
 # signature and faults of this machine come first: their text may have words of a registry's answer.
 _ANSWERS = (
     (
-        r"no matching (signatures|attestations)|no signatures found|cert verification failed"
-        r"|none of the expected identities matched",
+        # Without an answer of the log of signatures there is no verdict.
+        r"^(?!.*dial tcp).*(no matching (signatures|attestations)|no signatures found"
+        r"|cert verification failed|none of the expected identities matched)",
         "not-verified",
         "{program} found no valid signature",
         "do not use the image; if you made it, make attest/NAME with the key that verifies it",

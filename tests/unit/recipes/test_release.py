@@ -340,6 +340,12 @@ def test_a_damaged_record_is_refused(tmp_path: Path, text: str) -> None:
             "rekor.sigstore.dev can't be reached",
         ),
         ("dial tcp: lookup example.com: Temporary failure in name resolution", "registry example"),
+        (
+            "no matching signatures: searching log query: Post "
+            '"https://rekor.sigstore.dev/api/v1/log/entries/retrieve": dial tcp: lookup '
+            "rekor.sigstore.dev: no such host",
+            "rekor.sigstore.dev can't be reached",
+        ),
         ("Error: no signatures found", "found no valid signature"),
         (
             "Error: no matching signatures: cert verification failed: x509: certificate signed by "
