@@ -193,7 +193,7 @@ NEEDS_SET = @[ -e docker/images/$*/$(1) ] || { printf '$@: %s\n  why: %s\n  do: 
 	  "found no docker/images/$*/$(1)" "name one of: $$(cd docker/images && ls */$(1) | cut -d/ -f1 | paste -sd ' ')" >&2; exit 2; }
 
 # The image that a target tests or checks: attnimg:NAME in this engine; with DIGEST, that one, pulled from REGISTRY.
-SUBJECT = $(if $(DIGEST),$$($(BIN)/python -m recipes pull $* "$(DIGEST)"),attnimg:$*)
+SUBJECT = $(if $(DIGEST),$$($(BIN)/python -m recipes pull $* "$$DIGEST"),attnimg:$*)
 
 build/%: ## Build the image attnimg:%, for example build/cpu; WHEELS=dist/% uses existing wheels
 	$(NEEDS_ENGINE)
@@ -345,7 +345,7 @@ attest/%: .venv/ready ## Sign the pushed attnimg:%; attach SBOMs, provenance, ma
 	@$(BIN)/python -m recipes release $* --step attest
 
 verify/%: .venv/ready ## Verify the attested attnimg:%, or DIGEST=sha256:... or TAG=% of REGISTRY, in a second, empty Docker engine
-	@$(BIN)/python -m recipes $(if $(or $(DIGEST),$(TAG)),verify $* "$(or $(DIGEST),$(TAG))",release $* --step verify)
+	@$(BIN)/python -m recipes $(if $(or $(DIGEST),$(TAG)),verify $* "$${DIGEST:-$$TAG}",release $* --step verify)
 
 promote/%: .venv/ready ## Give the verified attnimg:% its tags
 	@$(BIN)/python -m recipes release $* --step promote

@@ -15,6 +15,7 @@ from recipes.release.publishable import OCI, refuse_other_rehearsal
 from recipes.release.record import FOLDER, Record, record_path
 from recipes.release.signing import choose_signing
 from recipes.release.steps import Release
+from recipes.release.tags import TAG
 from recipes.solve.plan import refuse_unresolved
 
 _STEPS: Mapping[str, Callable[[Release], Record]] = {
@@ -46,7 +47,7 @@ def release(
         registry=read_registry(root),
         place=find_place(root, env),
         root=root,
-        rehearsal=bool(env.get("REHEARSAL")),
+        rehearsal=_is_rehearsal(env),
         tests=env.get("TESTS") or "tests/image",
     )
     if step in (None, "push"):
@@ -57,6 +58,20 @@ def release(
             _refuse_fewer_tests(env)
     record = _STEPS[step](job) if step else steps.release(job)
     return _summary(record, step)
+
+
+def _is_rehearsal(env: Mapping[str, str]) -> bool:
+    value = env.get("REHEARSAL", "").strip()
+    if value.lower() in ("", "0", "no", "false", "off"):
+        return False
+    if value.lower() not in ("1", "yes", "true", "on"):
+        raise AttnimgError(
+            "REHEARSAL can't be read",
+            why=f"found {value!r}, needed 1 for a rehearsal, or 0 or nothing for a release",
+            do="set REHEARSAL=1, or unset it",
+            code="bad-setting",
+        )
+    return True
 
 
 def _refuse_fewer_tests(env: Mapping[str, str]) -> None:
@@ -83,7 +98,9 @@ def verify(name: str, image: str, *, root: Path, env: Mapping[str, str]) -> str:
         AttnimgError: as check_released.
     """
     place = find_place(root, env)
-    digest = image if image.startswith("sha256:") else transfer.find_tag(image, place)
+    if ":" in image or not TAG.fullmatch(image):
+        refuse_no_digest(image)
+    digest = image if ":" in image else transfer.find_tag(image, place)
     if digest is None:
         raise AttnimgError(
             f"there is no image {place.repository}:{image}",
@@ -96,12 +113,29 @@ def verify(name: str, image: str, *, root: Path, env: Mapping[str, str]) -> str:
     return f"verify: {place.at(digest)} is signed ({signer.text}); pulled into {where}"
 
 
+def refuse_no_digest(image: str) -> None:
+    """Check that the name of an image is a digest.
+
+    Raises:
+        AttnimgError: it is something else (code "bad-reference").
+    """
+    if not transfer.DIGEST.fullmatch(image):
+        raise AttnimgError(
+            "the image of the registry can't be named so",
+            why=f"found {image!r}, needed sha256: and 64 digits 0-9a-f, or where TAG is allowed "
+            "at most 128 letters, digits, dots, dashes and _",
+            do="set DIGEST=sha256:..., from build/release/NAME.json or the page of releases",
+            code="bad-reference",
+        )
+
+
 def pull(name: str, digest: str, *, root: Path, env: Mapping[str, str]) -> str:
     """Pull an image into the engine; return its reference.
 
     Raises:
         AttnimgError: the registry does not have it, or it is another image.
     """
+    refuse_no_digest(digest)
     place: Place = find_place(root, env)
     reference = place.at(digest)
     report(f"pull: {reference}")

@@ -17,9 +17,13 @@ from recipes.facts import Strict
 
 FILE = "recipes/registry.toml"
 # Of OCI's distribution-spec, and a host as Docker recognizes it: with a dot or port, or localhost.
-_HOST = r"(localhost|[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)+|[A-Za-z0-9.-]+(?=:)|\[[0-9a-fA-F:]+\])(:\d+)?"
+_LABEL = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+_HOST = re.compile(
+    rf"(localhost|{_LABEL}(\.{_LABEL})+|{_LABEL}(?=:))(:(?P<port>[0-9]{{1,5}}))?", re.IGNORECASE
+)
 _PART = r"[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*"
-_REGISTRY = re.compile(rf"{_HOST}(/{_PART})+")
+_NAMESPACE = re.compile(rf"{_PART}(/{_PART})*")
+_LONGEST = 255  # of a repository with its host, in characters
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,19 +128,47 @@ def parse_place(text: str) -> Place:
     Raises:
         AttnimgError: it is something else (code "bad-registry").
     """
-    registry = text.strip().removesuffix("/")
-    if not _REGISTRY.fullmatch(registry):
+    host, _, namespace = text.strip().removesuffix("/").partition("/")
+    # The name of a host is the same in capital letters; skopeo and Docker compare the text.
+    place = Place(registry=f"{host.lower()}/{namespace}", loopback=_is_loopback(host.lower()))
+    if fault := _fault(host, namespace) or _length_fault(place):
         raise AttnimgError(
             "the registry can't be used",
-            why=f"found {text!r}, needed host[:port]/namespace in small letters, without https://",
+            why=f"found {text[:_LONGEST]!r}: {fault}",
             do="set REGISTRY=registry.example.com/team, or correct recipes/registry.toml",
             code="bad-registry",
         )
-    return Place(registry=registry, loopback=_is_loopback(registry.partition("/")[0]))
+    return place
+
+
+def _fault(host: str, namespace: str) -> str:
+    """Return why this names no registry; empty if it does."""
+    if host.startswith("["):
+        return "skopeo and Docker take no IPv6 address in a name; needed a host name or IPv4"
+    found = _HOST.fullmatch(host)
+    if not found:
+        return "needed host[:port]/namespace, the host with a dot or a port, without https://"
+    if (port := found["port"]) is not None and not 1 <= int(port) <= 65535:
+        return f"the port is {port}, needed 1 to 65535"
+    if not namespace:
+        return f"there is no namespace after the host, needed {host}/NAMESPACE"
+    if not _NAMESPACE.fullmatch(namespace):
+        return (
+            f"the namespace is {namespace[:_LONGEST]!r}, needed small letters, digits, and "
+            "between them . _ or -"
+        )
+    return ""
+
+
+def _length_fault(place: Place) -> str:
+    length = len(place.repository)
+    if length <= _LONGEST:
+        return ""
+    return f"with /attnimg it has {length} characters, needed at most {_LONGEST}"
 
 
 def _is_loopback(host: str) -> bool:
-    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    name = host.partition(":")[0]
     try:
         return ipaddress.ip_address(name).is_loopback
     except ValueError:

@@ -10,11 +10,58 @@ from collections.abc import Mapping, Sequence
 
 from attnimg.errors import AttnimgError
 
+
+def _file_fault(faults: str) -> str:
+    """Return the pattern of a fault with a file here, not on the disk of a registry."""
+    call = r"\b(open|openat|create|mkdir|read|write|copy_file_range|rename|link|l?stat|unlink\w*)"
+    return rf"^(?!.*(HTTP status|status code)).*{call} (?!tcp|udp|unix)[^\s:]+: ({faults})"
+
+
 _AGAIN = "then run the same command again: it continues"
-# What is in the program's output -> code, what happened, what to do.
+# What is in the program's output -> code, what happened, what to do. What cosign found wrong with a
+# signature and faults of this machine come first: their text may have words of a registry's answer.
 _ANSWERS = (
     (
-        r"Cannot connect to the Docker daemon",
+        # Without an answer of the log of signatures there is no verdict.
+        r"^(?!.*dial tcp).*(no matching (signatures|attestations)|no signatures found"
+        r"|cert verification failed|none of the expected identities matched)",
+        "not-verified",
+        "{program} found no valid signature",
+        "do not use the image; if you made it, make attest/NAME with the key that verifies it",
+    ),
+    (
+        r"permission denied while trying to connect to the docker",
+        "no-engine",
+        "this user may not use the Docker engine",
+        f'sudo usermod -aG docker "$USER", log in again, {_AGAIN}',
+    ),
+    (
+        r"(reading|loading) (public |private )?key\b|loading verifier|decryption failed"
+        r"|(invalid|unsupported) pem",
+        "bad-key",
+        "{program} can't use the key",
+        f"correct COSIGN_KEY, COSIGN_PUBLIC_KEY and COSIGN_PASSWORD, {_AGAIN}",
+    ),
+    (
+        r"invalid reference|could not parse reference",
+        "bad-reference",
+        "{program} can't read the name of the image",
+        "correct REGISTRY, TAG or DIGEST",
+    ),
+    (
+        _file_fault("no space left on device|disk quota exceeded"),
+        "local",
+        "this machine can't store the image: its disk is full",
+        f"free space there, {_AGAIN}",
+    ),
+    (
+        _file_fault("permission denied|read-only file system|no such file or directory"),
+        "local",
+        "{program} can't use a file of this machine",
+        f"correct the file or its owner and permissions, {_AGAIN}",
+    ),
+    (
+        r"Cannot connect to the Docker daemon|failed to connect to the docker API",
         "no-engine",
         "no Docker engine is running",
         "make engine",
@@ -42,16 +89,17 @@ _ANSWERS = (
     (
         r"x509:|tls: |server gave HTTP response to HTTPS client",
         "registry",
-        "the registry {host} has no TLS certificate that this machine trusts",
+        "{asked} has no TLS certificate that this machine trusts",
         "add its CA to this machine's certificates; only one on 127.0.0.1 may be without TLS",
     ),
     (
         r"connection refused|no such host|no route to host|i/o timeout|connection reset"
+        r"|name resolution|server misbehaving|TLS handshake timeout"
         r"|Client\.Timeout|unexpected EOF|: EOF$|deadline exceeded|network is unreachable"
         r"|status code 50[234]",
         "registry",
-        "the registry {host} can't be reached",
-        f"start it, or correct REGISTRY, {_AGAIN}",
+        "{asked} can't be reached",
+        f"{{reach}}, {_AGAIN}",
     ),
     (
         r"manifest unknown|name unknown|MANIFEST_UNKNOWN|NAME_UNKNOWN|status code 404",
@@ -85,7 +133,6 @@ def run(
             env={**os.environ, **(env or {})},
             stdout=None if show else subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
             check=False,
         )
     except FileNotFoundError as error:
@@ -95,21 +142,35 @@ def run(
             do=_INSTALL.format(program=program),
             code="no-program",
         ) from error
+    # Every byte is kept, also the ends of lines: what is read has a digest.
+    text = (done.stdout or b"").decode(errors="surrogateescape")
     if done.returncode:
-        raise answer_error(program, done.stderr or done.stdout or "", host=host)
-    return done.stdout or ""
+        raise answer_error(program, done.stderr.decode(errors="replace") or text, host=host)
+    return text
 
 
 def answer_error(program: str, output: str, *, host: str) -> AttnimgError:
     """Return the error for the output of a program that failed."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
+    asked = _asked(lines, host=host)
+    if asked in (None, host):
+        where, reach = f"the registry {host}", "start it, or correct REGISTRY"
+    else:
+        where, reach = str(asked), f"correct this machine's network, DNS or proxy for {asked}"
+    names = {"program": program, "host": host, "asked": where, "reach": reach}
+    # The name of the image is no answer: it may be registry.example.com/forbidden.
+    name = re.compile(rf"{re.escape(host)}/[^\s:@\"\\]*") if host else None
     for pattern, code, what, do in _ANSWERS:
-        matching = [line for line in lines if re.search(pattern, line, re.IGNORECASE)]
+        matching = [
+            line
+            for line in lines
+            if re.search(pattern, name.sub(host, line) if name else line, re.IGNORECASE)
+        ]
         if matching:
             return AttnimgError(
-                what.format(host=host),
+                what.format(**names),
                 why=f"{program}: {_message(matching[-1])}",
-                do=do.format(host=host),
+                do=do.format(**names),
                 code=code,
                 exit_code=1,
             )
@@ -122,10 +183,26 @@ def answer_error(program: str, output: str, *, host: str) -> AttnimgError:
     )
 
 
+def _asked(lines: Sequence[str], *, host: str) -> str | None:
+    """Return the host that a failed request went to, which may be one of sigstore; else None."""
+    for line in reversed(lines):
+        request = re.search(r'\b(?:Get|Head|Post|Put|Patch|Delete) \\?"https?://([^/"\\]+)', line)
+        lookup = re.search(r"\blookup ([^\s:]+)", line)
+        if request or lookup:
+            found = (request or lookup).group(1)  # type: ignore[union-attr]  # one matched
+            # A lookup is of a name without its port.
+            return host if found == host.partition(":")[0] else found
+    return None
+
+
 def _message(line: str) -> str:
     """Return the message of a line of skopeo's log, without its time and level."""
     found = re.search(r'msg="((?:[^"\\]|\\.)*)"', line)
-    return found.group(1).replace('\\"', '"') if found else line.removeprefix("Error: ")
+    return (
+        found.group(1).replace('\\"', '"')
+        if found
+        else re.sub(r"^error( during command execution)?: ", "", line, flags=re.IGNORECASE)
+    )
 
 
 def report(text: str) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from attnimg.errors import AttnimgError
 from recipes.facts import ImagePlan, Step
 from recipes.solve.lock import split_lock
 
@@ -32,15 +33,28 @@ class Builder:
     run: str
 
 
+# What the builder is named by, with GITHUB_RUN_ID.
+_RUN = ("GITHUB_SERVER_URL", "GITHUB_WORKFLOW_REF", "GITHUB_REPOSITORY")
 LAPTOP = "urn:attnimg:builder:unattested-machine"
 
 
 def find_builder(env: Mapping[str, str]) -> Builder:
-    """Return the builder, by the variables that GitHub sets in a run of a workflow."""
-    if "GITHUB_RUN_ID" not in env:
+    """Return the builder, by the variables that GitHub sets in a run of a workflow.
+
+    Raises:
+        AttnimgError: only some of them are set (code "no-builder").
+    """
+    if not env.get("GITHUB_RUN_ID"):
         return Builder(id=LAPTOP, run="")
+    if missing := [name for name in _RUN if not env.get(name)]:
+        raise AttnimgError(
+            "the run of the workflow is not known",
+            why=f"found GITHUB_RUN_ID without {', '.join(missing)}, needed all",
+            do="run the workflow release.yml; on a machine of your own, unset GITHUB_RUN_ID",
+            code="no-builder",
+        )
     server = env["GITHUB_SERVER_URL"]
-    attempt = f"/attempts/{env['GITHUB_RUN_ATTEMPT']}" if "GITHUB_RUN_ATTEMPT" in env else ""
+    attempt = f"/attempts/{env['GITHUB_RUN_ATTEMPT']}" if env.get("GITHUB_RUN_ATTEMPT") else ""
     return Builder(
         id=f"{server}/{env['GITHUB_WORKFLOW_REF']}",
         run=f"{server}/{env['GITHUB_REPOSITORY']}/actions/runs/{env['GITHUB_RUN_ID']}{attempt}",

@@ -50,7 +50,9 @@ class Signing:
     @property
     def text(self) -> str:
         """How it signs, for the record."""
-        return f"key {Path(self.public).name}" if self.public else f"keyless, {self.identity}"
+        if not self.public:
+            return f"keyless, {self.identity}"
+        return f"key {self.public if _is_uri(self.public) else Path(self.public).name}"
 
 
 def choose_signing(
@@ -66,7 +68,7 @@ def choose_signing(
         sign: whether it has to sign, and not to verify only.
 
     Raises:
-        AttnimgError: there is nothing to sign with (code "no-key").
+        AttnimgError: there is nothing to sign with, or a file of a key is missing (code "no-key").
     """
     key = env.get("COSIGN_KEY", "")
     public = env.get("COSIGN_PUBLIC_KEY", "")
@@ -74,7 +76,7 @@ def choose_signing(
     if place.loopback and not key and not public:
         key, public, extra = *_rehearsal_keys(folder), {"COSIGN_PASSWORD": ""}
     elif key and not public:
-        public = f"{key.removesuffix('.key')}.pub"
+        public = _public_of(key)
     if sign and not key and "ACTIONS_ID_TOKEN_REQUEST_URL" not in env:
         raise AttnimgError(
             "there is nothing to sign with",
@@ -82,6 +84,9 @@ def choose_signing(
             do="run the workflow release.yml, or set COSIGN_KEY=FILE (cosign generate-key-pair)",
             code="no-key",
         )
+    for name, file in (("COSIGN_KEY", key if sign else ""), ("COSIGN_PUBLIC_KEY", public)):
+        if file and not _is_uri(file) and not Path(file).is_file():
+            raise _no_key(name, f"found no file {file}, needed that of the key")
     return Signing(
         key=key,
         public=public,
@@ -89,6 +94,28 @@ def choose_signing(
         issuer=registry.signer.issuer,
         logged=not place.loopback,
         env=extra,
+    )
+
+
+def _is_uri(key: str) -> bool:
+    """Return whether cosign gets a key from somewhere else: awskms://, k8s://, env://..."""
+    return "://" in key
+
+
+def _public_of(key: str) -> str:
+    """Return where cosign finds the public key of a private one."""
+    if key.startswith("env://"):
+        raise _no_key("COSIGN_PUBLIC_KEY", f"found only COSIGN_KEY={key}, which has no public key")
+    # Keys of a KMS, a token or a secret of Kubernetes verify under the same name.
+    return key if _is_uri(key) else str(Path(key).with_suffix(".pub"))
+
+
+def _no_key(name: str, why: str) -> AttnimgError:
+    return AttnimgError(
+        f"{name} does not name a key",
+        why=why,
+        do=f"set {name} to the file (cosign public-key --key KEY writes a public one)",
+        code="no-key",
     )
 
 
@@ -154,7 +181,7 @@ def _verify(command: list[str], digest: str, place: Place, signing: Signing, *, 
     try:
         return run(["cosign", *command, *who, *log, place.at(digest)], host=place.host)
     except AttnimgError as error:
-        if error.code not in ("no-image", "program"):
+        if error.code not in ("not-verified", "no-image", "program"):
             raise
         raise _not_verified(what, error.why) from error
 

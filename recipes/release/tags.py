@@ -9,7 +9,7 @@ from attnimg.errors import AttnimgError
 from recipes.facts import ImagePlan
 
 # Of OCI's distribution-spec.
-_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _COMMIT_DIGITS = 12
 
 
@@ -25,12 +25,21 @@ def immutable_tag(plan: ImagePlan, *, version: str, revision: str) -> str:
         plan: of the image.
         version: of attnimg.
         revision: the commit that it was built from; "-dirty" at its end is kept.
+
+    Raises:
+        AttnimgError: they make no tag (code "bad-tag").
     """
     commit, _, state = revision.partition("-")
     parts = [plan.image.name, version, f"torch{plan.lock}", commit[:_COMMIT_DIGITS], state]
     # A local version has a plus sign, which no tag may have.
     tag = "-".join(part for part in parts if part).replace("+", "_")
-    assert _TAG.fullmatch(tag), tag
+    if not TAG.fullmatch(tag):
+        raise AttnimgError(
+            f"the image {plan.image.name} can't get a tag for its release",
+            why=f"found {tag!r}, needed at most 128 letters, digits, dots, dashes and _",
+            do="correct the version in pyproject.toml, then make release/" + plan.image.name,
+            code="bad-tag",
+        )
     return tag
 
 

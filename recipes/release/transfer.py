@@ -13,7 +13,7 @@ from attnimg.errors import AttnimgError
 from recipes.release.place import Place
 from recipes.release.programs import run
 
-_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 def push(layout: Path, digest: str, place: Place) -> None:
@@ -48,15 +48,60 @@ def read_manifest(reference: str, place: Place) -> tuple[str, dict[str, Any]]:
         place: where it is.
 
     Raises:
-        AttnimgError: there is none, or its bytes are not those of the digest.
+        AttnimgError: there is none, its bytes are not those of the digest, or it is no manifest
+            of one image (code "not-an-image").
     """
+    digest, text = _read_bytes(reference, place)
+    manifest = _parse(text)
+    if fault := _manifest_fault(manifest):
+        raise AttnimgError(
+            f"{reference} is not an image",
+            why=f"found {fault}, needed the manifest of one image",
+            do="name the digest of one image, or correct REGISTRY",
+            code="not-an-image",
+            exit_code=1,
+        )
+    return digest, manifest
+
+
+def _read_bytes(reference: str, place: Place) -> tuple[str, str]:
+    """Return the digest and the text of what the registry has under a name."""
     tls = f"--tls-verify={not place.loopback}".lower()
     text = run(["skopeo", "inspect", "--raw", tls, f"docker://{reference}"], host=place.host)
-    digest = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+    digest = _sha256(text)
     asked = reference.partition("@")[2]
     if asked and asked != digest:
         raise _tampered(place, f"found {digest} under {asked}")
-    return digest, json.loads(text)
+    return digest, text
+
+
+def _manifest_fault(manifest: Any) -> str:
+    """Return what stands in place of the manifest of one image; empty if it is one."""
+    if not isinstance(manifest, dict):
+        return "something that is no JSON object"
+    if isinstance(manifest.get("manifests"), list):
+        return f"an index of {len(manifest['manifests'])} manifests"
+    config, layers = manifest.get("config"), manifest.get("layers")
+    if not isinstance(config, dict) or not DIGEST.fullmatch(str(config.get("digest"))):
+        return "a manifest without the digest of a configuration"
+    if not isinstance(layers, list) or not all(
+        isinstance(layer, dict) and type(layer.get("size")) is int for layer in layers
+    ):
+        return "a manifest without the sizes of layers"
+    return ""
+
+
+def _parse(text: str) -> Any:
+    """Return the value of JSON; None if it is something else."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _sha256(text: str) -> str:
+    digest = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+    return f"sha256:{digest}"
 
 
 def has(digest: str, place: Place) -> bool:
@@ -77,10 +122,15 @@ def read_config(reference: str, place: Place, image_id: str) -> dict[str, Any]:
     tls = f"--tls-verify={not place.loopback}".lower()
     command = ["skopeo", "inspect", "--config", "--raw", tls, f"docker://{reference}"]
     text = run(command, host=place.host)
-    if (found := f"sha256:{hashlib.sha256(text.encode()).hexdigest()}") != image_id:
+    if (found := _sha256(text)) != image_id:
         raise _tampered(place, f"found {found} under {image_id}")
-    config: dict[str, Any] = json.loads(text)
-    return config
+    config = _parse(text)
+    settings = config.get("config") if isinstance(config, dict) else None
+    labels = settings.get("Labels") if isinstance(settings, dict) else None
+    if not isinstance(config, dict) or not isinstance(labels, dict | None):
+        raise _tampered(place, f"found no configuration of an image under {image_id}")
+    # Both may be null, as if they were absent.
+    return {**config, "config": {**(settings or {}), "Labels": labels or {}}}
 
 
 def find_tag(tag: str, place: Place) -> str | None:
@@ -94,7 +144,7 @@ def find_tag(tag: str, place: Place) -> str | None:
 
 def _digest_of(reference: str, place: Place) -> str | None:
     try:
-        return read_manifest(reference, place)[0]
+        return _read_bytes(reference, place)[0]
     except AttnimgError as error:
         if error.code == "no-image":
             return None
@@ -152,7 +202,7 @@ def _tampered(place: Place, why: str) -> AttnimgError:
 
 
 def _blob(layout: Path, digest: str) -> Path:
-    if not _DIGEST.fullmatch(digest):
+    if not DIGEST.fullmatch(digest):
         raise ValueError(f"{digest} is not a digest")
     return layout / "blobs/sha256" / digest.removeprefix("sha256:")
 

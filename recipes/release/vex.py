@@ -5,6 +5,7 @@ Source: https://github.com/openvex/spec, OPENVEX-SPEC.md 0.2.0 (2026-11-27).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from datetime import date
 from typing import Any
@@ -15,6 +16,9 @@ from packaging.utils import canonicalize_name
 from attnimg.errors import AttnimgError
 from recipes.facts import Cve
 
+_PURL = re.compile(r"pkg:/*([A-Za-z0-9.+-]+)/((?:[^/@]+/)*)([^/@]+)(?:@(.*))?")
+# The types of a component of CycloneDX that may be a package; others are files, or the system.
+_PACKAGES = ("application", "framework", "library")
 CONTEXT = "https://openvex.dev/ns/v0.2.0"
 # Status -> the field that holds the reason.
 _REASON = {
@@ -45,8 +49,9 @@ def vex(
         moment: when, as RFC 3339.
 
     Raises:
-        AttnimgError: an answer is for another version than the image has, or has expired
-            (code "no-vex").
+        AttnimgError: an answer is for another version than the image has, has expired, or
+            contradicts another; the SBOM doesn't tell whether the image has the package (code
+            "no-vex").
     """
     installed = _installed(sbom)
     name = repository.rpartition("/")[2]
@@ -54,18 +59,28 @@ def vex(
         f"pkg:oci/{name}@{quote(digest, safe='')}?repository_url={quote(repository, safe='/')}"
     )
     today = date.fromisoformat(moment[:10])
-    statements, faults = [], []
+    statements, faults, answered = [], [], set()
+    if not installed:
+        faults.append("the SBOM lists no package: it doesn't tell which packages the image has")
     for cve in cves:
-        kind = "deb/debian" if cve.package.startswith("deb:") else "pypi"
+        kind = "deb" if cve.package.startswith("deb:") else "pypi"
         package = canonicalize_name(cve.package.removeprefix("deb:"))
-        version = installed.get((kind, package))
-        if version not in (None, cve.version):
-            faults.append(
-                f"{cve.id}: its answer is for {cve.package} {cve.version}, the image has {version}"
-            )
+        if (cve.id, kind, package) in answered:
+            faults.append(f"{cve.id}: it has two answers for {cve.package}, needed one")
+        answered.add((cve.id, kind, package))
+        if ("", package) in installed:
+            faults.append(f"{cve.id}: the SBOM has {cve.package} without a package URL of a type")
+        versions = installed.get((kind, package), {})
+        faults += [
+            f"{cve.id}: its answer is for {cve.package} {cve.version}, the image has "
+            f"{version or 'it without a version'}"
+            for version in versions.values()
+            if version != cve.version
+        ]
         if cve.expires < today:
             faults.append(f"{cve.id}: its answer expired on {cve.expires}")
-        statements.append(_statement(cve, product, f"pkg:{kind}/{package}", version))
+        absent = f"pkg:{'deb/debian' if kind == 'deb' else kind}/{quote(package, safe='')}"
+        statements.append(_statement(cve, product, absent, list(versions)))
     if faults:
         raise AttnimgError(
             "the image has vulnerabilities without an answer",
@@ -84,31 +99,48 @@ def vex(
     }
 
 
-def _statement(cve: Cve, product: str, package: str, version: str | None) -> dict[str, Any]:
-    """Return one statement; `version` is that in the image, None if it lacks the package."""
-    if version is None:
+def _statement(cve: Cve, product: str, absent: str, purls: list[str]) -> dict[str, Any]:
+    """Return one statement, on the package URLs in the image; on `absent` if it has none."""
+    subject = {
+        "vulnerability": {"name": cve.id},
+        "products": [
+            {"@id": product, "subcomponents": [{"@id": purl} for purl in purls or [absent]]}
+        ],
+    }
+    if not purls:
         return {
-            "vulnerability": {"name": cve.id},
-            "products": [{"@id": product}],
+            **subject,
             "status": "not_affected",
             "justification": "component_not_present",
             "impact_statement": f"the image has no {cve.package}",
         }
     return {
-        "vulnerability": {"name": cve.id},
-        "products": [{"@id": product, "subcomponents": [{"@id": f"{package}@{version}"}]}],
+        **subject,
         "status": cve.status,
         **({"justification": cve.justification} if cve.justification else {}),
         _REASON[cve.status]: cve.reason,
     }
 
 
-def _installed(sbom: Mapping[str, Any]) -> dict[tuple[str, str], str]:
-    """Return the packages of an SBOM: (pypi or deb/debian, name) -> version."""
-    found = {}
-    for component in sbom.get("components", []):
-        purl = str(component.get("purl", "")).partition("?")[0]
-        kind, _, rest = purl.removeprefix("pkg:").rpartition("/")
-        name, _, version = rest.partition("@")
-        found[kind, str(canonicalize_name(unquote(name)))] = unquote(version)
+def _installed(sbom: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, str]]:
+    """Return the packages of an SBOM: (type, name) -> package URL -> version.
+
+    The type is pypi, deb (of any distribution)...; it is empty where the SBOM has none.
+    """
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for component in sbom.get("components") or []:
+        purl = component.get("purl")
+        # Without the qualifiers: it names the package on every architecture.
+        url = re.split(r"[?#]", purl)[0] if isinstance(purl, str) else ""
+        if match := _PURL.fullmatch(url):
+            kind, space, name, version = match.groups(default="")
+            # The SBOM's own spelling is what scanners compare; purl demands %2B for a plus sign.
+            url = f"pkg:{kind.lower()}/{space}{name}@{version}".replace("+", "%2B")
+            kind, name, version = kind.lower(), unquote(name), unquote(version)
+        elif component.get("type", "library") in _PACKAGES:
+            kind, name = "", str(component.get("name", ""))
+            url, version = name, str(component.get("version", ""))
+        else:
+            continue
+        found.setdefault((kind, str(canonicalize_name(name))), {})[url] = version
     return found

@@ -45,6 +45,27 @@ def test_a_path_may_have_blanks(programs: Path, target: str, variable: str, opti
     assert arguments[arguments.index(option) + 1] == PLACE
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+@pytest.mark.parametrize(
+    ("target", "variable"),
+    [("verify/cpu", "TAG"), ("verify/cpu", "DIGEST"), ("test/cpu", "DIGEST")],
+)
+def test_the_name_of_an_image_is_not_run_by_the_shell(
+    programs: Path, target: str, variable: str
+) -> None:
+    (programs / "pytest").write_text('#!/bin/sh\nprintf "%s\\n" "$IMAGE"\n')
+    (programs / "pytest").chmod(0o755)
+    name = "$(echo run)`echo run`\"'$HOME"
+    env = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+    done = subprocess.run(
+        ["make", "-o", ".venv/ready", f"BIN={programs}", target,
+         f"{variable}={name.replace('$', '$$')}"],
+        cwd=ROOT, env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == name
+
+
 @pytest.mark.parametrize("target", ["fa4-kernels/turing", "triton-kernels/turing"])
 def test_an_image_without_kernels_to_compile_ahead_is_refused(programs: Path, target: str) -> None:
     done = subprocess.run(

@@ -32,7 +32,11 @@ DIGEST = f"sha256:{'a' * 64}"
         ("registry.example.com:5000/team/images/", "registry.example.com:5000/team/images", False),
         ("127.0.0.1:5000/rehearsal", "127.0.0.1:5000/rehearsal", True),
         ("localhost:5000/x", "localhost:5000/x", True),
-        ("[::1]:5000/x", "[::1]:5000/x", True),
+        ("LOCALHOST:5000/x", "localhost:5000/x", True),
+        ("Registry.Example.com/team", "registry.example.com/team", False),
+        ("registry:1/x", "registry:1/x", False),
+        ("registry:65535/a-b/c__d.e", "registry:65535/a-b/c__d.e", False),
+        (f"ghcr.io/{'a' * 239}", f"ghcr.io/{'a' * 239}", False),
         ("127.example.com/x", "127.example.com/x", False),
         ("localhost.example.com/x", "localhost.example.com/x", False),
         ("10.0.0.1:5000/x", "10.0.0.1:5000/x", False),
@@ -45,12 +49,33 @@ def test_a_registry_is_a_host_and_a_namespace(text: str, registry: str, loopback
 
 
 @pytest.mark.parametrize(
-    "text", ["", "ghcr.io", "ghcr.io/", "https://ghcr.io/x", "attnimg/x", "ghcr.io/Team", "a b.c/x"]
+    ("text", "why"),
+    [
+        ("", "needed host"),
+        ("ghcr.io", "no namespace"),
+        ("ghcr.io/", "no namespace"),
+        ("localhost:5000", "no namespace"),
+        ("https://ghcr.io/x", "without https"),
+        ("attnimg/x", "with a dot or a port"),
+        ("a b.c/x", "needed host"),
+        ("-:5000/x", "needed host"),
+        (".:5000/x", "needed host"),
+        ("a..b:5000/x", "needed host"),
+        ("a-.example.com/x", "needed host"),
+        ("[::1]:5000/x", "no IPv6"),
+        ("localhost:0/x", "port is 0"),
+        ("localhost:99999/x", "port is 99999"),
+        ("localhost:\u0665/x", "needed host"),
+        ("ghcr.io/Team", "small letters"),
+        ("ghcr.io/a//b", "small letters"),
+        (f"ghcr.io/{'a' * 240}", "256 characters"),
+    ],
 )
-def test_what_is_no_registry_is_refused(text: str) -> None:
+def test_what_is_no_registry_is_refused(text: str, why: str) -> None:
     with pytest.raises(AttnimgError) as caught:
         parse_place(text)
     assert caught.value.code == "bad-registry"
+    assert why in caught.value.why
     assert "REGISTRY=" in caught.value.do
 
 
@@ -89,6 +114,13 @@ def test_the_immutable_tag_names_everything_that_a_rebuild_changes(
     image: str, version: str, revision: str, tag: str
 ) -> None:
     assert immutable_tag(PLANS[image], version=version, revision=revision) == tag
+
+
+@pytest.mark.parametrize("version", ["1.0/evil", "1.0 x", "1" * 128, "ü"])
+def test_a_version_that_makes_no_tag_is_refused(version: str) -> None:
+    with pytest.raises(AttnimgError, match="can't get a tag") as caught:
+        immutable_tag(PLANS["cpu"], version=version, revision=COMMIT)
+    assert "pyproject.toml" in caught.value.do
 
 
 def test_moving_tags_are_the_name_and_its_aliases_and_no_two_images_share_one() -> None:
@@ -293,7 +325,67 @@ def test_a_damaged_record_is_refused(tmp_path: Path, text: str) -> None:
         ("reading manifest cpu in 127.0.0.1:1/x: manifest unknown", "does not have the image"),
         ("NAME_UNKNOWN: repository name not known to registry", "does not have the image"),
         ("Cannot connect to the Docker daemon at unix:///x. Is it running?", "no Docker engine"),
-        ("Error: no signatures found", "skopeo failed"),
+        (
+            'Error: Get "https://127.0.0.1:1/v2/": x509: certificate signed by unknown authority',
+            "127.0.0.1:1 has no TLS certificate",
+        ),
+        (
+            'Post "https://fulcio.sigstore.dev/api/v2/signingCert": dial tcp: lookup '
+            "fulcio.sigstore.dev on 10.0.0.1:53: no such host",
+            "fulcio.sigstore.dev can't be reached",
+        ),
+        (
+            'Post "https://rekor.sigstore.dev/api/v1/log/entries": dial tcp 10.0.0.1:443: connect: '
+            "connection refused",
+            "rekor.sigstore.dev can't be reached",
+        ),
+        ("dial tcp: lookup example.com: Temporary failure in name resolution", "registry example"),
+        (
+            "no matching signatures: searching log query: Post "
+            '"https://rekor.sigstore.dev/api/v1/log/entries/retrieve": dial tcp: lookup '
+            "rekor.sigstore.dev: no such host",
+            "rekor.sigstore.dev can't be reached",
+        ),
+        ("Error: no signatures found", "found no valid signature"),
+        (
+            "Error: no matching signatures: cert verification failed: x509: certificate signed by "
+            "unknown authority. Check your TUF root",
+            "found no valid signature",
+        ),
+        ("cert verification failed: x509: certificate has expired", "found no valid signature"),
+        (
+            "none of the expected identities matched what was in the certificate, got subjects "
+            "[https://example.com/forbidden]",
+            "found no valid signature",
+        ),
+        # Faults of this machine, not of the registry.
+        (
+            "permission denied while trying to connect to the Docker daemon socket at unix:///x: "
+            'Get "http://%2Fx/v1.24/info": dial unix /x: connect: permission denied',
+            "may not use the Docker engine",
+        ),
+        ("failed to connect to the docker API at unix:///x; check if the path", "no Docker engine"),
+        ("getting signer: reading key: open cosign.key: permission denied", "can't use the key"),
+        ("getting signer: reading key: decrypt: unexpected EOF", "can't use the key"),
+        ("loading public key: pem to public key: PEM decoding failed", "can't use the key"),
+        ("open /home/me/.docker/config.json: permission denied", "can't use a file of this"),
+        ("write /tmp/pulled/blobs/sha256/0: no space left on device", "this machine can't store"),
+        (
+            "received unexpected HTTP status: 500: write /var/lib/registry/0: no space left on "
+            "device",
+            "the registry example.com can't store",
+        ),
+        ("could not parse reference: example.com/forbidden/x@sha256:aa", "can't read the name"),
+        (
+            'Error parsing image name "docker://example.com/x:forbidden:y": invalid reference '
+            "format",
+            "can't read the name",
+        ),
+        (
+            'initializing source docker://example.com/denied/x: "manifest unknown"',
+            "does not have the image",
+        ),
+        ("Error: something else", "skopeo failed"),
         ("", "skopeo failed"),
     ],
 )
@@ -303,6 +395,25 @@ def test_errors_of_a_registry_become_plain_messages(output: str, what: str) -> N
     assert error.why
     assert error.do
     assert "level=fatal" not in error.why
+
+
+@pytest.mark.parametrize("value", ["0", "no", "false", "off", "NO", " ", ""])
+def test_a_rehearsal_that_is_switched_off_is_none(value: str) -> None:
+    env = {"REGISTRY": REMOTE.registry, "REHEARSAL": value}
+    with pytest.raises(AttnimgError, match="rocm can't be published"):
+        release(PLANS["rocm"], RECIPES, step=None, root=ROOT, env=env)
+
+
+@pytest.mark.parametrize("value", ["1", "yes", "true", "ON"])
+def test_a_rehearsal_that_is_switched_on_is_one(value: str) -> None:
+    env = {"REGISTRY": REMOTE.registry, "REHEARSAL": value}
+    with pytest.raises(AttnimgError, match="goes to a registry of this machine"):
+        release(PLANS["rocm"], RECIPES, step=None, root=ROOT, env=env)
+
+
+def test_a_rehearsal_that_is_neither_is_refused() -> None:
+    with pytest.raises(AttnimgError, match="REHEARSAL can't be read"):
+        release(PLAN, RECIPES, step=None, root=ROOT, env={"REHEARSAL": "maybe"})
 
 
 def test_the_readme_says_whether_images_are_published() -> None:

@@ -121,6 +121,21 @@ def test_the_builder_of_a_workflow_is_the_workflow() -> None:
     assert builder.run == "https://github.com/a/b/actions/runs/7/attempts/2"
 
 
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"GITHUB_RUN_ID": "7"},
+        {"GITHUB_RUN_ID": "7"}
+        | dict.fromkeys(("GITHUB_SERVER_URL", "GITHUB_WORKFLOW_REF", "GITHUB_REPOSITORY"), ""),
+    ],
+)
+def test_a_run_that_is_half_known_is_no_builder(env: dict[str, str]) -> None:
+    with pytest.raises(AttnimgError, match="GITHUB_WORKFLOW_REF") as caught:
+        find_builder(env)
+    assert "unset GITHUB_RUN_ID" in caught.value.do
+    assert find_builder({"GITHUB_RUN_ID": ""}).id == find_builder({}).id == LAPTOP
+
+
 # ---- vulnerabilities ----------------------------------------------------------------------------
 
 CVE = Cve(
@@ -130,7 +145,9 @@ CVE = Cve(
 REPOSITORY = "registry.example.com:5000/team/attnimg"
 
 
-def say(*cves: Cve, purls: tuple[str, ...] = (), day: str = "2026-11-27") -> dict[str, Any]:
+def say(
+    *cves: Cve, purls: tuple[str, ...] = ("pkg:pypi/torch@2.13.0",), day: str = "2026-11-27"
+) -> dict[str, Any]:
     return vex(
         cves, sbom={"components": [{"purl": purl} for purl in purls]}, repository=REPOSITORY,
         digest=DIGEST, author=SOURCE, moment=f"{day}T00:00:00Z",
@@ -179,13 +196,14 @@ def test_a_package_of_debian_is_found_by_its_version() -> None:
     purl = "pkg:deb/debian/base-files@12.4%2Bdeb12u15?arch=amd64&distro=debian-12"
     (found,) = say(cve, purls=(purl,))["statements"]
     assert found["products"][0]["subcomponents"] == [
-        {"@id": "pkg:deb/debian/base-files@12.4+deb12u15"}
+        {"@id": "pkg:deb/debian/base-files@12.4%2Bdeb12u15"}
     ]
 
 
 @pytest.mark.parametrize(
     ("purl", "day", "why"),
     [
+        ("pkg:pypi/flash-attn", "2026-11-27", "the image has it without a version"),
         ("pkg:pypi/flash-attn@2.8.4", "2026-11-27", "is for flash_attn 2.8.3, the image has 2.8.4"),
         ("pkg:pypi/flash-attn@2.8.3", "2027-01-02", "expired on 2027-01-01"),
     ],
@@ -195,6 +213,67 @@ def test_an_answer_that_does_not_hold_is_refused(purl: str, day: str, why: str) 
         say(CVE, purls=(purl,), day=day)
     assert why in caught.value.why
     say(CVE, purls=("pkg:pypi/flash-attn@2.8.3",), day="2027-01-01")
+
+
+@pytest.mark.parametrize(
+    ("purl", "stated"),
+    [
+        ("pkg:deb/ubuntu/libc6@2.3", "pkg:deb/ubuntu/libc6@2.3"),
+        ("pkg:deb/debian/libc6@1%3A2.3+b1?arch=amd64", "pkg:deb/debian/libc6@1%3A2.3%2Bb1"),
+        ("pkg:deb/debian/libc6@1:2.3%2Bb1#x", "pkg:deb/debian/libc6@1:2.3%2Bb1"),
+        ("pkg:deb/libc6@2.3", "pkg:deb/libc6@2.3"),
+    ],
+)
+def test_a_package_is_found_in_each_spelling_of_its_url(purl: str, stated: str) -> None:
+    version = "2.3" if purl.endswith("@2.3") else "1:2.3+b1"
+    cve = replace(CVE, package="deb:libc6", version=version, status="affected", justification="")
+    (found,) = say(cve, purls=(purl,))["statements"]
+    assert found["status"] == "affected"
+    assert found["products"][0]["subcomponents"] == [{"@id": stated}]
+
+
+def test_every_installed_version_needs_the_answer() -> None:
+    right, other = "pkg:pypi/flash-attn@2.8.3", "pkg:pypi/flash-attn@2.8.4"
+    for purls in ((right, other), (other, right)):
+        with pytest.raises(AttnimgError, match=r"the image has 2\.8\.4"):
+            say(CVE, purls=purls)
+    (found,) = say(CVE, purls=(right, right))["statements"]
+    assert found["products"][0]["subcomponents"] == [{"@id": right}]
+
+
+def of_sbom(*components: dict[str, Any]) -> dict[str, Any]:
+    return vex(
+        (CVE,), sbom={"components": components}, repository=REPOSITORY, digest=DIGEST,
+        author=SOURCE, moment="2026-11-27T00:00:00Z",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("purl", [{}, {"purl": None}, {"purl": "flash-attn"}, {"purl": "pkg:x"}])
+def test_a_package_without_a_package_url_is_not_taken_for_absent(purl: dict[str, Any]) -> None:
+    with pytest.raises(AttnimgError, match="without a package URL"):
+        of_sbom({"type": "library", "name": "Flash_Attn", "version": "2.8.3", **purl})
+    # Other packages may lack one; files and the system are no packages.
+    torch = {"type": "library", "name": "torch", "version": "2.13.0", **purl}
+    file = {"type": "file", "name": "flash-attn", **purl}
+    (found,) = of_sbom(torch, file)["statements"]
+    assert found["justification"] == "component_not_present"
+
+
+@pytest.mark.parametrize("components", [(), ({"type": "file", "name": "/etc/passwd"},)])
+def test_an_sbom_without_packages_says_nothing_about_an_image(components: Any) -> None:
+    with pytest.raises(AttnimgError, match="lists no package"):
+        of_sbom(*components)
+
+
+def test_two_answers_to_one_question_are_refused_and_those_on_two_packages_agree() -> None:
+    again = replace(CVE, package="Flash-Attn", status="affected", justification="")
+    with pytest.raises(AttnimgError, match="two answers"):
+        say(CVE, again)
+    other = replace(CVE, package="torch", version="2.13.0", status="affected", justification="")
+    absent, present = say(CVE, other)["statements"]
+    (subject,) = absent["products"]
+    assert subject["subcomponents"] == [{"@id": "pkg:pypi/flash-attn"}]
+    assert (absent["status"], present["status"]) == ("not_affected", "affected")
 
 
 def test_the_vulnerability_of_flash_attention_is_answered() -> None:
