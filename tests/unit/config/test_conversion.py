@@ -17,7 +17,7 @@ import yaml
 from attnimg.config import check_values
 from attnimg.config.conversion import Conversion, Trainer, convert_values, find_trainer
 from attnimg.config.conversion.llama_factory_data import chat_template
-from attnimg.config.conversion.tables import NAMES, OF_TRL, key_table
+from attnimg.config.conversion.tables import OF_TRL, key_table
 from attnimg.config.conversion.write import config_yaml
 from attnimg.config.read import parse_value, parse_yaml
 from attnimg.config.schema import Config
@@ -432,6 +432,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a stage of rewards": ({**FACTORY, "stage": "rm"}, "stage"),
     "a loss without a reference": (
         {**FACTORY, "stage": "dpo", "dataset": "pairs", "pref_loss": "orpo"}, "pref_loss"),
+    "a loss that is no name": (
+        {**FACTORY, "stage": "dpo", "dataset": "pairs", "pref_loss": {"ipo": 1}}, "pref_loss"),
     "another part of the loss": (
         {**FACTORY, "stage": "dpo", "dataset": "pairs", "pref_ftx": 0.5}, "pref_ftx"),
     "pairs without a template": (
@@ -843,11 +845,18 @@ FOREIGN = [
 ]
 
 
-@pytest.mark.parametrize("trainer", NAMES)
-def test_any_value_is_converted_or_refused(trainer: Trainer) -> None:
+STARTS: list[tuple[Trainer, dict[str, Any]]] = [
+    *((trainer, TRL) for trainer in OF_TRL),
+    ("axolotl", {"base_model": "m"}),
+    ("llama-factory", FACTORY),
+    ("llama-factory", {**FACTORY, "stage": "dpo", "dataset": "pairs"}),
+    ("llama-factory", {**FACTORY, "stage": "kto", "dataset": "labels"}),
+]
+
+
+@pytest.mark.parametrize(("trainer", "start"), STARTS)
+def test_any_value_is_converted_or_refused(trainer: Trainer, start: dict[str, Any]) -> None:
     draw = random.Random(trainer)
-    others = {"llama-factory": FACTORY, "axolotl": {"base_model": "m"}}
-    start: dict[str, Any] = others.get(trainer, TRL)
     known = [*Config.model_fields, "flash_attention", "plugins"]
     if trainer != "axolotl":
         known = [*key_table(trainer).keys, *key_table(trainer).renamed]
