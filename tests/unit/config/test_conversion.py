@@ -34,7 +34,7 @@ FACTORY: dict[str, Any] = {
     "model_name_or_path": "org/model", "stage": "sft", "dataset": "alpaca", "template": "qwen",
     "dataset_dir": "data",
 }  # fmt: skip
-INFO = {
+INFO: dict[str, Any] = {
     "alpaca": {"file_name": "alpaca.json"},
     "chats": {"file_name": "chats.json", "formatting": "sharegpt"},
     "tagged": {
@@ -697,6 +697,29 @@ def test_texts_that_pairs_do_not_have_here_are_refused() -> None:
     assert "more" in refused(values, first={**pair, "more": "x"})["dataset"]
     assert "columns" in refused(values, records=None)["dataset"]
     assert converted(values, first={**pair, "more": ""}) == converted(values, first=pair)
+
+
+@pytest.mark.parametrize("value", [{"a": 1}, [1], 1, True])
+@pytest.mark.parametrize(
+    ("stage", "name", "part", "field"),
+    [
+        ("dpo", "pairs", "columns", "system"), ("dpo", "pairs", "columns", "chosen"),
+        ("kto", "labels", "columns", "kto_tag"), ("sft", "tagged", "columns", "tools"),
+        ("sft", "tagged", "tags", "role_tag"), ("pt", "corpus", "columns", "prompt"),
+    ],
+)  # fmt: skip
+def test_a_column_of_llama_factory_is_a_name(
+    stage: str, name: str, part: str, field: str, value: Any
+) -> None:
+    entry = {**INFO[name], part: {**INFO[name][part], field: value}}
+    Path("data/dataset_info.json").write_text(json.dumps({name: entry}))
+    values = {**FACTORY, "stage": stage, "dataset": name, "packing": False}
+    if stage == "pt":
+        values.pop("template")
+    assert "dataset_info.json" in refused(values)["dataset"]
+    entry[part][field] = None if field in ("system", "tools") else INFO[name][part][field]
+    Path("data/dataset_info.json").write_text(json.dumps({name: entry}))
+    assert "dataset" not in refused(values)
 
 
 def test_columns_that_llama_factory_does_not_read_are_turned_off() -> None:
