@@ -75,7 +75,8 @@ def choose_folders(
 ) -> FolderSettings:
     """Return the variables of caches, HOME and TMPDIR to set, and the folders to create.
 
-    A variable of a cache that is set is kept.
+    A variable of a cache that is set is kept. Relative paths, and ~ in ATTNIMG_CACHE, become
+    absolute: a child process may have another working folder.
 
     Args:
         environment: the environment variables.
@@ -84,19 +85,21 @@ def choose_folders(
         tmp: the folder for temporary files.
         shm: the folder of shared memory.
     """
-    named, home = environment.get(CACHE), environment.get("HOME")
+    home, given = environment.get("HOME"), environment.get(CACHE)
+    named = _absolute(given, home, working_folder) if given else None
+    tmpdir = environment.get("TMPDIR")
     # Folders in which programs have their caches by default. HOME of an image is in its cache
     # volume: it is no better than the volume.
     standard = []
     if not named and (xdg := environment.get("XDG_CACHE_HOME")):
-        standard.append(Path(xdg) / "attnimg")
+        standard.append(working_folder / xdg / "attnimg")
     if home and not (named and Path(home).is_relative_to(named)):
-        standard.append(Path(home) / ".cache" / "attnimg")
+        standard.append(working_folder / home / ".cache" / "attnimg")
     candidates = [
-        *([Path(named)] if named else []),
+        *([named] if named else []),
         *standard,
         working_folder / ".cache",
-        *([Path(environment["TMPDIR"]) / f"attnimg-{uid}"] if environment.get("TMPDIR") else []),
+        *([working_folder / tmpdir / f"attnimg-{uid}"] if tmpdir else []),
         tmp / f"attnimg-{uid}",
         shm / f"attnimg-{uid}",
     ]
@@ -113,8 +116,11 @@ def choose_folders(
         if variables.get(variable, environment.get(variable)) == str(folder):
             folders.append(folder)
 
-    if base not in ([Path(named)] if named else standard):
-        variables |= {CACHE: str(base), INSTEAD_OF: named or str(Path(home or "/") / ".cache")}
+    if base not in ([named] if named else standard):
+        wanted = named or Path(home or "/") / ".cache"
+        variables |= {CACHE: str(base), INSTEAD_OF: str(wanted)}
+    elif named and not Path(given or "").is_absolute():
+        variables[CACHE] = str(named)
     for variable, name in CACHES.items():
         # torch's default is in the temporary folder under USER, which is the same for all users of
         # an image.
@@ -123,9 +129,17 @@ def choose_folders(
     use("HOME", "home", wanted=not home or not _is_home(Path(home), base, uid))
     if "HOME" not in variables and home and Path(home).is_relative_to(base):
         folders.append(Path(home))
-    temporary = [tmp, *([Path(environment["TMPDIR"])] if environment.get("TMPDIR") else [])]
-    use("TMPDIR", "tmp", wanted=not any(can_write(folder) for folder in temporary))
+    usable = can_write(working_folder / tmpdir if tmpdir else tmp)
+    if tmpdir and not usable and can_write(tmp):
+        variables["TMPDIR"], usable = str(tmp), True
+    use("TMPDIR", "tmp", wanted=not usable)
     return FolderSettings(variables=variables, folders=tuple(folders))
+
+
+def _absolute(text: str, home: str | None, working_folder: Path) -> Path:
+    """Return an absolute path; ~ is HOME, as no shell has replaced it in `docker run -e`."""
+    name, _, rest = text.partition("/")
+    return working_folder / (Path(home) / rest if name == "~" and home else text)
 
 
 def _is_home(home: Path, base: Path, uid: int) -> bool:
@@ -169,11 +183,26 @@ def can_write(path: Path) -> bool:
     """Return whether this user can write to a folder, or create it."""
     nearest = path.absolute()
     try:
-        while not os.path.lexists(nearest) and nearest != nearest.parent:
+        while not _exists(nearest) and nearest != nearest.parent:
             nearest = nearest.parent
-        return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
-    except OSError:  # a name that is too long
+        longest = os.pathconf(nearest, "PC_NAME_MAX")
+        missing = path.absolute().relative_to(nearest).parts
+        return (
+            nearest.is_dir()
+            and os.access(nearest, os.W_OK | os.X_OK)
+            and all(len(os.fsencode(name)) <= longest for name in missing)
+        )
+    except OSError:  # a name that is too long, or a folder that this user can't read
         return False
+
+
+def _exists(path: Path) -> bool:
+    """Return whether there is a file or a link; os.path.lexists hides names that are too long."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def replaced_cache(environment: Mapping[str, str]) -> str | None:

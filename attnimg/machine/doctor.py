@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -17,7 +18,7 @@ from attnimg.machine.kernel_cache import (
     reasons_against_shipped_triton,
 )
 from attnimg.machine.network import judge_rdma
-from attnimg.machine.threads import count_threads
+from attnimg.machine.threads import count_threads, read_threads
 from attnimg.selection.gpus_and_images import ImageFacts
 
 Status = Literal["ok", "warn", "fail"]
@@ -296,8 +297,14 @@ def _check_cpus(host: Host) -> Iterator[Check]:
     usable = float(host.cpus)
     if host.quota is not None and host.quota < host.cpus:
         what, usable = f"{what}, of which the cgroup's quota allows {host.quota:g}", host.quota
-    given = (host.threads or "").partition(",")[0].strip()
-    number = int(given) if given.isascii() and given.isdigit() else count_threads(cpus=usable)
+    given = (host.threads or "").strip()
+    number = read_threads(given) or count_threads(cpus=usable)
+    shown = reprlib.repr(given)
+    if given and read_threads(given) is None:
+        # OpenMP's library then starts a thread for each CPU of the mask.
+        what += f"; OMP_NUM_THREADS is {shown}, which is no number of threads, and is ignored"
+        yield Check("cpus", "warn", what, f"unset OMP_NUM_THREADS, or set it to {number}")
+        return
     what += f"; torch computes with {number} thread{'s' if number > 1 else ''}"
     if number > max(1.0, usable):
         yield Check("cpus", "warn", what, f"unset OMP_NUM_THREADS, which is {host.threads}")

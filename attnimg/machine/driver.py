@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Mapping
 from typing import Literal
 
@@ -17,6 +18,11 @@ _COMPAT = (
     "; on a data-centre GPU such as this one, NVIDIA's package cuda-compat may do instead, in a "
     "child image: docs.nvidia.com/deploy/cuda-compatibility"
 )
+
+
+# "580.65.06"; a suffix is ignored.
+_VERSION = re.compile(r"\d{1,9}(\.\d{1,9})*(?!\d)")
+_BRAND = re.compile(r"^(NVIDIA|Tesla|GRID) ")
 
 
 def judge_driver(
@@ -34,6 +40,11 @@ def judge_driver(
     serving = [other for other in images.values() if machine.arch.name in other.devices]
     own = image if image is not None and machine.arch.name in image.devices else None
     wanted = [own] if own else [other for other in serving if other.channel == "stable"]
+    floors = [other.driver_min for other in wanted if other.driver_min]
+    if floors and not _VERSION.match(machine.driver or ""):
+        what = f"the driver's version can't be read: found {reprlib.repr(machine.driver)}"
+        do = f"run nvidia-smi on the host, and update a driver that is older than {floors[0]}"
+        return "warn", what, do
     too_old = [other for other in wanted if driver_is_too_old(machine, other)]
     if image is None or not too_old or len(too_old) < len(wanted):
         return "ok", here, ""
@@ -52,22 +63,21 @@ def judge_driver(
 
 def driver_is_too_old(machine: Machine, image: ImageFacts) -> bool:
     """Return whether an image needs a newer driver than this machine's."""
-    if machine.driver is None or image.driver_min is None:
+    if not _VERSION.match(machine.driver or "") or image.driver_min is None:
         return False
-    return is_older(machine.driver, image.driver_min)
+    return is_older(machine.driver or "", image.driver_min)
 
 
 def is_data_center_gpu(name: str) -> bool:
     """Return whether a GPU is one of the catalogue's for data centres.
 
     Args:
-        name: as nvidia-smi prints it, "NVIDIA A100-SXM4-80GB" or "Tesla T4".
+        name: as nvidia-smi prints it: "NVIDIA A100-SXM4-80GB", "Tesla T4", or "GRID A100-10C" for
+            a part of one.
     """
-    model = re.split(r"[ -]", name.removeprefix("NVIDIA ").removeprefix("Tesla "))[0]
-    return any(
-        gpu.data_center and gpu.label.removeprefix("NVIDIA ").split(" ")[0] == model
-        for gpu in gpu_catalogue().values()
-    )
+    model = _BRAND.sub("", name)
+    listed = [known for gpu in gpu_catalogue().values() for known in gpu.data_center]
+    return any(re.match(rf"{re.escape(known)}(?![^ -])", model) for known in listed)
 
 
 def _status(own: ImageFacts | None) -> Literal["warn", "fail"]:

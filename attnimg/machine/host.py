@@ -18,6 +18,7 @@ from attnimg.machine.container import (
     CACHES,
     LIBCUDA,
     Runtime,
+    can_write,
     find_driver_program,
     find_runtime,
     replaced_cache,
@@ -205,12 +206,13 @@ def _folders(home: str) -> Iterator[Folder]:
     for role, path in {"HOME": home, **paths, WORKING_FOLDER: str(Path.cwd())}.items():
         # The folder, or its nearest parent that exists.
         nearest = Path(path or "/nonexistent").absolute()
-        while not nearest.exists() and nearest != nearest.parent:
+        # os.path, as Path.exists raises for a name that is too long.
+        while not os.path.exists(nearest) and nearest != nearest.parent:  # noqa: PTH110
             nearest = nearest.parent
         is_folder = nearest.is_dir()
         yield Folder(
             role=role,
             path=path,
-            writable=is_folder and os.access(nearest, os.W_OK | os.X_OK),
+            writable=can_write(Path(path or "/nonexistent")),
             free_bytes=shutil.disk_usage(nearest).free if is_folder else None,
         )

@@ -43,12 +43,14 @@ _IDLE = 0.25
 # Seconds in which the load is measured, ten ticks of /proc/stat.
 _SAMPLE_S = 0.1
 
-# With one of these, the user decides the number of threads, or how they wait. KMP_ is the prefix of
-# LLVM's and Intel's libraries, which some of torch's builds have; one of its variables is about
-# loading, and often set.
-_NUMBER = ("OMP_NUM_THREADS", "OMP_THREAD_LIMIT", "MKL_NUM_THREADS", "KMP_")
-_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_")
-_OTHER = "KMP_DUPLICATE_LIB_OK"
+# With one of these, or MKL_NUM_THREADS, the user decides the number of threads, or how they wait;
+# an empty value is as none. A wrong OMP_NUM_THREADS is kept: train and doctor report it. KMP_ is
+# the prefix of LLVM's and Intel's libraries, which some of torch's builds have.
+# Source: https://openmp.llvm.org/design/Runtimes.html, environment variables (2026-11-28).
+_NUMBER = ("OMP_NUM_THREADS", "KMP_HW_SUBSET")
+_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
+# Of an int of C; the library takes no larger number.
+_DIGITS = 9
 
 # What decides the threads of a run: a receipt has their values.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
@@ -103,7 +105,7 @@ def thread_settings(environ: Mapping[str, str], *, load: float) -> dict[str, str
     settings = _number_of_threads(environ)
     number = settings.get("OMP_NUM_THREADS") or environ.get("OMP_NUM_THREADS", "")
     free = len(os.sched_getaffinity(0)) - load
-    threads = int(number) if number.isascii() and number.isdigit() else math.inf
+    threads = read_threads(number) or math.inf
     if load > _IDLE and free < threads and not _has_set(environ, _WAITING):
         settings["GOMP_SPINCOUNT"] = str(SPINS)
     return settings
@@ -122,19 +124,30 @@ def proof_settings(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _number_of_threads(environ: Mapping[str, str]) -> dict[str, str]:
-    if _has_set(environ, _NUMBER):
+    if _has_set(environ, _NUMBER) or read_threads(environ.get("MKL_NUM_THREADS", "")):
         return {}
-    text = environ.get("LOCAL_WORLD_SIZE", "").strip()
-    processes = int(text) if text.isascii() and text.isdigit() else 1
-    return {"OMP_NUM_THREADS": str(count_threads(cpus=usable_cpus(), processes=processes))}
+    processes = read_threads(environ.get("LOCAL_WORLD_SIZE", "")) or 1
+    number = count_threads(cpus=usable_cpus(), processes=processes)
+    limit = read_threads(environ.get("OMP_THREAD_LIMIT", "")) or number
+    return {"OMP_NUM_THREADS": str(min(number, limit))}
 
 
-def _has_set(environ: Mapping[str, str], prefixes: tuple[str, ...]) -> bool:
-    """Return whether the user has set a variable whose name starts with one of the prefixes."""
+def read_threads(text: str) -> int | None:
+    """Return the number of threads in OMP_NUM_THREADS; None if OpenMP's library ignores it.
+
+    Args:
+        text: a number of 1 or more, or a list of them for nested parallel regions, "4,2".
+    """
+    numbers = [part.strip().lstrip("0") for part in text.split(",")]
+    if all(part.isascii() and part.isdigit() and len(part) <= _DIGITS for part in numbers):
+        return int(numbers[0])
+    return None
+
+
+def _has_set(environ: Mapping[str, str], names: tuple[str, ...]) -> bool:
+    """Return whether the user has given one of these variables a value."""
     inherited = _set_here(environ)
-    return any(
-        name.startswith(prefixes) and name != _OTHER and name not in inherited for name in environ
-    )
+    return any(environ.get(name, "").strip() and name not in inherited for name in names)
 
 
 def cpu_load(stat: Path = Path("/proc/stat"), *, seconds: float = _SAMPLE_S) -> float:

@@ -29,7 +29,7 @@ class Gpu:
         label: its full name, "NVIDIA H100 80GB".
         memory_gb: nominal device memory; None for "cpu" and for an architecture such as "sm_90".
         cpu: the CPU architecture of its machines; None for an architecture such as "sm_90".
-        data_center: whether NVIDIA sells it for data centres.
+        data_center: the names, as nvidia-smi prints them, of it and its relatives for data centres.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Gpu:
     label: str
     memory_gb: int | None = None
     cpu: Literal["amd64", "arm64"] | None = None
-    data_center: bool = False
+    data_center: tuple[str, ...] = ()
 
 
 def arch_from_name(name: str) -> Arch:
@@ -64,7 +64,7 @@ def gpu_catalogue() -> dict[str, Gpu]:
             label=entry["label"],
             memory_gb=entry.get("memory_gb"),
             cpu=entry.get("cpu", "amd64"),
-            data_center=entry.get("data_center", False),
+            data_center=tuple(entry.get("data_center", ())),
         )
         for name, entry in read_data("gpus.toml").items()
     }

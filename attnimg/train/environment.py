@@ -26,6 +26,7 @@ from attnimg.config.schema import Config, trackers
 from attnimg.errors import AttnimgError
 from attnimg.facts import Problem
 from attnimg.machine.container import can_write
+from attnimg.machine.threads import read_threads
 from attnimg.redact import redact
 
 _TRUE = frozenset({"y", "yes", "t", "true", "on", "1"})
@@ -53,8 +54,7 @@ def _is_count(text: str) -> bool:
 
 
 def _are_threads(text: str) -> bool:
-    """Return whether text is a number of threads, or OpenMP's list for nested parallel regions."""
-    return all(_is_count(part) and part.strip("0 ") for part in text.split(","))
+    return read_threads(text) is not None
 
 
 def _is_number(text: str) -> bool:

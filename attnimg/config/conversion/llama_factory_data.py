@@ -222,6 +222,13 @@ def _entry(
         draft.refuse(key, why=f"{name} has {', '.join(refused)} in {INFO}, which is not converted",
                      do=f"remove {name} from {key}, or rewrite its records")  # fmt: skip
         return None
+    no_names = [f"{part}.{field}" for part, fields in (("columns", columns), ("tags", tags))
+                for field, value in fields.items()
+                if value is not None and not isinstance(value, str)]  # fmt: skip
+    if no_names:
+        draft.refuse(key, why=f"needed a name as {' and '.join(no_names)} of {name} in {INFO}",
+                     do=f"correct {INFO}")  # fmt: skip
+        return None
     path = found.get("hf_hub_url") if has_url else None
     if path is None and isinstance(found.get("file_name"), str):
         path = os.path.normpath(str(Path(root) / found["file_name"]))

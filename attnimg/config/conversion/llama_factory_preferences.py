@@ -37,7 +37,7 @@ def convert_preferences(draft: Draft) -> None:
         )
         return
     loss = draft.get("pref_loss")
-    if loss in _LOSSES:
+    if isinstance(loss, str) and loss in _LOSSES:
         draft.put("dpo_loss_type", _LOSSES[loss], "pref_loss")
     else:
         why = f"needed one of {', '.join(_LOSSES)}; attnimg has no other loss of LLaMA-Factory"

@@ -17,7 +17,7 @@ import yaml
 from attnimg.config import check_values
 from attnimg.config.conversion import Conversion, Trainer, convert_values, find_trainer
 from attnimg.config.conversion.llama_factory_data import chat_template
-from attnimg.config.conversion.tables import NAMES, OF_TRL, key_table
+from attnimg.config.conversion.tables import OF_TRL, key_table
 from attnimg.config.conversion.write import config_yaml
 from attnimg.config.read import parse_value, parse_yaml
 from attnimg.config.schema import Config
@@ -34,7 +34,7 @@ FACTORY: dict[str, Any] = {
     "model_name_or_path": "org/model", "stage": "sft", "dataset": "alpaca", "template": "qwen",
     "dataset_dir": "data",
 }  # fmt: skip
-INFO = {
+INFO: dict[str, Any] = {
     "alpaca": {"file_name": "alpaca.json"},
     "chats": {"file_name": "chats.json", "formatting": "sharegpt"},
     "tagged": {
@@ -432,6 +432,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a stage of rewards": ({**FACTORY, "stage": "rm"}, "stage"),
     "a loss without a reference": (
         {**FACTORY, "stage": "dpo", "dataset": "pairs", "pref_loss": "orpo"}, "pref_loss"),
+    "a loss that is no name": (
+        {**FACTORY, "stage": "dpo", "dataset": "pairs", "pref_loss": {"ipo": 1}}, "pref_loss"),
     "another part of the loss": (
         {**FACTORY, "stage": "dpo", "dataset": "pairs", "pref_ftx": 0.5}, "pref_ftx"),
     "pairs without a template": (
@@ -697,6 +699,29 @@ def test_texts_that_pairs_do_not_have_here_are_refused() -> None:
     assert converted(values, first={**pair, "more": ""}) == converted(values, first=pair)
 
 
+@pytest.mark.parametrize("value", [{"a": 1}, [1], 1, True])
+@pytest.mark.parametrize(
+    ("stage", "name", "part", "field"),
+    [
+        ("dpo", "pairs", "columns", "system"), ("dpo", "pairs", "columns", "chosen"),
+        ("kto", "labels", "columns", "kto_tag"), ("sft", "tagged", "columns", "tools"),
+        ("sft", "tagged", "tags", "role_tag"), ("pt", "corpus", "columns", "prompt"),
+    ],
+)  # fmt: skip
+def test_a_column_of_llama_factory_is_a_name(
+    stage: str, name: str, part: str, field: str, value: Any
+) -> None:
+    entry = {**INFO[name], part: {**INFO[name][part], field: value}}
+    Path("data/dataset_info.json").write_text(json.dumps({name: entry}))
+    values = {**FACTORY, "stage": stage, "dataset": name, "packing": False}
+    if stage == "pt":
+        values.pop("template")
+    assert "dataset_info.json" in refused(values)["dataset"]
+    entry[part][field] = None if field in ("system", "tools") else INFO[name][part][field]
+    Path("data/dataset_info.json").write_text(json.dumps({name: entry}))
+    assert "dataset" not in refused(values)
+
+
 def test_columns_that_llama_factory_does_not_read_are_turned_off() -> None:
     chat = {"conversations": SAMPLES["conversations"]}
     values = {**FACTORY, "dataset": "chats"}
@@ -843,11 +868,18 @@ FOREIGN = [
 ]
 
 
-@pytest.mark.parametrize("trainer", NAMES)
-def test_any_value_is_converted_or_refused(trainer: Trainer) -> None:
+STARTS: list[tuple[Trainer, dict[str, Any]]] = [
+    *((trainer, TRL) for trainer in OF_TRL),
+    ("axolotl", {"base_model": "m"}),
+    ("llama-factory", FACTORY),
+    ("llama-factory", {**FACTORY, "stage": "dpo", "dataset": "pairs"}),
+    ("llama-factory", {**FACTORY, "stage": "kto", "dataset": "labels"}),
+]
+
+
+@pytest.mark.parametrize(("trainer", "start"), STARTS)
+def test_any_value_is_converted_or_refused(trainer: Trainer, start: dict[str, Any]) -> None:
     draw = random.Random(trainer)
-    others = {"llama-factory": FACTORY, "axolotl": {"base_model": "m"}}
-    start: dict[str, Any] = others.get(trainer, TRL)
     known = [*Config.model_fields, "flash_attention", "plugins"]
     if trainer != "axolotl":
         known = [*key_table(trainer).keys, *key_table(trainer).renamed]

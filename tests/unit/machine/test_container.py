@@ -112,6 +112,49 @@ def test_the_temporary_folder_of_a_job_is_used(layout: Layout) -> None:
     assert "TMPDIR" not in chosen.variables
 
 
+@pytest.mark.parametrize(
+    ("given", "used"), [("c", "work/c"), ("./c/d", "work/c/d"), ("~/c", "alice/c"), ("~", "alice")]
+)
+def test_a_relative_cache_becomes_absolute(layout: Layout, given: str, used: str) -> None:
+    chosen = layout.choose(ATTNIMG_CACHE=given, HOME=str(layout.root / "alice")).variables
+    assert chosen == {**own(layout.root / used), "ATTNIMG_CACHE": str(layout.root / used)}
+    later = layout.choose(HOME=str(layout.root / "alice"), **chosen)
+    assert later.variables == {}, "also in another working folder"
+
+
+@pytest.mark.parametrize("variable", ["HOME", "XDG_CACHE_HOME", "TMPDIR"])
+def test_no_folder_is_relative(layout: Layout, variable: str) -> None:
+    layout.block("cache")
+    layout.environment["HOME"] = "/dev/null/home"
+    chosen = layout.choose(**{variable: "c"})
+    assert all(Path(value).is_absolute() for value in chosen.variables.values())
+    assert all(folder.is_absolute() for folder in chosen.folders)
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a" * 300 + "/b", "b/" + "a" * 300, "a/" * 2500])
+def test_a_name_that_is_too_long_is_not_used(layout: Layout, name: str) -> None:
+    named = str(layout.root / name)
+    chosen = layout.choose(ATTNIMG_CACHE=named, HOME="/dev/null/home").variables
+    assert chosen["ATTNIMG_CACHE"] == str(layout.root / "work" / ".cache")
+
+
+def test_the_longest_name_is_used(layout: Layout) -> None:
+    base = layout.root / ("a" * 255)
+    assert layout.choose(ATTNIMG_CACHE=str(base), HOME=str(layout.root / "alice")).variables == own(
+        base
+    )
+
+
+def test_a_temporary_folder_that_is_not_writable_is_replaced(layout: Layout) -> None:
+    blocked = layout.root / "shm"
+    layout.block("shm")
+    assert layout.choose(TMPDIR=str(blocked)).variables["TMPDIR"] == str(layout.root / "tmp")
+    assert "TMPDIR" not in layout.choose(TMPDIR=str(layout.root / "alice")).variables
+    layout.block("tmp")
+    own_folder = str(layout.root / "cache" / f"tmp-{UID}")
+    assert layout.choose(TMPDIR=str(blocked)).variables["TMPDIR"] == own_folder
+
+
 def test_a_home_of_the_user_s_own_is_used_as_without_a_container(layout: Layout) -> None:
     layout.block("cache")
     home = layout.root / "alice"

@@ -294,6 +294,11 @@ def test_in_the_cpu_image_an_old_driver_is_part_of_the_advice() -> None:
             {"cpus": 4, "quota": 1.5, "threads": "4,2"}, "warn", "4 threads",
             id="more than the quota by the user",
         ),
+        pytest.param({"cpus": 2, "threads": ""}, "ok", "with 2 threads", id="an empty number"),
+        pytest.param({"cpus": 2, "threads": "0"}, "warn", "'0', which is no number", id="zero"),
+        pytest.param({"cpus": 2, "threads": "abc"}, "warn", "'abc', which is no", id="a word"),
+        pytest.param({"cpus": 2, "threads": "-1"}, "warn", "'-1', which is no", id="below zero"),
+        pytest.param({"cpus": 2, "threads": "9" * 5000}, "warn", "99...99", id="5,000 digits"),
     ],
 )  # fmt: skip
 def test_threads_are_compared_with_the_cpus(
@@ -306,6 +311,13 @@ def test_threads_are_compared_with_the_cpus(
     assert check.status == status
     assert what in check.what
     assert bool(check.do) == (status != "ok")
+
+
+def test_a_folder_whose_name_is_too_long_is_not_writable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", "/tmp/" + "a" * 300)
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/tmp/" + "a" * 255)
+    writable = {folder.role: folder.writable for folder in this_host().folders}
+    assert (writable["HF_HOME"], writable["TRITON_CACHE_DIR"]) == (False, True)
 
 
 def test_the_network_is_checked_only_with_a_gpu() -> None:

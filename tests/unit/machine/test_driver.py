@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from attnimg.facts import Machine
-from attnimg.machine.driver import is_data_center_gpu, judge_driver
+from attnimg.machine.driver import driver_is_too_old, is_data_center_gpu, judge_driver
 from attnimg.selection.gpus_and_images import ImageFacts, arch_from_name, image_catalogue
 
 IMAGES = image_catalogue()
@@ -70,6 +70,17 @@ def test_a_driver_that_is_new_enough_passes(here: Machine, image: str | None) ->
     assert judge_driver(here, image=own, images=IMAGES) == ("ok", f"driver {here.driver}", "")
 
 
+@pytest.mark.parametrize("driver", ["", "abc", "[N/A]", "[Unknown Error]", "9" * 5000])
+@pytest.mark.parametrize("image", ["ampere", "cpu"])
+def test_a_driver_that_cannot_be_read_is_not_called_too_old(driver: str, image: str) -> None:
+    here = machine("sm_80", driver)
+    status, what, do = judge_driver(here, image=IMAGES[image], images=IMAGES)
+    assert (status, FLOOR in do) == ("warn", True)
+    assert what.startswith("the driver's version can't be read: found '")
+    assert len(what) < 100
+    assert not driver_is_too_old(here, IMAGES["ampere"])
+
+
 def test_an_image_for_the_older_driver_is_named() -> None:
     older = replace(IMAGES["ampere"], name="ampere-cu128", driver_min="570.26")
     images: dict[str, ImageFacts] = {**IMAGES, older.name: older}
@@ -86,6 +97,12 @@ def test_an_image_for_the_older_driver_is_named() -> None:
         ("NVIDIA A100-SXM4-80GB", True), ("NVIDIA A100 80GB PCIe", True), ("Tesla T4", True),
         ("NVIDIA H100 80GB HBM3", True), ("NVIDIA L4", True), ("NVIDIA GH200 480GB", True),
         ("NVIDIA A10G", True), ("Tesla V100-SXM2-16GB", True), ("NVIDIA B200", True),
+        ("NVIDIA A30", True), ("NVIDIA A40", True), ("NVIDIA A10", True), ("NVIDIA A2", True),
+        ("NVIDIA A800-SXM4-80GB", True), ("NVIDIA H800", True), ("NVIDIA A100X", True),
+        ("GRID A100X-10C", True), ("NVIDIA A40-48Q", True), ("GRID T4-16Q", True),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", True),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", False), ("GRID RTX6000-4Q", False),
+        ("NVIDIA RTX A4000", False), ("NVIDIA A1000", False),
         ("NVIDIA GeForce RTX 4090", False), ("NVIDIA RTX A6000", False), ("NVIDIA T400", False),
         ("NVIDIA RTX 6000 Ada Generation", False), ("NVIDIA GB10", False), ("", False),
     ],

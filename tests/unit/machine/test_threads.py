@@ -16,6 +16,7 @@ from attnimg.machine.threads import (
     count_threads,
     cpu_load,
     proof_settings,
+    read_threads,
     set_number,
     set_threads,
     thread_settings,
@@ -48,14 +49,30 @@ def cpus(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"OMP_NUM_THREADS": "8"}, {"GOMP_SPINCOUNT": "3000"}),
         ({"OMP_NUM_THREADS": "7"}, {"GOMP_SPINCOUNT": "3000"}),
         ({"OMP_NUM_THREADS": "6"}, {}),
+        # train refuses these, and doctor warns.
         ({"OMP_NUM_THREADS": "x"}, {"GOMP_SPINCOUNT": "3000"}),
+        ({"OMP_NUM_THREADS": "9" * 5000}, {"GOMP_SPINCOUNT": "3000"}),
+        ({"OMP_NUM_THREADS": ""}, {"OMP_NUM_THREADS": "8", "GOMP_SPINCOUNT": "3000"}),
+        ({"OMP_NUM_THREADS": " "}, {"OMP_NUM_THREADS": "8", "GOMP_SPINCOUNT": "3000"}),
         ({"MKL_NUM_THREADS": "8"}, {"GOMP_SPINCOUNT": "3000"}),
+        ({"MKL_NUM_THREADS": ""}, {"OMP_NUM_THREADS": "8", "GOMP_SPINCOUNT": "3000"}),
+        ({"MKL_NUM_THREADS": "x"}, {"OMP_NUM_THREADS": "8", "GOMP_SPINCOUNT": "3000"}),
+        ({"OMP_THREAD_LIMIT": "64"}, {"OMP_NUM_THREADS": "8", "GOMP_SPINCOUNT": "3000"}),
+        ({"OMP_THREAD_LIMIT": "2"}, {"OMP_NUM_THREADS": "2"}),
         ({"OMP_WAIT_POLICY": "active"}, {"OMP_NUM_THREADS": "8"}),
         ({"GOMP_SPINCOUNT": "1"}, {"OMP_NUM_THREADS": "8"}),
-        ({"KMP_BLOCKTIME": "0"}, {}),
+        ({"GOMP_SPINCOUNT": ""}, {"OMP_NUM_THREADS": "8", "GOMP_SPINCOUNT": "3000"}),
+        ({"KMP_BLOCKTIME": "0"}, {"OMP_NUM_THREADS": "8"}),
+        ({"KMP_AFFINITY": "compact"}, {"OMP_NUM_THREADS": "8", "GOMP_SPINCOUNT": "3000"}),
+        ({"KMP_INIT_AT_FORK": "0"}, {"OMP_NUM_THREADS": "8", "GOMP_SPINCOUNT": "3000"}),
+        ({"KMP_HW_SUBSET": "1s,4c"}, {"GOMP_SPINCOUNT": "3000"}),
         ({"KMP_DUPLICATE_LIB_OK": "TRUE"}, {"OMP_NUM_THREADS": "8", "GOMP_SPINCOUNT": "3000"}),
         ({"LOCAL_WORLD_SIZE": "4"}, {"OMP_NUM_THREADS": "2"}),
         ({"LOCAL_WORLD_SIZE": "x"}, {"OMP_NUM_THREADS": "8", "GOMP_SPINCOUNT": "3000"}),
+        (
+            {"LOCAL_WORLD_SIZE": "9" * 5000},
+            {"OMP_NUM_THREADS": "8", "GOMP_SPINCOUNT": "3000"},
+        ),
         ({"OMP_NUM_THREADS": "8", "OMP_WAIT_POLICY": "passive"}, {}),
     ],
 )
@@ -82,6 +99,21 @@ def test_what_another_process_of_attnimg_has_set_is_chosen_again(
     changed = environ | {"OMP_NUM_THREADS": "3", "GOMP_SPINCOUNT": "7", "LOCAL_WORLD_SIZE": "4"}
     set_threads(changed)
     assert (changed["OMP_NUM_THREADS"], changed["GOMP_SPINCOUNT"]) == ("3", "7")
+    waiting = environ | {"KMP_BLOCKTIME": "0"}
+    set_threads(waiting)
+    assert waiting["OMP_NUM_THREADS"] == "8", "how threads wait does not remove their number"
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("8", 8), (" 8 ", 8), ("08", 8), ("8,2", 8), ("4, 2", 4), ("", None), (" ", None),
+        ("abc", None), ("-1", None), ("0", None), ("8,", None), ("8,x", None), ("1.5", None),
+        ("٨", None), ("9" * 5000, None),
+    ],
+)  # fmt: skip
+def test_a_number_of_threads_is_read_as_openmp_reads_it(text: str, number: int | None) -> None:
+    assert read_threads(text) == number
 
 
 @pytest.mark.usefixtures("cpus")
