@@ -9,9 +9,8 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from recipes.facts import Strict
+from recipes.facts import Digest, Strict
 from recipes.release.programs import report
-from recipes.release.record import Digest
 from recipes.run_gates import GateResult
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from attnimg.errors import AttnimgError
-from recipes.facts import Strict
+from recipes.facts import Digest, Strict
 from recipes.files import write_all
 from recipes.release.place import Place, parse_place
 
@@ -22,7 +22,6 @@ STEPS = ("build", "gate", "push", "test", "attest", "verify", "promote")
 # Those that a record has, each after all before it -> the target that does and records it.
 RECORDED = {step: "tested" if step == "test" else step for step in STEPS[2:]}
 
-Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 Moment = Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
 Bytes = Annotated[int, Field(ge=0)]
 Step = Literal["push", "test", "attest", "verify", "promote"]

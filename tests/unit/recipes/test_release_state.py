@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_release import DIGEST, LABELS, LOCAL, PASSED, PLAN, RECIPES, RECORD, REMOTE
+from test_release import DIGEST, FINDING, LABELS, LOCAL, PASSED, PLAN, RECIPES, RECORD, REMOTE
 
 from attnimg.errors import AttnimgError
 from recipes.files import write_all
@@ -28,7 +28,7 @@ from recipes.release.record import (
     write_record,
 )
 from recipes.release.steps import Release
-from recipes.run_gates import evidence, judged_by, sha256_of
+from recipes.run_gates import GateResult, evidence, judged_by, sha256_of
 
 ROOT = Path(__file__).parents[3]
 OTHER = f"sha256:{'b' * 64}"
@@ -177,8 +177,11 @@ def write_judged(root: Path, **values: Any) -> None:
 
 def test_the_result_of_the_gates_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert read_judged("cpu", tmp_path) is None
-    write_judged(tmp_path, judged_by="x", evidence={})
-    assert read_judged("cpu", tmp_path) == replace(PASSED, judged_by="x")
+    found = GateResult(
+        gate="pins", findings=(FINDING,), allowed=((FINDING, "a reason"),), own=(FINDING,)
+    )
+    write_judged(tmp_path, evidence={}, judged_by="x", gates=[asdict(found)])
+    assert read_judged("cpu", tmp_path) == replace(PASSED, judged_by="x", gates=(found,))
 
 
 @pytest.mark.parametrize(
