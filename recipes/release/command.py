@@ -11,7 +11,12 @@ from recipes.release import steps, transfer
 from recipes.release.checking import check_released
 from recipes.release.place import Place, find_place, parse_place, read_registry
 from recipes.release.programs import report, run
-from recipes.release.publishable import OCI, refuse_other_rehearsal
+from recipes.release.publishable import (
+    ALL_TESTS,
+    OCI,
+    refuse_fewer_tests,
+    refuse_other_rehearsal,
+)
 from recipes.release.record import FOLDER, Record, record_path
 from recipes.release.signing import choose_signing
 from recipes.release.steps import Release
@@ -48,14 +53,14 @@ def release(
         place=find_place(root, env),
         root=root,
         rehearsal=bool(env.get("REHEARSAL")),
-        tests=env.get("TESTS") or steps.ALL_TESTS,
+        tests=env.get("TESTS") or ALL_TESTS,
     )
     refuse_other_rehearsal(job.place, rehearsal=job.rehearsal)
     if step in (None, "push", "test"):
         # Before hours of building.
         if not job.rehearsal:
             refuse_unresolved(plan)
-        steps.refuse_fewer_tests(job.tests, rehearsal=job.rehearsal)
+        refuse_fewer_tests(job.tests, rehearsal=job.rehearsal)
     record = _STEPS[step](job) if step else steps.release(job)
     return _summary(record, step)
 

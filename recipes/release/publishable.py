@@ -16,6 +16,8 @@ from recipes.release.judged import Judged
 from recipes.release.place import Place
 
 OCI = "org.opencontainers.image"
+# What `make test/NAME` runs.
+ALL_TESTS = "tests/image"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _BUILD = "commit everything, then make build"
 
@@ -79,6 +81,22 @@ def refuse_other_rehearsal(place: Place, *, rehearsal: bool) -> None:
             why=f"found REHEARSAL and the registry {place.registry}, needed one on 127.0.0.1",
             do="unset REHEARSAL to publish, or set REGISTRY=127.0.0.1:PORT/rehearsal",
             code="not-a-rehearsal",
+        )
+
+
+def refuse_fewer_tests(tests: str, *, rehearsal: bool) -> None:
+    """Check that a release, unlike a rehearsal, is tested by all tests of images.
+
+    Raises:
+        AttnimgError: it is not (code "fewer-tests").
+    """
+    if not rehearsal and tests != ALL_TESTS:
+        raise AttnimgError(
+            "a release runs all tests of the image",
+            why=f"found TESTS={tests or '(none)'}, needed {ALL_TESTS}",
+            do="unset TESTS and make tested/NAME, or set REHEARSAL=1 with a registry of this "
+            "machine",
+            code="fewer-tests",
         )
 
 

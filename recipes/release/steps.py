@@ -33,8 +33,6 @@ from recipes.release.record import (
 )
 from recipes.run_gates import evidence, judged_by, sha256_of
 
-ALL_TESTS = "tests/image"
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Release:
@@ -56,7 +54,7 @@ class Release:
     place: Place
     root: Path
     rehearsal: bool
-    tests: str = ALL_TESTS
+    tests: str = publishable.ALL_TESTS
 
     @property
     def name(self) -> str:
@@ -251,7 +249,7 @@ def promote(job: Release) -> Record:
             ran (code "fewer-tests").
     """
     record = needed_record(job.name, job.place, job.root, after="verify")
-    refuse_fewer_tests(record.tests, rehearsal=job.rehearsal)
+    publishable.refuse_fewer_tests(record.tests, rehearsal=job.rehearsal)
     start = time.monotonic()
     fixed = tags.immutable_tag(job.plan, version=record.version, revision=record.revision)
     tags.refuse_changed(fixed, found=transfer.find_tag(fixed, job.place), digest=record.digest)
@@ -275,22 +273,6 @@ def promote(job: Release) -> Record:
             job.root,
         )
     return record
-
-
-def refuse_fewer_tests(tests: str, *, rehearsal: bool) -> None:
-    """Check that a release, unlike a rehearsal, is tested by all tests of images.
-
-    Raises:
-        AttnimgError: it is not (code "fewer-tests").
-    """
-    if not rehearsal and tests != ALL_TESTS:
-        raise AttnimgError(
-            "a release runs all tests of the image",
-            why=f"found TESTS={tests or '(none)'}, needed {ALL_TESTS}",
-            do="unset TESTS and make tested/NAME, or set REHEARSAL=1 with a registry of this "
-            "machine",
-            code="fewer-tests",
-        )
 
 
 def head_commit(root: Path) -> str:

@@ -18,6 +18,7 @@ from recipes.release import steps
 from recipes.release.attesting import refuse_expired
 from recipes.release.judged import judged_path, read_judged
 from recipes.release.place import Place, read_registry
+from recipes.release.publishable import refuse_fewer_tests
 from recipes.release.record import (
     RECORDED,
     STEPS,
@@ -160,8 +161,8 @@ def test_an_image_that_not_all_tests_passed_is_not_promoted(tmp_path: Path) -> N
         with pytest.raises(AttnimgError, match="runs all tests of the image") as caught:
             steps.promote(make_job(tmp_path))
         assert caught.value.code == "fewer-tests"
-    steps.refuse_fewer_tests("tests/image", rehearsal=False)
-    steps.refuse_fewer_tests("tests/image/test_running.py", rehearsal=True)
+    refuse_fewer_tests("tests/image", rehearsal=False)
+    refuse_fewer_tests("tests/image/test_running.py", rehearsal=True)
 
 
 # ---- the gates' result --------------------------------------------------------------------------
