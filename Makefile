@@ -341,7 +341,10 @@ release/%: .venv/ready ## Build, gate, push, test, sign, verify and tag attnimg:
 push/%: .venv/ready ## Push attnimg:%, which the gates have checked, by its digest, without a tag
 	@$(BIN)/python -m recipes release $* --step push
 
-attest/%: .venv/ready ## Sign the pushed attnimg:%; attach SBOMs, provenance, machine code, VEX
+tested/%: .venv/ready ## Test the pushed attnimg:% as pulled from REGISTRY, and record that it passed; promote needs it
+	@$(BIN)/python -m recipes release $* --step test
+
+attest/%: .venv/ready ## Sign the tested attnimg:%; attach SBOMs, provenance, machine code, VEX
 	@$(BIN)/python -m recipes release $* --step attest
 
 verify/%: .venv/ready ## Verify the attested attnimg:%, or DIGEST=sha256:... or TAG=% of REGISTRY, in a second, empty Docker engine

@@ -354,7 +354,7 @@ def _parser() -> ArgumentParser:
     command.add_argument("--base-url", default="", help="where the files will be, with its slash")
     command = add("release", release, image=True)
     command.add_argument(
-        "--step", choices=("push", "attest", "verify", "promote"), help="this one only"
+        "--step", choices=("push", "test", "attest", "verify", "promote"), help="this one only"
     )
     command = add("verify", verify, image=True)
     command.add_argument("image", metavar="DIGEST|TAG", help="sha256:..., or a tag")

@@ -34,7 +34,7 @@ def write_all(root: Path, texts: Mapping[str, str]) -> list[str]:
     """
     ready: list[tuple[str, Path]] = []
     try:
-        changed = [path for path, text in texts.items() if read_if_exists(root / path) != text]
+        changed = [path for path, text in texts.items() if not _holds(root / path, text)]
         for path in changed:
             target = root / path
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -56,6 +56,14 @@ def write_all(root: Path, texts: Mapping[str, str]) -> list[str]:
             exit_code=1,
         ) from error
     return changed
+
+
+def _holds(path: Path, text: str) -> bool:
+    """Return whether a file has exactly this text; also one that is no text."""
+    try:
+        return path.read_bytes() == text.encode()
+    except FileNotFoundError:
+        return False
 
 
 def read_if_exists(path: Path) -> str | None:

@@ -6,8 +6,10 @@ It needs root, or sudo without a password, and dockerd. Containers have no netwo
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
+import stat
 import subprocess
 import tempfile
 import time
@@ -25,6 +27,7 @@ _START_SECONDS = 60
 _UNPACKED = 10
 # Bytes of memory that stay free for other processes.
 _KEPT_FREE = 2 << 30
+_PREFIX = "attnimg-engine-"
 
 
 @contextmanager
@@ -43,12 +46,13 @@ def clean_engine(folder: Path, *, size: int) -> Iterator[str]:
     at = folder.with_name(f"{folder.name}.at")
     _stop_left_over(pid_file, folder, sudo)
     _remove(folder, sudo)
-    if at.exists():
-        _remove(Path(at.read_text(encoding="utf-8")), sudo)
+    if (short_left := left_over(at)) is not None:
+        _remove(short_left, sudo)
+    _remove(at, sudo)
     folder.mkdir(parents=True)
     _mount_in_memory(folder, size * _UNPACKED, sudo)
     # A socket's path has at most 108 characters, so it can't be in the folder.
-    with tempfile.TemporaryDirectory(prefix="attnimg-engine-") as short:
+    with tempfile.TemporaryDirectory(prefix=_PREFIX) as short:
         host = f"unix://{short}/docker.sock"
         at.write_text(short, encoding="utf-8")
         # dockerd ends when this process ends, also if it is killed.
@@ -70,7 +74,33 @@ def clean_engine(folder: Path, *, size: int) -> Iterator[str]:
             _stop(engine, sudo)
             _remove(Path(short, "exec"), sudo)
             _remove(folder, sudo)
-            at.unlink()
+            at.unlink(missing_ok=True)
+
+
+def left_over(at: Path) -> Path | None:
+    """Return the folder of an engine that was killed; None if there is none of ours.
+
+    It is removed as root, so no other folder is returned, whatever the file says.
+
+    Args:
+        at: the file with its path.
+    """
+    try:
+        text = at.read_text(encoding="utf-8")
+        found = Path(text).lstat()
+    except (OSError, ValueError):  # it is not there, not text, or not a path
+        return None
+    # A path with ".." or a second slash at its beginning is not in this form.
+    if not re.fullmatch(re.escape(f"{tempfile.gettempdir()}/{_PREFIX}") + r"[a-z0-9_]+", text):
+        why = f"not a folder {_PREFIX}... of {tempfile.gettempdir()}"
+    elif not stat.S_ISDIR(found.st_mode):
+        why = "not a folder"
+    elif found.st_uid not in (0, os.getuid()):
+        why = "of another user"
+    else:
+        return Path(text)
+    report(f"  not removed: {text!r}, named by {at}, is {why}")
+    return None
 
 
 def _sudo() -> list[str] | None:
@@ -99,12 +129,15 @@ def _answers(host: str, engine: subprocess.Popen[bytes]) -> bool:
 
 def _stop_left_over(pid_file: Path, folder: Path, sudo: list[str]) -> None:
     """Stop the engine of a release that was killed, if it still runs on this folder."""
+    option = f"--data-root={folder.resolve()}"
+    end = time.monotonic() + _START_SECONDS
     try:
-        process = Path("/proc", pid_file.read_text().strip())
-        while str(folder.resolve()) in (process / "cmdline").read_text():
-            subprocess.run([*sudo, "kill", process.name], capture_output=True, check=False)
+        pid = int(pid_file.read_text(encoding="utf-8"))
+        while option in psutil.Process(pid).cmdline() and time.monotonic() < end:
+            subprocess.run([*sudo, "kill", str(pid)], capture_output=True, check=False)
             time.sleep(0.3)
-    except OSError:  # neither the file nor the process is there
+    # The file or the process is not there, or the file holds no number of a process.
+    except (OSError, ValueError, OverflowError, psutil.Error):
         return
 
 
@@ -126,7 +159,8 @@ def _mount_in_memory(folder: Path, needed: int, sudo: list[str]) -> None:
 
 
 def _remove(folder: Path, sudo: list[str]) -> None:
-    if folder.is_mount():
+    # os.path.ismount, unlike Path.is_mount, is false for a symbolic link, which umount follows.
+    if os.path.ismount(folder):
         subprocess.run([*sudo, "umount", "--lazy", str(folder)], check=False)
-    if folder.exists():
+    if os.path.lexists(folder):
         subprocess.run([*sudo, "rm", "-rf", "--one-file-system", str(folder)], check=False)

@@ -11,7 +11,12 @@ from recipes.release import steps, transfer
 from recipes.release.checking import check_released
 from recipes.release.place import Place, find_place, parse_place, read_registry
 from recipes.release.programs import report, run
-from recipes.release.publishable import OCI, refuse_other_rehearsal
+from recipes.release.publishable import (
+    ALL_TESTS,
+    OCI,
+    refuse_fewer_tests,
+    refuse_other_rehearsal,
+)
 from recipes.release.record import FOLDER, Record, record_path
 from recipes.release.signing import choose_signing
 from recipes.release.steps import Release
@@ -20,6 +25,7 @@ from recipes.solve.plan import refuse_unresolved
 
 _STEPS: Mapping[str, Callable[[Release], Record]] = {
     "push": steps.push,
+    "test": steps.test,
     "attest": steps.attest,
     "verify": steps.verify,
     "promote": steps.promote,
@@ -48,14 +54,14 @@ def release(
         place=find_place(root, env),
         root=root,
         rehearsal=_is_rehearsal(env),
-        tests=env.get("TESTS") or "tests/image",
+        tests=env.get("TESTS") or ALL_TESTS,
     )
-    if step in (None, "push"):
+    refuse_other_rehearsal(job.place, rehearsal=job.rehearsal)
+    if step in (None, "push", "test"):
         # Before hours of building.
-        refuse_other_rehearsal(job.place, rehearsal=job.rehearsal)
         if not job.rehearsal:
             refuse_unresolved(plan)
-            _refuse_fewer_tests(env)
+        refuse_fewer_tests(job.tests, rehearsal=job.rehearsal)
     record = _STEPS[step](job) if step else steps.release(job)
     return _summary(record, step)
 
@@ -72,17 +78,6 @@ def _is_rehearsal(env: Mapping[str, str]) -> bool:
             code="bad-setting",
         )
     return True
-
-
-def _refuse_fewer_tests(env: Mapping[str, str]) -> None:
-    """Check that a release is tested by all tests of images."""
-    if tests := env.get("TESTS"):
-        raise AttnimgError(
-            "a release runs all tests of the image",
-            why=f"found TESTS={tests}, needed none",
-            do="unset TESTS, or set REHEARSAL=1 with a registry of this machine",
-            code="fewer-tests",
-        )
 
 
 def verify(name: str, image: str, *, root: Path, env: Mapping[str, str]) -> str:

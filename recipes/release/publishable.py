@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from attnimg.errors import AttnimgError, counted
 from recipes.facts import ImagePlan
+from recipes.gates import gate_names
+from recipes.release.judged import Judged
 from recipes.release.place import Place
 
 OCI = "org.opencontainers.image"
+# What `make test/NAME` runs.
+ALL_TESTS = "tests/image"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _BUILD = "commit everything, then make build"
 
@@ -23,7 +26,7 @@ def check_publishable(
     plan: ImagePlan,
     *,
     labels: Mapping[str, str],
-    judged: Mapping[str, Any],
+    judged: Judged,
     version: str,
     head: str,
     place: Place,
@@ -45,7 +48,7 @@ def check_publishable(
     """
     refuse_other_rehearsal(place, rehearsal=rehearsal)
     found = tuple(unknown(plan, labels=labels, version=version, head=head))
-    never = [*_gate_faults(judged)]
+    never = [*_gate_faults(judged, plan.image.name)]
     if foreign := labels.get(f"{OCI}.title") != f"attnimg:{plan.image.name}":
         title = labels.get(f"{OCI}.title") or "none"
         never.append(f"label title: found {title}, needed attnimg:{plan.image.name}")
@@ -81,6 +84,22 @@ def refuse_other_rehearsal(place: Place, *, rehearsal: bool) -> None:
         )
 
 
+def refuse_fewer_tests(tests: str, *, rehearsal: bool) -> None:
+    """Check that a release, unlike a rehearsal, is tested by all tests of images.
+
+    Raises:
+        AttnimgError: it is not (code "fewer-tests").
+    """
+    if not rehearsal and tests != ALL_TESTS:
+        raise AttnimgError(
+            "a release runs all tests of the image",
+            why=f"found TESTS={tests or '(none)'}, needed {ALL_TESTS}",
+            do="unset TESTS and make tested/NAME, or set REHEARSAL=1 with a registry of this "
+            "machine",
+            code="fewer-tests",
+        )
+
+
 def unknown(
     plan: ImagePlan, *, labels: Mapping[str, str], version: str, head: str
 ) -> Iterator[str]:
@@ -109,14 +128,22 @@ def unknown(
         yield f"label base.name: found {label('base.name')}, needed {name}, the recipe's"
 
 
-def _gate_faults(judged: Mapping[str, Any]) -> Iterator[str]:
-    """Yield each gate that found something, or was skipped."""
-    gates = judged.get("gates") or []
-    if not gates:
-        yield "gates: found no result"
-    for gate in gates:
-        if gate["findings"]:
-            files = ", ".join(finding["file"] for finding in gate["findings"][:3])
-            yield f"gate {gate['gate']}: {counted(len(gate['findings']), 'finding')} ({files})"
-        elif gate["skip_reason"]:
-            yield f"gate {gate['gate']} was skipped: {gate['skip_reason']}"
+def _gate_faults(judged: Judged, name: str) -> Iterator[str]:
+    """Yield why the result is not that of every gate about this image, without a finding."""
+    if judged.image != name:
+        yield f"gates: found the result of {judged.image}, needed {name}"
+    found = [result.gate for result in judged.gates]
+    if missing := sorted(gate_names() - set(found)):
+        yield f"gates: found no result of {', '.join(missing)}"
+    if unknown_gates := sorted(set(found) - gate_names()):
+        yield f"gates: found {', '.join(unknown_gates)}, which this checkout does not have"
+    if twice := sorted({gate for gate in found if found.count(gate) > 1}):
+        yield f"gates: found two results of {', '.join(twice)}"
+    for result in judged.gates:
+        if result.findings:
+            files = ", ".join(finding.file for finding in result.findings[:3])
+            yield f"gate {result.gate}: {counted(len(result.findings), 'finding')} ({files})"
+        elif result.skip_reason:
+            yield f"gate {result.gate} was skipped: {result.skip_reason}"
+    if not judged.passed and not any(result.findings for result in judged.gates):
+        yield "gates: found passed false without a finding"

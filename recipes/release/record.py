@@ -7,19 +7,44 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from attnimg.errors import AttnimgError
-from recipes.files import read_if_exists, write_all
+from recipes.facts import Digest, Strict
+from recipes.files import write_all
 from recipes.release.place import Place, parse_place
 
 FOLDER = "build/release"
 # The order of a release's steps.
 STEPS = ("build", "gate", "push", "test", "attest", "verify", "promote")
+# Those that a record has, each after all before it -> the target that does and records it.
+RECORDED = {step: "tested" if step == "test" else step for step in STEPS[2:]}
+
+Moment = Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
+Bytes = Annotated[int, Field(ge=0)]
+Step = Literal["push", "test", "attest", "verify", "promote"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Record:
+class Layer(Strict):
+    """A layer as it was pushed."""
+
+    digest: Digest
+    bytes: Bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Done(Strict):
+    """When a step was done, and the seconds it took."""
+
+    done: Moment
+    seconds: Annotated[float, Field(ge=0)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Record(Strict):
     """One release of one image to one registry.
 
     Attributes:
@@ -43,26 +68,39 @@ class Record:
 
     image: str
     registry: str
-    image_id: str
-    digest: str
+    image_id: Digest
+    digest: Digest
     reference: str
-    bytes: int
-    layers: tuple[Mapping[str, Any], ...]
+    bytes: Bytes
+    layers: tuple[Layer, ...]
     labels: Mapping[str, str]
     version: str
     revision: str
-    started: str
+    started: Moment
     rehearsal: tuple[str, ...] = ()
     signer: str = ""
     tests: str = ""
     checked_in: str = ""
-    tags: Mapping[str, str] = field(default_factory=dict)
-    steps: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    tags: Mapping[str, Digest] = field(default_factory=dict)
+    steps: Mapping[Step, Done] = field(default_factory=dict)
 
-    def done(self, step: str, *, seconds: float, **found: Any) -> Record:
-        """Return the record after a step, with what it found."""
-        steps = {**self.steps, step: {"done": now(), "seconds": round(seconds, 1)}}
+    def before(self, step: str) -> Record:
+        """Return the record without a step and all later ones, which looked at another state."""
+        kept = {one: done for one, done in self.steps.items() if _order(one) < _order(step)}
+        return replace(self, steps=kept)
+
+    def done(self, step: Step, *, seconds: float, **found: Any) -> Record:
+        """Return the record after a step, with what it found, and without later steps."""
+        steps = dict(self.before(step).steps)
+        steps[step] = Done(done=now(), seconds=round(seconds, 1))
         return replace(self, steps=steps, **found)
+
+
+_RECORD = TypeAdapter(Record)
+
+
+def _order(step: str) -> int:
+    return STEPS.index(step)
 
 
 def now() -> str:
@@ -82,23 +120,40 @@ def read_record(name: str, place: Place, root: Path) -> Record | None:
         AttnimgError: the file is not a record (code "bad-record").
     """
     path = root / record_path(name, place)
-    if (text := read_if_exists(path)) is None:
-        return None
     try:
-        values = json.loads(text)
-        lists = {key: tuple(values[key]) for key in ("layers", "rehearsal")}
-        return Record(**{**values, **lists})
-    except (ValueError, TypeError, KeyError) as error:
+        record = _RECORD.validate_json(path.read_bytes(), strict=True)
+        own = parse_place(record.registry)
+        faults = _faults(record, own, path=record_path(name, place))
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, e['loc'])) or 'it'}: {e['msg']}" for e in error.errors()]
+    except OSError as error:
+        faults = [str(error.strerror)]
+    except AttnimgError as error:
+        faults = [f"registry: {error.why}"]
+    if faults:
         raise AttnimgError(
             f"{path} is not a record of a release",
-            why=f"{type(error).__name__}: {error}",
-            do=f"remove it, then make release/{name}",
+            why="\n".join(faults[:5]),
+            do=f"remove it (rm -r {path}), then make release/{name}",
             code="bad-record",
-        ) from error
+        )
+    return record
+
+
+def _faults(record: Record, place: Place, *, path: str) -> list[str]:
+    """Return what in a record does not agree with the rest of it, or with its file's name."""
+    faults = []
+    if record_path(record.image, place) != path:
+        faults.append(f"found image {record.image} and registry {record.registry}, in {path}")
+    if record.reference != place.at(record.digest):
+        faults.append(f"reference: found {record.reference}, needed {place.at(record.digest)}")
+    return faults
 
 
 def needed_record(name: str, place: Place, root: Path, *, after: str) -> Record:
-    """Return the record of a release to this registry in which the step `after` is done.
+    """Return the record of a release to this registry in which `after` and all before it are done.
 
     Raises:
         AttnimgError: it is not, or the release went to another registry (code "no-step").
@@ -111,12 +166,14 @@ def needed_record(name: str, place: Place, root: Path, *, after: str) -> Record:
             do=f"make push/{name}, or set REGISTRY={record.registry}",
             code="no-step",
         )
-    if record is None or after not in record.steps:
+    needed = list(RECORDED)[: list(RECORDED).index(after) + 1]
+    missing = [step for step in needed if record is None or step not in record.steps]
+    if record is None or missing:
         done = ", ".join(record.steps) if record else "no step"
         raise AttnimgError(
             f"the release of {name} has not reached this step",
             why=f"found {done or 'no step'} in {record_path(name, place)}, needed {after}",
-            do=f"make {after}/{name}",
+            do=f"make {RECORDED[missing[0]]}/{name}",
             code="no-step",
         )
     return record

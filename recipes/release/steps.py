@@ -9,20 +9,22 @@ import time
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from attnimg.errors import AttnimgError
 from recipes.facts import ImagePlan, Recipes
-from recipes.files import read_if_exists
 from recipes.release import publishable, signing, tags, transfer
-from recipes.release.attesting import write_predicates
+from recipes.release.attesting import refuse_expired, write_predicates
 from recipes.release.checking import check_released
+from recipes.release.judged import Judged, judged_path, read_judged
 from recipes.release.place import Place, Registry
 from recipes.release.programs import report, run
 from recipes.release.record import (
     FOLDER,
     STEPS,
+    Layer,
     Record,
     needed_record,
     now,
@@ -30,8 +32,6 @@ from recipes.release.record import (
     write_record,
 )
 from recipes.run_gates import evidence, judged_by, sha256_of
-
-_ALL_TESTS = "tests/image"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +54,7 @@ class Release:
     place: Place
     root: Path
     rehearsal: bool
-    tests: str = _ALL_TESTS
+    tests: str = publishable.ALL_TESTS
 
     @property
     def name(self) -> str:
@@ -113,11 +113,15 @@ def push(job: Release) -> Record:
     if judged is None:
         gate(job)
         judged = _judged(job, image_id="")
-    assert judged is not None
+    if judged is None:
+        raise _not_judged(job, f"found no whole result of the gates in {judged_path(job.name)}")
     digest, manifest, config = transfer.layout_manifest(job.layout)
-    if digest != judged["digest"]:
+    image_id = manifest["config"]["digest"]
+    if (digest, image_id) != (judged.digest, judged.image_id):
         raise _not_judged(
-            job, f"found {digest} in {job.layout}, the gates checked {judged['digest']}"
+            job,
+            f"found {digest}, ID {image_id}, in {job.layout}; the gates checked {judged.digest}, "
+            f"ID {judged.image_id}",
         )
     labels = config.get("config", {}).get("Labels") or {}
     warnings = publishable.check_publishable(
@@ -132,12 +136,13 @@ def push(job: Release) -> Record:
     for warning in warnings:
         report(f"  warning: {warning}")
     record = read_record(job.name, job.place, job.root)
-    same = record is not None and (record.digest, record.registry) == (digest, job.place.registry)
-    if record and same and transfer.has(digest, job.place):
-        report(f"  pushed before, {record.steps['push']['done']}: {record.reference}")
+    pushed = record is not None and "push" in record.steps
+    same = record and (record.digest, record.registry) == (digest, job.place.registry)
+    if record and pushed and same and transfer.has(digest, job.place):
+        report(f"  pushed before, {record.steps['push'].done}: {record.reference}")
         return record
     layers = tuple(
-        {"digest": layer["digest"], "bytes": layer["size"]} for layer in manifest["layers"]
+        Layer(digest=layer["digest"], bytes=layer["size"]) for layer in manifest["layers"]
     )
     size = sum(layer["size"] for layer in manifest["layers"])
     report(f"  {size / 1e6:.1f} MB in {len(layers)} layers to {job.place.repository}")
@@ -146,7 +151,7 @@ def push(job: Release) -> Record:
     record = Record(
         image=job.name,
         registry=job.place.registry,
-        image_id=manifest["config"]["digest"],
+        image_id=image_id,
         digest=digest,
         reference=job.place.at(digest),
         bytes=size,
@@ -174,20 +179,38 @@ def test(job: Release) -> Record:
 
 
 def attest(job: Release) -> Record:
-    """Sign the image, and attach signed statements on its content and its origin."""
-    record = needed_record(job.name, job.place, job.root, after="push")
+    """Sign the image, and attach signed statements on its content and its origin.
+
+    Raises:
+        AttnimgError: the statements in dist/ are about another image (code "not-judged"), or an
+            answer to a vulnerability has expired (code "no-vex").
+    """
+    record = needed_record(job.name, job.place, job.root, after="test")
+    refuse_other_evidence(job, record)
+    refuse_expired(job.recipes.cves, today=datetime.now(UTC).date())
     signer = _signing(job, sign=True)
     start = time.monotonic()
     notes = {"rehearsal": "true"} if record.rehearsal else {}
     predicates = write_predicates(
         record, job.plan, job.recipes, registry=job.registry, root=job.root, env=os.environ
     )
-    if _fails(lambda: signing.verify_signature(record.digest, job.place, signer)):
+    unsigned = _fails(lambda: signing.verify_signature(record.digest, job.place, signer))
+    missing = {
+        kind
+        for kind, path in predicates.items()
+        if _attested(kind, record, job.place, signer)
+        != json.loads(path.read_text(encoding="utf-8"))
+    }
+    if not unsigned and not missing and "attest" in record.steps and record.signer == signer.text:
+        report(f"  attested before, {record.steps['attest'].done} ({signer.text})")
+        return record
+    # What was verified is not what will be there, also if this is killed before its end.
+    record = write_record(record.before("attest"), job.root)
+    if unsigned:
         signing.sign(record.digest, job.place, signer, notes=notes)
     report(f"  signed ({signer.text})")
     for kind, path in predicates.items():
-        wanted = json.loads(path.read_text(encoding="utf-8"))
-        if _attested(kind, record, job.place, signer) != wanted:
+        if kind in missing:
             signing.attest(kind, path, record.digest, job.place, signer)
         report(f"  attested: {kind}, {path.stat().st_size / 1e3:.0f} kB")
     found = record.done("attest", seconds=time.monotonic() - start, signer=signer.text)
@@ -222,9 +245,11 @@ def promote(job: Release) -> Record:
     """Give the verified image its tags: the immutable one first, then those that move.
 
     Raises:
-        AttnimgError: the immutable tag names another image (code "tag-taken").
+        AttnimgError: the immutable tag names another image (code "tag-taken"), or not all tests
+            ran (code "fewer-tests").
     """
     record = needed_record(job.name, job.place, job.root, after="verify")
+    publishable.refuse_fewer_tests(record.tests, rehearsal=job.rehearsal)
     start = time.monotonic()
     fixed = tags.immutable_tag(job.plan, version=record.version, revision=record.revision)
     tags.refuse_changed(fixed, found=transfer.find_tag(fixed, job.place), digest=record.digest)
@@ -263,18 +288,42 @@ def head_commit(root: Path) -> str:
     return f"{commit}-dirty" if git("status", "--porcelain", "--untracked-files=no") else commit
 
 
-def _judged(job: Release, *, image_id: str) -> dict[str, Any] | None:
+def _judged(job: Release, *, image_id: str) -> Judged | None:
     """Return the gates' result if it is of this checkout and whole; None otherwise."""
-    text = read_if_exists(job.root / f"dist/{job.name}-gates.json")
-    judged: dict[str, Any] = json.loads(text) if text else {}
-    if not judged or judged["judged_by"] != judged_by(job.root):
+    judged = read_judged(job.name, job.root)
+    if judged is None or not _holds(judged, job):
         return None
-    if image_id and judged["image_id"] != image_id:
-        return None
-    files = evidence(job.name)
-    if {kind: sha256_of(job.root / path) for kind, path in files.items()} != judged["evidence"]:
+    if image_id and judged.image_id != image_id:
         return None
     return judged if (job.layout / "index.json").exists() else None
+
+
+def _holds(judged: Judged, job: Release) -> bool:
+    """Return whether these recipes and gates made a result, and its files are as it wrote them."""
+    files = evidence(job.name)
+    now_there = {kind: sha256_of(job.root / path) for kind, path in files.items()}
+    return judged.judged_by == judged_by(job.root) and judged.evidence == now_there
+
+
+def refuse_other_evidence(job: Release, record: Record) -> None:
+    """Check that the files of dist/ which are signed are about the image that was pushed."""
+    judged = read_judged(job.name, job.root)
+    found = (judged.digest, judged.image_id) if judged else ()
+    if judged is None:
+        why = f"found no result of the gates in {judged_path(job.name)}"
+    elif found != (record.digest, record.image_id):
+        why = f"found the result of {judged.digest} in dist/, needed that of {record.digest}"
+    elif not _holds(judged, job):
+        why = "the recipes, the gates or the files in dist/ changed after the gates wrote them"
+    else:
+        return
+    raise AttnimgError(
+        f"the statements about {job.name} are not about the image that was pushed",
+        why=why,
+        do=f"make gate/{job.name}, then make release/{job.name}, which pushes what was checked",
+        code="not-judged",
+        exit_code=1,
+    )
 
 
 def _not_judged(job: Release, why: str) -> AttnimgError:

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
+from recipes.release.record import RECORDED
+
 ROOT = Path(__file__).parents[2]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 MATRIX = json.loads((ROOT / ".github" / "matrix.json").read_text())
@@ -199,7 +201,7 @@ def test_every_step_is_a_make_target_that_exists(path: Path) -> None:
 
 
 # recipes/release makes them.
-PIPELINE: set[str] = {"attest", "verify", "promote"}
+PIPELINE: set[str] = {"tested", "attest", "verify", "promote"}
 
 
 def test_ci_yml_and_the_script_for_a_laptop_make_the_same_targets() -> None:
@@ -228,22 +230,27 @@ def needs(name: str, found: dict[str, Any]) -> set[str]:
 def test_a_release_runs_its_steps_in_order_on_one_digest() -> None:
     found = jobs("release.yml")
     steps = ["push", "test", "attest", "verify", "promote"]
-    for step in steps:
-        assert f'make "{step}/$IMAGE"' in text_of(found[step]), step
+    for step in steps:  # those that record what they did, as `promote` needs it
+        target = RECORDED[step]
+        assert f'make "{target}/$IMAGE"' in text_of(found[step]), step
     for earlier, later in pairwise(steps):
         assert earlier in needs(later, found)
     assert "gpu" in needs("attest", found)
-    for name in (
-        "attest",
-        "verify",
-        "promote",
-    ):  # their state says which; verify DIGEST= records nothing
+    for earlier, name in pairwise(steps):
+        # The state says which; verify DIGEST= and test DIGEST= record nothing.
         assert "DIGEST" not in found[name]["env"]
-        assert any("download-artifact" in step.get("uses", "") for step in found[name]["steps"])
+        assert states(found[name], "download") == [f"state-{earlier}"]
+        assert states(found[earlier], "upload") == [f"state-{earlier}"]
     for name in ("test", "gpu"):  # what was pushed, never built again
-        assert 'DIGEST="$DIGEST"' in text_of(found[name])
         assert 'make "build' not in text_of(found[name])
-        assert found[name]["env"]["DIGEST"] == "${{ needs.push.outputs.digest }}"
+    assert 'DIGEST="$DIGEST"' in text_of(found["gpu"])
+    assert found["gpu"]["env"]["DIGEST"] == "${{ needs.push.outputs.digest }}"
+
+
+def states(job: dict[str, Any], direction: str) -> list[str]:
+    """The artifacts that a job uploads or downloads."""
+    action = f"actions/{direction}-artifact@"
+    return [s["with"]["name"] for s in job["steps"] if s.get("uses", "").startswith(action)]
 
 
 def test_only_the_job_that_signs_may_ask_for_an_identity() -> None:

@@ -9,13 +9,16 @@ from pathlib import Path
 import pytest
 
 from attnimg.errors import AttnimgError
+from recipes.gates import GateFinding, gate_names
 from recipes.read import read_recipes
 from recipes.release import record as records
 from recipes.release.command import release
+from recipes.release.judged import Judged
 from recipes.release.place import find_place, parse_place, read_registry
 from recipes.release.programs import answer_error
 from recipes.release.publishable import OCI, check_publishable
 from recipes.release.tags import immutable_tag, moving_tags, refuse_changed, refuse_shared
+from recipes.run_gates import GateResult
 from recipes.solve.plan import solve_all
 
 ROOT = Path(__file__).parents[3]
@@ -150,7 +153,20 @@ LABELS = {
     f"{OCI}.base.name": BASE.reference,
     f"{OCI}.base.digest": DIGEST,
 }
-PASSED = {"gates": [{"gate": "size", "findings": [], "skip_reason": ""}]}
+PASSED = Judged(
+    image="cpu", source="build/cpu.tar", kind="image", layers=({"name": "base"},), passed=True,
+    gates=tuple(GateResult(gate=gate) for gate in sorted(gate_names())), image_id=DIGEST,
+    digest=DIGEST, judged_by="", evidence={},
+)  # fmt: skip
+FINDING = GateFinding(file="torch", found="2.0", needed="2.1", do="pin it")
+
+
+def with_gate(result: GateResult) -> Judged:
+    """What the gates found, with another result of one gate."""
+    gates = tuple(result if one.gate == result.gate else one for one in PASSED.gates)
+    return replace(PASSED, gates=gates)
+
+
 REMOTE, LOCAL = parse_place("registry.example.com/team"), parse_place("127.0.0.1:1/rehearsal")
 
 
@@ -203,26 +219,34 @@ def test_a_missing_or_different_label_is_refused_and_a_warning_in_a_rehearsal(
 def test_an_unresolved_value_is_refused_and_a_warning_in_a_rehearsal() -> None:
     plan = PLANS["rocm"]
     labels = LABELS | {f"{OCI}.title": "attnimg:rocm"}
+    judged = replace(PASSED, image="rocm")
     with pytest.raises(AttnimgError, match="rocm can't be published") as caught:
-        check(labels, plan=plan)
+        check(labels, judged, plan=plan)
     assert "images/rocm: torch is unresolved" in caught.value.why
-    warnings = check(labels, plan=plan, place=LOCAL, rehearsal=True)
+    warnings = check(labels, judged, plan=plan, place=LOCAL, rehearsal=True)
     assert any("torch is unresolved" in text for text in warnings)
 
 
 @pytest.mark.parametrize(
     ("judged", "found"),
     [
-        ({}, "gates: found no result"),
-        ({"gates": []}, "gates: found no result"),
+        (replace(PASSED, gates=()), "gates: found no result of duplicates, glibc, "),
+        (replace(PASSED, gates=PASSED.gates[:-1]), f"no result of {PASSED.gates[-1].gate}"),
         (
-            {"gates": [{"gate": "pins", "findings": [{"file": "torch"}], "skip_reason": ""}]},
+            replace(PASSED, gates=(*PASSED.gates, GateResult(gate="always"))),
+            "gates: found always, which this checkout does not have",
+        ),
+        (
+            replace(PASSED, gates=(*PASSED.gates, PASSED.gates[0])),
+            f"gates: found two results of {PASSED.gates[0].gate}",
+        ),
+        (replace(PASSED, image="hopper"), "gates: found the result of hopper, needed cpu"),
+        (replace(PASSED, passed=False), "gates: found passed false without a finding"),
+        (
+            with_gate(GateResult(gate="pins", findings=(FINDING,))),
             "gate pins: 1 finding (torch)",
         ),
-        (
-            {"gates": [{"gate": "sbom", "findings": [], "skip_reason": "no syft"}]},
-            "gate sbom was skipped: no syft",
-        ),
+        (with_gate(GateResult(gate="sbom", skip_reason="no syft")), "gate sbom was skipped: no s"),
     ],
 )
 def test_what_the_gates_did_not_pass_is_refused_also_in_a_rehearsal(judged, found: str) -> None:
@@ -246,6 +270,10 @@ def test_a_release_is_refused_before_anything_is_built_and_runs_all_tests(tmp_pa
         release(PLAN, RECIPES, step=None, root=ROOT, env=resolved | {"REHEARSAL": "1"})
     with pytest.raises(AttnimgError, match="runs all tests"):
         release(PLAN, RECIPES, step="push", root=ROOT, env=resolved | {"TESTS": "tests/x.py"})
+    with pytest.raises(AttnimgError, match="runs all tests"):
+        release(PLAN, RECIPES, step="test", root=ROOT, env=resolved | {"TESTS": "tests/x.py"})
+    with pytest.raises(AttnimgError, match="goes to a registry of this machine"):
+        release(PLAN, RECIPES, step="promote", root=ROOT, env=resolved | {"REHEARSAL": "1"})
 
 
 def test_a_rehearsal_is_refused_with_a_registry_elsewhere() -> None:
@@ -258,15 +286,18 @@ def test_no_image_of_the_recipes_is_published_today() -> None:
     """Their base is unresolved; the release starts to work when `make lock` has resolved it."""
     for name, plan in PLANS.items():
         if plan.unresolved:
-            with pytest.raises(AttnimgError):
-                check(LABELS | {f"{OCI}.title": f"attnimg:{name}"}, plan=plan)
+            judged = replace(PASSED, image=name)
+            with pytest.raises(AttnimgError, match="can't be published") as caught:
+                check(LABELS | {f"{OCI}.title": f"attnimg:{name}"}, judged, plan=plan)
+            assert "is unresolved" in caught.value.why
 
 
 # ---- the state of a release, and what registries answer ------------------------------------------
 
 RECORD = records.Record(
     image="cpu", registry=LOCAL.registry, image_id=DIGEST, digest=DIGEST,
-    reference=LOCAL.at(DIGEST), bytes=1, layers=({"digest": DIGEST, "bytes": 1},), labels=LABELS,
+    reference=LOCAL.at(DIGEST), bytes=1, layers=(records.Layer(digest=DIGEST, bytes=1),),
+    labels=LABELS,
     version="0.2.0", revision=COMMIT, started="2026-11-27T00:00:00Z", rehearsal=("why",),
 )  # fmt: skip
 
@@ -278,24 +309,12 @@ def test_a_record_is_read_as_it_was_written_and_a_rehearsal_has_its_own(tmp_path
     assert records.needed_record("cpu", LOCAL, tmp_path, after="push") == pushed
     with pytest.raises(AttnimgError) as caught:
         records.needed_record("cpu", LOCAL, tmp_path, after="verify")
-    assert (caught.value.code, caught.value.do) == ("no-step", "make verify/cpu")
+    assert (caught.value.code, caught.value.do) == ("no-step", "make tested/cpu")
     other = parse_place("127.0.0.1:2/rehearsal")
     with pytest.raises(AttnimgError, match="another registry"):
         records.needed_record("cpu", other, tmp_path, after="push")
     with pytest.raises(AttnimgError, match="has not reached this step"):
         records.needed_record("hopper", LOCAL, tmp_path, after="push")
-
-
-@pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"image": "cpu"}', '{"layers": 1, "rehearsal": 1}']
-)
-def test_a_damaged_record_is_refused(tmp_path: Path, text: str) -> None:
-    path = tmp_path / records.record_path("cpu", LOCAL)
-    path.parent.mkdir(parents=True)
-    path.write_text(text)
-    with pytest.raises(AttnimgError, match="not a record") as caught:
-        records.read_record("cpu", LOCAL, tmp_path)
-    assert caught.value.do.startswith("remove it")
 
 
 # Of skopeo 1.9.3, cosign 2.5.0, Docker 26, docker-registry 2.8.2, and public registries.
