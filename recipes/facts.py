@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import date
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 
 Accelerator = Literal["cpu", "cuda", "rocm"]
 Form = Literal["sdist", "git", "wheel"]
 Abi = Literal["torch", "stable", "python"]
+
+# A date of TOML: neither a text nor a number of seconds.
+_Day = Annotated[date, Field(strict=True)]
 
 
 class Strict:
@@ -386,8 +389,8 @@ class Base(Strict):
     debian: str
     glibc: str
     glibcxx: str
-    python_fixes_until: date
-    debian_fixes_until: date
+    python_fixes_until: _Day
+    debian_fixes_until: _Day
     open: tuple[str, ...] = ()
 
 
@@ -426,7 +429,7 @@ class Cve(Strict):
     version: str
     status: Literal["not_affected", "affected", "fixed", "under_investigation"]
     reason: str
-    expires: date
+    expires: _Day
     justification: str = ""
 
 
