@@ -134,7 +134,8 @@ def _read_tag(client: httpx.Client, api: str, tag: str, reference: str) -> TagDi
     if kind in _INDEXES:
         platforms = {
             _name(entry.platform): entry.digest
-            for entry in _parse(_Index, answer, reference).manifests
+            # Of two images for one platform an engine takes the first.
+            for entry in reversed(_parse(_Index, answer, reference).manifests)
             # Attestations are manifests of the platform unknown/unknown.
             if entry.platform is not None and entry.platform.os != "unknown"
         }

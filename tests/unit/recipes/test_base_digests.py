@@ -351,6 +351,14 @@ def test_a_damaged_answer_is_refused(body: bytes, headers: dict[str, str], why: 
         assert why in caught.value.why
 
 
+def test_of_two_images_for_a_platform_the_first_counts() -> None:
+    entries = [{"digest": f"sha256:{sign * 64}", "platform": AMD64} for sign in "ab"]
+    body = json.dumps({"manifests": entries}).encode()
+    for host in serve(type("Handler", (WrongAnswer,), {"body": body, "headers_sent": INDEX})):
+        found = resolve_tag(f"{host}/team/python:3.11")
+        assert dict(found.platforms) == {"linux/amd64": "sha256:" + "a" * 64}
+
+
 class OtherTokens(TokenHandler):
     """A registry that asks for a token at `realm`, and gives `given` there."""
 
