@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -46,6 +47,12 @@ def fail(what: str, why: str, do: str, *, program: str = "base") -> NoReturn:
 
 def fetch_base() -> BaseImage:
     """Return the base after it was pulled or made; exit if that fails."""
+    if shutil.which("docker") is None:
+        fail(
+            "there is no base image without docker",
+            f"found no program docker on PATH, {os.environ.get('PATH', '')!r}",
+            "install Docker with buildx, or add its folder to PATH",
+        )
     if asked := os.environ.get("BASE_IMAGE", ""):
         if not _PINNED.fullmatch(asked):
             fail(

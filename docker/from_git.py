@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -22,18 +23,25 @@ BUILT_FROM = (
     "recipes/patches",
 )
 
+# 9999-12-31T23:59:59Z: later years have no date in Python.
+_LAST_SECOND = 253402300799
+
 
 def source_labels(root: Path) -> dict[str, str]:
     """Return VERSION, REVISION, CREATED and SOURCE_DATE_EPOCH for docker-bake.json.
 
-    A checkout has changes if git sees a changed file anywhere, or a new file that the build reads.
-    REVISION then ends in -dirty. CREATED is the time of the commit, or that of SOURCE_DATE_EPOCH
-    in the environment. Without git, REVISION is `unknown`, and CREATED the start of 1980.
+    A checkout has changes if git sees a changed file anywhere, or a file that the build reads and
+    the commit does not have, ignored or not. REVISION then ends in -dirty. CREATED is the time of
+    the commit, or that of SOURCE_DATE_EPOCH in the environment. Without git, or in a folder of
+    another repository, REVISION is `unknown`, and CREATED the start of 1980.
     """
     try:
+        top = _git(root, "rev-parse", "--show-toplevel").removesuffix("\n")
+        if Path(top).resolve() != root.resolve():
+            raise ValueError(f"it is a folder of another repository, {top}")
         commit, seconds = _git(root, "log", "-1", "--format=%H %ct").split()
         changed = _git(root, "status", "--porcelain", "--untracked-files=no")
-        added = _git(root, "status", "--porcelain", "--untracked-files=all", "--", *BUILT_FROM)
+        added = _added(root)
     except (OSError, subprocess.CalledProcessError, ValueError) as error:
         reason = getattr(error, "stderr", "") or str(error) or "git log prints no commit"
         print(
@@ -57,9 +65,10 @@ def source_labels(root: Path) -> dict[str, str]:
 
 def _labels(version: str, revision: str, seconds: int) -> dict[str, str]:
     epoch = os.environ.get("SOURCE_DATE_EPOCH") or str(seconds)
-    if not epoch.isdecimal():
+    if not re.fullmatch(r"[0-9]{1,12}", epoch) or int(epoch) > _LAST_SECOND:
         sys.exit(
-            f"build: SOURCE_DATE_EPOCH is {epoch!r}\n  why: needed seconds since 1970\n"
+            f"build: SOURCE_DATE_EPOCH is {epoch!r}\n"
+            f"  why: needed seconds since 1970, 0 to {_LAST_SECOND}\n"
             "  do:  omit it: the time of the commit is used"
         )
     created = datetime.datetime.fromtimestamp(int(epoch), tz=datetime.UTC)
@@ -71,6 +80,20 @@ def _labels(version: str, revision: str, seconds: int) -> dict[str, str]:
     }
 
 
+def _added(root: Path) -> str:
+    """Return the lines of git status for files of the build that no commit has."""
+    options = ("--porcelain", "--untracked-files=all", "--ignored")
+    lines = _git(root, "status", *options, "--", *BUILT_FROM).splitlines(keepends=True)
+    # The build context has no __pycache__, but all else that git ignores.
+    return "".join(line for line in lines if "__pycache__" not in Path(line[3:]).parts)
+
+
 def _git(root: Path, *arguments: str) -> str:
+    # GIT_DIR and the like name another repository; GIT_CONFIG_... may say that this one is safe.
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("GIT_") or name.startswith("GIT_CONFIG_")
+    }
     command = ["git", "-C", str(root), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout

@@ -3,7 +3,8 @@
 PyPI's torch of the same version is the CUDA build, half a gigabyte. So pip is asked for the version
 `2.13.0+cpu`, which only the CPU build has: in the folders of pip's own configuration (find-links),
 then in PyTorch's index for CPUs, which recipes/torch.toml names; or in TORCH_INDEX alone, another
-index or a folder. The file must have a hash of recipes/torch.toml.
+index or a folder, whatever pip's configuration says. The file must have a hash of
+recipes/torch.toml.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +24,11 @@ from base_image import fail
 FOLDER = Path("build/torch-wheel")
 # The wheel is for the image's Python, not for the one that runs this.
 _FOR_IMAGE = ("--only-binary=:all:", "--implementation=cp", "--platform=manylinux_2_28_x86_64")
+
+# User and password of an address, which are not printed.
+_LOGIN = re.compile(r"//[^/\s]*@")
+# pip ignores an empty variable, and reads its configuration files then.
+_ALONE = {"PIP_FIND_LINKS": os.devnull, "PIP_NO_INDEX": "0"}
 
 
 def torch_wheel(name: str) -> Path:
@@ -36,7 +43,7 @@ def torch_wheel(name: str) -> Path:
         fault = download(folder, wanted, where) or wheel_fault(folder, wanted)
         if not fault:
             return folder
-        tried.append(f"pip download {' '.join(where)}: {fault}")
+        tried.append(_LOGIN.sub("//****@", f"pip download {' '.join(where)}: {fault}"))
     shutil.rmtree(folder, ignore_errors=True)
     return fail(
         f"there is no CPU build of torch {wanted['version']}",
@@ -61,7 +68,11 @@ def download(folder: Path, wanted: dict[str, Any], where: list[str]) -> str:
     command = [*pip(), "download", "-q", "--disable-pip-version-check", "--no-deps", *_FOR_IMAGE]
     command += [f"--python-version={wanted['python']}", f"--dest={folder}", *where]
     command += [f"torch=={wanted['version']}+cpu"]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    env = dict(os.environ)
+    if os.environ.get("TORCH_INDEX"):
+        env |= _ALONE
+        env["PIP_EXTRA_INDEX_URL"] = where[-1].partition("=")[2]
+    process = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     lines = [line for line in process.stderr.splitlines() if line.startswith("ERROR")]
     reason = lines[-1] if lines else process.stderr.strip()
     if "No matching distribution" in reason and "--no-index" not in where:
@@ -74,8 +85,13 @@ def wheel_fault(folder: Path, wanted: dict[str, Any]) -> str:
     wheels = sorted(folder.glob("*"))
     if len(wheels) != 1:
         return f"found {len(wheels)} files in {folder}, needed one"
-    with wheels[0].open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if not wheels[0].is_file():
+        return f"{wheels[0]} is no file"
+    try:
+        with wheels[0].open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        return f"{wheels[0]} can't be read: {error.strerror}"
     known = wanted["wheels"].get(wheels[0].name, ())
     needed = " or ".join(known) or " or ".join(wanted["wheels"])
     return "" if sha256 in known else f"{wheels[0].name} has sha256 {sha256}, needed {needed}"

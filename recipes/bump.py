@@ -104,8 +104,18 @@ def apply_bump(bump: Bump, root: Path, *, today: date) -> None:
     if bump.file == "requirements/lock.txt":
         return  # locking again writes it
     text = path.read_text(encoding="utf-8")
-    new = text.replace(f"{bump.package}=={bump.version}", f"{bump.package}=={bump.newer}")
+    # Not a part of another name or version: my-foo==1.2, foo==1.2.1, foo==1.2+cu130.
+    pin = rf"(?<![\w.-]){re.escape(f'{bump.package}=={bump.version}')}(?![\w+!*-]|\.[\w*])"
+    new = re.sub(pin, f"{bump.package}=={bump.newer}", text)
     if bump.sha256:
+        if not re.fullmatch(r"[0-9a-f]{64}", bump.sha256):
+            raise AttnimgError(
+                f"{bump.package} can't be bumped",
+                why=f"the index has sha256 {bump.sha256!r}, needed 64 hexadecimal digits",
+                do="make bump with another index (PIP_INDEX_URL)",
+                code="bad-hash",
+                exit_code=1,
+            )
         new = new.replace(f'version = "{bump.version}"', f'version = "{bump.newer}"', 1)
         hashed = f'sha256 = "{bump.sha256}"  # as the index has it, {today}'
         new = re.sub(r"^sha256 = .*$", hashed, new, count=1, flags=re.MULTILINE)

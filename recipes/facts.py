@@ -18,6 +18,9 @@ Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 Form = Literal["sdist", "git", "wheel"]
 Abi = Literal["torch", "stable", "python"]
 
+# A date of TOML: neither a text nor a number of seconds.
+_Day = Annotated[date, Field(strict=True)]
+
 
 class Strict:
     """The base of values that are read from a file: an unknown key is refused."""
@@ -387,8 +390,8 @@ class Base(Strict):
     debian: str
     glibc: str
     glibcxx: str
-    python_fixes_until: date
-    debian_fixes_until: date
+    python_fixes_until: _Day
+    debian_fixes_until: _Day
     open: tuple[str, ...] = ()
 
 
@@ -427,7 +430,7 @@ class Cve(Strict):
     version: str
     status: Literal["not_affected", "affected", "fixed", "under_investigation"]
     reason: str
-    expires: date
+    expires: _Day
     justification: str = ""
 
 

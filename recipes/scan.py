@@ -7,7 +7,6 @@ request asks for a package that every database must report, and every pin must g
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import tempfile
@@ -15,9 +14,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 from packaging.utils import canonicalize_name
+from packaging.version import InvalidVersion, Version
+from pydantic import TypeAdapter
 
 from attnimg.errors import AttnimgError
 from recipes.cves import answer_to, refuse_expired
@@ -51,6 +51,30 @@ class Finding:
         same = f" ({', '.join(others)})" if others else ""
         fixed = f"fixed in {', '.join(self.fixed)}" if self.fixed else "no fixed version"
         return f"{self.package} {self.version}: {name}{same}, {fixed}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Vulnerability:
+    """As pip-audit prints it; other keys are ignored."""
+
+    id: str
+    fix_versions: tuple[str, ...]
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Package:
+    """What pip-audit found for one package; no `vulns` where it was skipped."""
+
+    name: str
+    version: str = ""
+    vulns: tuple[_Vulnerability, ...] | None = None
+    skip_reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Answers:
+    dependencies: tuple[_Package, ...]
 
 
 def scan(
@@ -116,28 +140,49 @@ def _audit(
         command += ["--vulnerability-service", service, "--format", "json"]
         command += ["--progress-spinner", "off", "--cache-dir", folder]
         try:
-            process = subprocess.run(command, capture_output=True, text=True, check=False)
+            process = subprocess.run(
+                command, capture_output=True, text=True, errors="replace", check=False
+            )
         except OSError as error:
             raise _not_scanned(f"{pip_audit}: {error.strerror}", "make scan/NAME") from error
     try:
-        answers: list[dict[str, Any]] = json.loads(process.stdout)["dependencies"]
-    except (ValueError, TypeError, KeyError):
-        last = (process.stderr.strip() or "pip-audit printed nothing").splitlines()[-1]
+        if process.returncode not in (0, 1):  # 1: it found vulnerabilities
+            raise ValueError(f"pip-audit failed with exit code {process.returncode}")
+        answers = TypeAdapter(_Answers).validate_json(process.stdout).dependencies
+    except ValueError as error:
+        wrong = str(error) if process.stdout.strip() else "pip-audit printed nothing"
+        last = (process.stderr.strip() or " ".join(wrong.split())).splitlines()[-1]
         raise _not_scanned(
             last, "check the network; PIP_AUDIT_OSV_URL names a mirror of the service"
         ) from None
-    scanned = {canonicalize_name(answer["name"]) for answer in answers if "vulns" in answer}
-    skipped = [f"{answer['name']}: {answer.get('skip_reason')}" for answer in answers]
-    lost = [text for text in skipped if canonicalize_name(text.partition(":")[0]) not in scanned]
-    lost += [name for name in pins if canonicalize_name(name) not in scanned and not lost]
-    # pip-audit leaves out an entry that it can't read, with a warning.
-    lost += [line for line in process.stderr.splitlines() if "OSV" in line and "WARNING" in line]
-    if lost:
+    if lost := list(_lost(pins, answers, warnings=process.stderr)):
         raise _not_scanned("\n".join(lost), "set PIP_AUDIT_VULNERABILITY_SERVICE=osv")
     for answer in answers:
-        for found in answer["vulns"]:
-            ids = (found["id"], *found.get("aliases", ()))
-            yield answer["name"], answer["version"], ids, tuple(found["fix_versions"])
+        for found in answer.vulns or ():
+            yield answer.name, answer.version, (found.id, *found.aliases), found.fix_versions
+
+
+def _lost(pins: Mapping[str, str], answers: Iterable[_Package], *, warnings: str) -> Iterator[str]:
+    """Yield what says that a pin was not scanned, or another version of it."""
+    wanted = {canonicalize_name(name): version for name, version in pins.items()}
+    scanned = set()
+    for answer in answers:
+        name = canonicalize_name(answer.name)
+        if answer.vulns is None:
+            yield f"{answer.name}: {answer.skip_reason or 'skipped without a reason'}"
+        elif name not in wanted or not _same_version(answer.version, wanted[name]):
+            yield f"{answer.name}: the answer is for {answer.version}, needed {wanted.get(name)}"
+        scanned.add(name)
+    yield from (f"{name}: no answer" for name in wanted if name not in scanned)
+    # pip-audit leaves out an entry that it can't read, with a warning.
+    yield from (line for line in warnings.splitlines() if "OSV" in line and "WARNING" in line)
+
+
+def _same_version(one: str, other: str) -> bool:
+    try:
+        return Version(one) == Version(other)
+    except InvalidVersion:
+        return False
 
 
 def _not_scanned(why: str, do: str) -> AttnimgError:

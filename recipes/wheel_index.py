@@ -14,8 +14,10 @@ import hashlib
 import html
 import json
 import os
+import re
 import shutil
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from email.parser import Parser
@@ -23,9 +25,11 @@ from pathlib import Path
 from urllib.parse import quote
 
 from packaging.utils import canonicalize_name, parse_wheel_filename
+from packaging.version import Version
 
 from attnimg.errors import AttnimgError
 
+_SUM = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 _PAGE = """<!DOCTYPE html>
 <html>
 <head><meta name="pypi:repository-version" content="1.1"><title>{title}</title></head>
@@ -60,9 +64,11 @@ def write_index(name: str, wheels: Path, out: Path, *, base_url: str = "") -> li
 
     Raises:
         AttnimgError: the wheelhouse has no wheels, a small (trimmed) build, a wheel that is not
-            valid, or one whose hash is not in SHA256SUMS.
+            valid, two versions of a package, or a wheel whose hash is not in SHA256SUMS; or the
+            folder of the index has other files.
     """
     found = read_wheels(name, wheels)
+    _refuse_other_files(out)
     shutil.rmtree(out, ignore_errors=True)
     (out / "files").mkdir(parents=True)
     for wheel in found:
@@ -80,9 +86,30 @@ def write_index(name: str, wheels: Path, out: Path, *, base_url: str = "") -> li
     (out / "simple" / "index.html").write_text(_PAGE.format(title=name, links=links), "utf-8")
     projects = {"meta": {"api-version": "1.1"}, "projects": [{"name": text} for text in names]}
     (out / "simple" / "index.json").write_text(json.dumps(projects, indent=1) + "\n", "utf-8")
-    pins = [f"{wheel.package}=={wheel.version} --hash=sha256:{wheel.sha256}\n" for wheel in found]
-    (out / "requirements.txt").write_text("".join(pins), "utf-8")
+    # One line for each package, of which pip takes the wheel that fits.
+    pins: dict[str, str] = {}
+    for wheel in found:
+        pin = f"{wheel.package}=={wheel.version}"
+        pins[pin] = f"{pins.get(pin, pin)} --hash=sha256:{wheel.sha256}"
+    (out / "requirements.txt").write_text("".join(f"{text}\n" for text in pins.values()), "utf-8")
     return found
+
+
+def _refuse_other_files(out: Path) -> None:
+    """Check that a folder is missing, empty, or an index that was written here."""
+    if not out.is_symlink() and (not out.exists() or out.is_dir()):
+        other = {path.name for path in out.iterdir()} if out.exists() else set()
+        if not other - {"simple", "files", "requirements.txt"}:
+            return
+        why = f"found {', '.join(sorted(other)[:3])} in {out}, which would be removed"
+    else:
+        why = f"{out} is no folder"
+    raise AttnimgError(
+        f"the index can't be written into {out}",
+        why=f"{why}; needed a new or empty folder, or an index that was written here",
+        do="name another folder with --to",
+        code="not-an-index",
+    )
 
 
 def read_wheels(name: str, folder: Path) -> list[IndexedWheel]:
@@ -102,9 +129,20 @@ def read_wheels(name: str, folder: Path) -> list[IndexedWheel]:
             code="no-wheels",
         )
     lines = sums_file.read_text(encoding="utf-8", errors="replace").splitlines()
-    sums = {file: digest for digest, _, file in (line.partition("  ") for line in lines)}
-    found, faults = [], [f"{file} is missing" for file in sums if not (folder / file).is_file()]
+    # `sha256sum -b` writes a star before a name.
+    entries = [_SUM.fullmatch(line) for line in lines]
+    sums = {entry[2]: entry[1] for entry in entries if entry}
+    faults = [
+        f"SHA256SUMS has {line[:80]!r}, needed a hash and a name"
+        for line, entry in zip(lines, entries, strict=True)
+        if not entry
+    ]
+    faults += [f"{file} is missing" for file in sums if not (folder / file).is_file()]
+    found = []
     for path in paths:
+        if not path.is_file():
+            faults.append(f"{path.name} is no file")
+            continue
         with path.open("rb") as file_:
             digest = hashlib.file_digest(file_, "sha256").hexdigest()
         if sums.get(path.name) != digest:
@@ -112,12 +150,21 @@ def read_wheels(name: str, folder: Path) -> list[IndexedWheel]:
             continue
         try:
             found.append(_read_wheel(path, digest))
-        except (ValueError, KeyError, zipfile.BadZipFile) as error:
+        except (ValueError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+            # RuntimeError: it is encrypted, or compressed by what this Python can't read.
             faults.append(f"{path.name} is not a wheel: {type(error).__name__}: {error}")
     faults += [
         f"{wheel.path.name} is a small build (TRIM=1)"
         for wheel in found
         if "trim" in wheel.version.partition("+")[2]
+    ]
+    versions: dict[str, set[str]] = {}
+    for wheel in found:
+        versions.setdefault(wheel.package, set()).add(wheel.version)
+    faults += [
+        f"found {package} {' and '.join(sorted(several))}, needed one version"
+        for package, several in versions.items()
+        if len(several) > 1
     ]
     if faults:
         raise AttnimgError(
@@ -141,6 +188,8 @@ def _read_wheel(path: Path, digest: str) -> IndexedWheel:
     headers = Parser().parsestr(metadata.decode("utf-8", "replace"), headersonly=True)
     if canonicalize_name(headers["Name"] or "") != name:
         raise ValueError(f"its METADATA is for {headers['Name']}")
+    if Version(headers["Version"] or "") != version:
+        raise ValueError(f"its METADATA is for version {headers['Version']}")
     return IndexedWheel(
         path=path,
         package=name,

@@ -8,14 +8,15 @@ token is asked for without a login, as Docker Hub and ghcr.io give it.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import ssl
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Literal, TypeVar
 
 import httpx
+from pydantic import Field, TypeAdapter, ValidationError
 
 from attnimg.errors import AttnimgError
 
@@ -31,7 +32,63 @@ _MANIFESTS = (
 _API_HOSTS = {"docker.io": "registry-1.docker.io"}
 _LOOPBACK = re.compile(r"(localhost|127[.][\d.]+|\[::1\])(:\d+)?")
 _PARAMETER = re.compile(r'(\w+)="([^"]*)"')
+# The form of names and tags, and the largest manifest that a registry has to accept.
+# Source: spec.md, "Pulling manifests" and "Pushing Manifests" (2026-11-27).
+_REFERENCE = re.compile(
+    r"([A-Za-z0-9.-]+(?::[0-9]{1,5})?|\[::1\](?::[0-9]{1,5})?)"
+    r"/([a-z0-9]+(?:(?:[._]|__|-+|/)[a-z0-9]+)*):([A-Za-z0-9_][A-Za-z0-9._-]{0,127})"
+)
+_LARGEST = 4 * 2**20
+_REDIRECTS = 5
 _SECONDS = 30
+
+_Kind = TypeVar("_Kind")
+_Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
+_Part = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+# Source: RFC 6750, section 2.1 (2026-11-27).
+_TokenText = Annotated[str, Field(pattern=r"^[A-Za-z0-9._~+/-]*=*$")]
+
+
+@dataclass(frozen=True, slots=True)
+class _Platform:
+    """Of an entry of an index, or in the config of an image; other keys are ignored."""
+
+    os: _Part
+    architecture: _Part
+    variant: _Part | Literal[""] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Descriptor:
+    digest: _Digest
+    platform: _Platform | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Index:
+    manifests: tuple[_Descriptor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Manifest:
+    config: _Descriptor
+
+
+@dataclass(frozen=True, slots=True)
+class _Token:
+    token: _TokenText | None = None
+    access_token: _TokenText | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Answer:
+    """What an address answered; its own is without the query."""
+
+    status: int
+    reason: str
+    headers: httpx.Headers
+    content: bytes
+    address: str
 
 
 class UnreachableError(Exception):
@@ -56,39 +113,38 @@ def resolve_tag(reference: str) -> TagDigests:
 
     Raises:
         UnreachableError: the registry did not answer.
-        AttnimgError: it has no such tag, asks for a login, or answers what is no image.
+        AttnimgError: it has no such tag, asks for a login, or answers what is no image; or the
+            reference has another form.
     """
-    host, _, rest = reference.partition("/")
-    name, _, tag = rest.rpartition(":")
+    parts = _REFERENCE.fullmatch(reference)
+    if parts is None:
+        raise _error(reference, f"found {reference!r}, needed registry/name:tag, without a digest")
+    host, name, tag = parts.groups()
     scheme = "http" if _LOOPBACK.fullmatch(host) else "https"
     api = f"{scheme}://{_API_HOSTS.get(host, host)}/v2/{name}"
     # The machine's own CAs: those of a proxy are there, and not in certifi's bundle.
-    with httpx.Client(
-        timeout=_SECONDS, follow_redirects=True, verify=ssl.create_default_context()
-    ) as client:
-        try:
-            return _read_tag(client, api, tag, reference)
-        except (httpx.TransportError, httpx.TooManyRedirects) as error:
-            raise UnreachableError(f"{host}: {str(error) or type(error).__name__}") from error
+    with httpx.Client(timeout=_SECONDS, verify=ssl.create_default_context()) as client:
+        return _read_tag(client, api, tag, reference)
 
 
 def _read_tag(client: httpx.Client, api: str, tag: str, reference: str) -> TagDigests:
     answer = _get(client, f"{api}/manifests/{tag}", reference)
     digest = _checked_digest(answer, reference)
-    content = _json(answer, reference)
     kind = answer.headers.get("content-type", "").partition(";")[0]
     if kind in _INDEXES:
         platforms = {
-            _platform(entry.get("platform", {})): str(entry["digest"])
-            for entry in content.get("manifests", ())
+            _name(entry.platform): entry.digest
+            # Of two images for one platform an engine takes the first.
+            for entry in reversed(_parse(_Index, answer, reference).manifests)
             # Attestations are manifests of the platform unknown/unknown.
-            if entry.get("platform", {}).get("os", "unknown") != "unknown"
+            if entry.platform is not None and entry.platform.os != "unknown"
         }
     elif kind in _MANIFESTS:
-        config = _json(
-            _get(client, f"{api}/blobs/{content['config']['digest']}", reference), reference
-        )
-        platforms = {_platform(config): digest}
+        wanted = _parse(_Manifest, answer, reference).config.digest
+        blob = _get(client, f"{api}/blobs/{wanted}", reference)
+        if (found := _checked_digest(blob, reference)) != wanted:
+            raise _error(reference, f"its config has {found}, and its manifest says {wanted}")
+        platforms = {_name(_parse(_Platform, blob, reference)): digest}
     else:
         raise _error(reference, f"it is {kind or 'of no type'}, not an image or an index of images")
     if not platforms:
@@ -96,24 +152,24 @@ def _read_tag(client: httpx.Client, api: str, tag: str, reference: str) -> TagDi
     return TagDigests(digest, dict(sorted(platforms.items())))
 
 
-def _get(client: httpx.Client, address: str, reference: str) -> httpx.Response:
+def _get(client: httpx.Client, address: str, reference: str) -> _Answer:
     """Get an address; where the registry asks for a token, get one and try again."""
     headers = {"Accept": ", ".join((*_INDEXES, *_MANIFESTS, "*/*"))}
-    answer = client.get(address, headers=headers)
+    answer = _fetch(client, address, reference, headers=headers)
     challenge = answer.headers.get("www-authenticate", "")
-    if answer.status_code == httpx.codes.UNAUTHORIZED and challenge.lower().startswith("bearer "):
+    if answer.status == httpx.codes.UNAUTHORIZED and challenge.lower().startswith("bearer "):
         asked = dict(_PARAMETER.findall(challenge))
-        token = client.get(
-            asked.pop("realm", ""),
-            params={key: value for key, value in asked.items() if key in ("service", "scope")},
-        )
-        if token.is_success:
-            given = _json(token, reference)
-            headers["Authorization"] = f"Bearer {given.get('token') or given.get('access_token')}"
-            answer = client.get(address, headers=headers)
+        params = {key: value for key, value in asked.items() if key in ("service", "scope")}
+        token = _fetch(client, asked.get("realm", ""), reference, params=params)
+        if httpx.codes.is_success(token.status):
+            given = _parse(_Token, token, reference)
+            if not (text := given.token or given.access_token):
+                raise _error(reference, f"found no token at {token.address}")
+            headers["Authorization"] = f"Bearer {text}"
+            answer = _fetch(client, address, reference, headers=headers)
         else:
             answer = token
-    if answer.is_success:
+    if httpx.codes.is_success(answer.status):
         return answer
     reasons = {
         401: "it asks for a login, or has no such image",
@@ -121,12 +177,56 @@ def _get(client: httpx.Client, address: str, reference: str) -> httpx.Response:
         404: "it has no such tag",
         429: "it answers no more requests from this address for now",
     }
-    status = f"{answer.status_code} {answer.reason_phrase}".strip()
-    raise _error(reference, f"{reasons.get(answer.status_code, 'it reports an error')} ({status})")
+    status = f"{answer.status} {answer.reason}".strip()
+    raise _error(reference, f"{reasons.get(answer.status, 'it reports an error')} ({status})")
 
 
-def _checked_digest(answer: httpx.Response, reference: str) -> str:
-    """Return the digest of a manifest's bytes; the registry's header must say the same."""
+def _fetch(
+    client: httpx.Client,
+    address: str,
+    reference: str,
+    *,
+    headers: Mapping[str, str] | None = None,
+    params: Mapping[str, str] | None = None,
+) -> _Answer:
+    """Get an address, and at most _LARGEST bytes from it."""
+    try:
+        url = httpx.URL(address).copy_merge_params(dict(params or {}))
+        if (url.port or 0) > 65535:
+            raise httpx.InvalidURL(f"found the port {url.port}, needed at most 65535")
+        request = client.build_request("GET", url, headers=headers)
+        for _ in range(_REDIRECTS + 1):
+            with closing(client.send(request, stream=True)) as response:
+                if response.next_request is None:
+                    return _Answer(
+                        status=response.status_code,
+                        reason=response.reason_phrase,
+                        headers=response.headers,
+                        content=_read_body(response, reference),
+                        address=str(response.url.copy_with(query=None)),
+                    )
+                request = response.next_request
+    except (httpx.InvalidURL, httpx.UnsupportedProtocol, UnicodeError, OverflowError) as error:
+        raise _error(reference, f"it names the address {address!r}: {error}") from error
+    except httpx.TransportError as error:
+        host = url.netloc.decode("ascii")
+        raise UnreachableError(f"{host}: {str(error) or type(error).__name__}") from error
+    except httpx.DecodingError as error:
+        raise _error(reference, f"the answer of {address} can't be read: {error}") from error
+    raise _error(reference, f"it redirects more than {_REDIRECTS} times")
+
+
+def _read_body(response: httpx.Response, reference: str) -> bytes:
+    content = b""
+    for part in response.iter_bytes():
+        content += part
+        if len(content) > _LARGEST:
+            raise _error(reference, f"the answer has more than {_LARGEST} bytes")
+    return content
+
+
+def _checked_digest(answer: _Answer, reference: str) -> str:
+    """Return the digest of an answer's bytes; the registry's header must say the same."""
     digest = "sha256:" + hashlib.sha256(answer.content).hexdigest()
     named = answer.headers.get("docker-content-digest", digest)
     if named != digest:
@@ -134,19 +234,22 @@ def _checked_digest(answer: httpx.Response, reference: str) -> str:
     return digest
 
 
-def _json(answer: httpx.Response, reference: str) -> dict[str, Any]:
+def _parse(kind: type[_Kind], answer: _Answer, reference: str) -> _Kind:
+    """Return the JSON of an answer as one of the classes above."""
     try:
-        content = json.loads(answer.content)
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise _error(reference, f"found no JSON object at {answer.url.copy_with(query=None)}")
-    return content
+        return TypeAdapter(kind).validate_json(answer.content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the answer"
+        found = f"found no JSON object at {answer.address}"
+        if where != "the answer":
+            found = f"found {str(first['input'])[:80]!r} for {where} at {answer.address}"
+        raise _error(reference, f"{found}: {first['msg']}") from error
 
 
-def _platform(values: Mapping[str, Any]) -> str:
+def _name(platform: _Platform) -> str:
     """Return "linux/amd64"; the variant v8 is what every arm64 has, and is left out."""
-    parts = [str(values.get(key, "")) for key in ("os", "architecture", "variant")]
+    parts = [platform.os, platform.architecture, platform.variant or ""]
     return "/".join(part for part in parts if part and (parts[1], part) != ("arm64", "v8"))
 
 

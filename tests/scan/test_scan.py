@@ -141,3 +141,61 @@ def test_an_answer_that_has_expired_is_refused_before_anything_is_asked() -> Non
             pip_audit=Path("/nowhere"),
             today=date(2030, 1, 1),
         )
+
+
+FAKE = """#!{python}
+import json, sys
+pins = open(sys.argv[sys.argv.index("--requirement") + 1]).read().split()
+control = pins == ["requests==2.19.0"]
+name, _, version = pins[0].partition("==")
+found = {{"id": "PYSEC-2018-28", "aliases": ["CVE-2018-18074"], "fix_versions": ["2.20"]}}
+answers = [
+    {{"name": n, "version": v, "vulns": [found] if control else []}}
+    for n, _, v in (pin.partition("==") for pin in pins)
+]
+code = 1 if control else 0
+if not control:
+    {change}
+print(json.dumps({{"dependencies": answers, "fixes": []}}))
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        pytest.param("pass", "", id="an answer for each pin"),
+        pytest.param("answers[0]['name'] = name.upper()", "", id="another spelling of a name"),
+        pytest.param("answers[0]['version'] += '.0'", "", id="another spelling of a version"),
+        pytest.param("answers[0]['version'] = '99'", "the answer is for 99", id="other version"),
+        pytest.param("answers[0]['version'] = 'x y'", "the answer is for x y", id="no version"),
+        pytest.param("del answers[0]['version']", "the answer is for", id="without a version"),
+        pytest.param("del answers[0]", "no answer", id="a pin without an answer"),
+        pytest.param(
+            "answers.append({'name': 'x', 'version': '1', 'vulns': []})", "x: the answer is for 1",
+            id="an answer that nobody asked for",
+        ),
+        pytest.param(
+            "answers[0] = {'name': name, 'skip_reason': 'private'}", "private", id="a skipped pin"
+        ),
+        pytest.param("answers = None", "dependencies", id="no list"),
+        pytest.param("answers = {'a': 1}", "dependencies", id="a table"),
+        pytest.param("answers[0] = 1", "dependencies.0", id="a number for a package"),
+        pytest.param("answers[0]['name'] = 1", "name", id="a number for a name"),
+        pytest.param("answers[0]['vulns'] = [1]", "vulns.0", id="a number for a vulnerability"),
+        pytest.param("answers[0]['vulns'] = [{'id': 'a'}]", "fix_versions", id="half of one"),
+        pytest.param("code = 2", "exit code 2", id="an exit code of failure, with JSON"),
+        pytest.param("sys.stdout.buffer.write(b'\\xff')", "JSON", id="no UTF-8"),
+    ],
+)  # fmt: skip
+def test_what_pip_audit_prints_has_to_be_an_answer_for_each_pin(
+    tmp_path: Path, change: str, why: str
+) -> None:
+    program = tmp_path / "pip-audit"
+    program.write_text(FAKE.format(python=sys.executable, change=change))
+    program.chmod(0o755)
+    command = [sys.executable, "-m", "recipes", "scan", "cpu", "--pip-audit", str(program)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == (3 if why else 0), done.stdout + done.stderr
+    assert why in done.stderr
+    assert "Traceback" not in done.stderr

@@ -104,3 +104,14 @@ def test_the_stand_in_is_named_with_the_reason(checkout: Path, base: str, why: s
     assert done.returncode == 0, done.stderr
     assert why in done.stdout
     assert done.stdout.splitlines()[-1] == "base: attnimg-base:bookworm sha256:5555"
+
+
+@pytest.mark.parametrize("asked", ["", f"team/python@{DIGEST}"])
+def test_a_machine_without_docker_is_told_so(checkout: Path, tmp_path: Path, asked: str) -> None:
+    (tmp_path / "bin/docker").unlink()
+    done = fetch(checkout, PATH=str(tmp_path / "bin"), BASE_IMAGE=asked)
+    assert done.returncode == 1
+    first, why, do = done.stderr.splitlines()
+    assert first == "base: there is no base image without docker"
+    assert "found no program docker on PATH" in why
+    assert do.startswith("  do:  install Docker")

@@ -63,6 +63,48 @@ def test_what_git_has_not_committed_is_not_a_version(
     assert (path in capsys.readouterr().err) is (version == "dev")
 
 
+@pytest.mark.parametrize(
+    ("path", "version"),
+    [
+        pytest.param("attnimg/build/__init__.py", "dev", id="a package that git ignores"),
+        pytest.param("attnimg/a.local.py", "dev", id="a file that git ignores"),
+        pytest.param("attnimg/__pycache__/a.cpython-311.pyc", "1.2.3", id="not in the context"),
+        pytest.param("build/wheels/a.whl", "1.2.3", id="what the build does not read"),
+    ],
+)
+def test_what_git_ignores_and_the_build_copies_is_not_a_version(
+    checkout: Path, capsys: pytest.CaptureFixture[str], path: str, version: str
+) -> None:
+    (checkout / ".git/info/exclude").write_text("build/\n*.local.py\n__pycache__/\n")
+    (checkout / path).parent.mkdir(parents=True, exist_ok=True)
+    (checkout / path).write_text("a = 2\n")
+    found = source_labels(checkout)
+    assert found["VERSION"] == version
+    assert (path in capsys.readouterr().err) is (version == "dev")
+
+
+def test_a_folder_of_another_repository_has_no_commit(
+    checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (checkout / "unpacked").mkdir()
+    (checkout / "unpacked/pyproject.toml").write_text('[project]\nversion = "9"\n')
+    found = source_labels(checkout / "unpacked")
+    assert (found["VERSION"], found["REVISION"]) == ("dev", "unknown")
+    assert f"another repository, {checkout}" in capsys.readouterr().err
+    (checkout / "link").symlink_to(checkout)
+    assert source_labels(checkout / "link")["VERSION"] == "1.2.3", "the same folder by a link"
+
+
+def test_a_repository_of_the_environment_is_not_asked(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = source_labels(checkout)
+    subprocess.run(["git", "init", "-q", str(checkout / "outputs/other")], check=True)
+    monkeypatch.setenv("GIT_DIR", str(checkout / "outputs/other/.git"))
+    monkeypatch.setenv("GIT_WORK_TREE", str(checkout))
+    assert source_labels(checkout) == expected
+
+
 def test_a_folder_without_git_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -77,7 +119,15 @@ def test_a_folder_without_git_is_named(
 def test_a_date_of_the_environment_is_used(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
     assert source_labels(checkout)["CREATED"] == "1970-01-01T00:00:00Z"
-    monkeypatch.setenv("SOURCE_DATE_EPOCH", "yesterday")
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "253402300799")
+    assert source_labels(checkout)["CREATED"] == "9999-12-31T23:59:59Z"
+
+
+@pytest.mark.parametrize("text", ["yesterday", "-1", "1.5", "999999999999", "9" * 5000, "\u0661"])
+def test_a_date_of_the_environment_that_is_none_is_refused(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", text)
     with pytest.raises(SystemExit, match="needed seconds since 1970"):
         source_labels(checkout)
 

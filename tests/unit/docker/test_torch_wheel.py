@@ -128,6 +128,51 @@ def test_another_index_is_asked_alone(checkout: Path, pypi: tuple[str, Path]) ->
     assert fetched(checkout) == [CPU]
 
 
+@pytest.mark.parametrize("how", ["variable", "file"])
+@pytest.mark.parametrize("option", ["find-links", "extra-index-url"])
+def test_what_pip_is_configured_with_is_not_asked_beside_torch_index(
+    checkout: Path, pypi: tuple[str, Path], tmp_path: Path, how: str, option: str
+) -> None:
+    index, folder = pypi
+    write_wheel(folder.parent / "cpu/torch" / CPU)
+    place = {"find-links": str(tmp_path / "known"), "extra-index-url": f"{index}/cpu"}[option]
+    (tmp_path / "pip.conf").write_text(f"[global]\n{option} = {place}\n")
+    variable = {f"PIP_{option.replace('-', '_').upper()}": place}
+    env = variable if how == "variable" else {"PIP_CONFIG_FILE": str(tmp_path / "pip.conf")}
+    done = fetch(checkout, TORCH_INDEX=index, **env)
+    assert (done.returncode, fetched(checkout)) == (1, [])
+    assert fetch(checkout, TORCH_INDEX=str(tmp_path / "known"), **env).returncode == 0
+
+
+def test_torch_index_is_asked_where_pip_is_configured_to_ask_none(
+    checkout: Path, pypi: tuple[str, Path]
+) -> None:
+    index, folder = pypi
+    write_recipe(checkout, "http://127.0.0.1:9/simple", write_wheel(folder / CPU))
+    assert fetch(checkout, TORCH_INDEX=index, PIP_NO_INDEX="1").returncode == 0
+
+
+def test_the_password_of_an_index_is_not_printed(checkout: Path, pypi: tuple[str, Path]) -> None:
+    asked = pypi[0].replace("//", "//reader:s3cret@")
+    done = fetch(checkout, TORCH_INDEX=asked)
+    assert done.returncode == 1
+    assert "s3cret" not in done.stdout + done.stderr
+    assert pypi[0].replace("//", "//****@") in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["a folder", "a dangling link"])
+def test_what_is_no_file_is_fetched_again(checkout: Path, tmp_path: Path, kind: str) -> None:
+    path = checkout / "build/torch-wheel/2.13.0" / CPU
+    path.parent.mkdir(parents=True)
+    if kind == "a folder":
+        path.mkdir()
+    else:
+        path.symlink_to(tmp_path / "nowhere")
+    done = fetch(checkout, TORCH_INDEX=str(tmp_path / "known"))
+    assert done.returncode == 0, done.stderr
+    assert path.is_file()
+
+
 def test_a_file_with_another_hash_is_refused_and_removed(checkout: Path, tmp_path: Path) -> None:
     sha256 = write_wheel(tmp_path / "other" / CPU, note="other bytes")
     done = fetch(checkout, TORCH_INDEX=str(tmp_path / "other"))

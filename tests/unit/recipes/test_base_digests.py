@@ -6,6 +6,7 @@ Where that is not installed (apt-get install docker-registry) the tests against 
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import json
 import shutil
@@ -277,7 +278,9 @@ class WrongAnswer(BaseHTTPRequestHandler):
 @pytest.mark.parametrize(
     ("body", "headers", "why"),
     [
-        pytest.param(b"<html>", {"Content-Type": "text/html"}, "found no JSON", id="a portal"),
+        pytest.param(
+            b"<html>", {"Content-Type": "text/html"}, "it is text/html, not an image", id="a portal"
+        ),
         pytest.param(b"{}", {"Content-Type": "text/json"}, "not an image", id="another kind"),
         pytest.param(
             b"{}",
@@ -292,6 +295,147 @@ def test_what_is_no_registry_is_refused(body: bytes, headers: dict[str, str], wh
         with pytest.raises(AttnimgError) as caught:
             resolve_tag(f"{host}/python:3.11")
         assert why in caught.value.why
+
+
+INDEX = {"Content-Type": f"{OCI}.index.v1+json"}
+MANIFEST = {"Content-Type": f"{OCI}.manifest.v1+json"}
+AMD64 = {"os": "linux", "architecture": "amd64"}
+
+
+def index_of(**entry: Any) -> bytes:
+    return json.dumps({"manifests": [{"digest": "sha256:" + "a" * 64, **entry}]}).encode()
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "why"),
+    [
+        pytest.param(b"[]", INDEX, "no JSON object", id="a list"),
+        pytest.param(b"[" * 200_000, INDEX, "no JSON object", id="lists in lists"),
+        pytest.param(b"\xff{}", INDEX, "no JSON object", id="no UTF-8"),
+        pytest.param(b'{"manifests": null}', INDEX, "manifests", id="no list of manifests"),
+        pytest.param(b'{"manifests": {"a": 1}}', INDEX, "manifests", id="a table of manifests"),
+        pytest.param(b'{"manifests": [1]}', INDEX, "manifests.0", id="a number for a manifest"),
+        pytest.param(index_of(digest=None, platform=AMD64), INDEX, "digest", id="no digest"),
+        pytest.param(
+            index_of(digest='evil/../x"\n[y]', platform=AMD64), INDEX, "digest", id="a path"
+        ),
+        pytest.param(
+            index_of(digest="sha256:" + "a" * 64 + "\n", platform=AMD64),
+            INDEX, "digest", id="a line after the digest",
+        ),
+        pytest.param(
+            index_of(platform={**AMD64, "architecture": 'amd64"\n[y]'}),
+            INDEX, "architecture", id="a table in the platform",
+        ),
+        pytest.param(index_of(platform={"os": "linux"}), INDEX, "architecture", id="half"),
+        pytest.param(index_of(platform=[]), INDEX, "platform", id="a list for the platform"),
+        pytest.param(index_of(platform=None), INDEX, "no image for any platform", id="none"),
+        pytest.param(b'{"layers": []}', MANIFEST, "config", id="a manifest without a config"),
+        pytest.param(b'{"config": {"digest": "../../x"}}', MANIFEST, "digest", id="a config path"),
+        pytest.param(
+            json.dumps({"config": {"digest": "sha256:" + "b" * 64}}).encode(),
+            MANIFEST, "its config has sha256:", id="another config",
+        ),
+        pytest.param(b"none", {**INDEX, "Content-Encoding": "gzip"}, "can't be read", id="no gzip"),
+        pytest.param(b" " * 5_000_000, INDEX, "more than 4194304 bytes", id="a large answer"),
+        pytest.param(
+            gzip.compress(b" " * 100_000_000, 9),
+            {**INDEX, "Content-Encoding": "gzip"}, "more than 4194304 bytes", id="a gzip bomb",
+        ),
+    ],
+)  # fmt: skip
+def test_a_damaged_answer_is_refused(body: bytes, headers: dict[str, str], why: str) -> None:
+    for host in serve(type("Handler", (WrongAnswer,), {"body": body, "headers_sent": headers})):
+        with pytest.raises(AttnimgError) as caught:
+            resolve_tag(f"{host}/team/python:3.11")
+        assert why in caught.value.why
+
+
+def test_of_two_images_for_a_platform_the_first_counts() -> None:
+    entries = [{"digest": f"sha256:{sign * 64}", "platform": AMD64} for sign in "ab"]
+    body = json.dumps({"manifests": entries}).encode()
+    for host in serve(type("Handler", (WrongAnswer,), {"body": body, "headers_sent": INDEX})):
+        found = resolve_tag(f"{host}/team/python:3.11")
+        assert dict(found.platforms) == {"linux/amd64": "sha256:" + "a" * 64}
+
+
+class OtherTokens(TokenHandler):
+    """A registry that asks for a token at `realm`, and gives `given` there."""
+
+    realm = "http://{host}/token"
+    given: ClassVar[dict[str, Any]] = {}
+    sent: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        if self.path.startswith("/token"):
+            self.answer(200, json.dumps(self.given).encode(), {})
+        elif "Authorization" in self.headers:
+            self.sent.append(self.headers["Authorization"])
+            self.answer(404, b"{}", {})
+        else:
+            realm = self.realm.format(host=self.headers["Host"])
+            self.answer(401, b"{}", {"WWW-Authenticate": f'Bearer realm="{realm}",service="s"'})
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"token": None}, {"token": ""}, {"token": {"a": 1}}, {"token": "\u2603"},
+     {"token": "a\r\nX: y"}, {"access_token": 1}],
+)  # fmt: skip
+def test_what_is_no_token_is_not_sent(given: dict[str, Any]) -> None:
+    handler = type("Handler", (OtherTokens,), {"given": given, "sent": []})
+    for host in serve(handler):
+        with pytest.raises(AttnimgError, match="has no digest") as caught:
+            resolve_tag(f"{host}/team/python:3.11")
+        assert "token" in caught.value.why
+    assert handler.sent == []
+
+
+@pytest.mark.parametrize(
+    "realm",
+    ["", "/token", "http://[::1", "file:///etc/passwd", "http://127.0.0.1:99999/",
+     "http://" + "a" * 70 + ".x/"],
+)  # fmt: skip
+def test_a_wrong_address_of_tokens_is_refused(realm: str) -> None:
+    for host in serve(type("Handler", (OtherTokens,), {"realm": realm})):
+        with pytest.raises(AttnimgError) as caught:
+            resolve_tag(f"{host}/team/python:3.11")
+        assert f"it names the address {realm!r}" in caught.value.why
+
+
+class Redirecting(TokenHandler):
+    """A registry behind so many redirects."""
+
+    times = 0
+
+    def do_GET(self) -> None:
+        count = int(httpx.URL(self.path).params.get("n", "0"))
+        if count < self.times:
+            self.answer(307, b"", {"Location": f"{self.path.partition('?')[0]}?n={count + 1}"})
+        else:
+            self.answer(200, index_of(platform=AMD64), INDEX)
+
+
+@pytest.mark.parametrize(("times", "passes"), [(1, True), (5, True), (6, False)])
+def test_redirects_are_followed_five_times(times: int, passes: bool) -> None:
+    for host in serve(type("Handler", (Redirecting,), {"times": times})):
+        if passes:
+            assert dict(resolve_tag(f"{host}/python:3.11").platforms) == {
+                "linux/amd64": "sha256:" + "a" * 64
+            }
+        else:
+            with pytest.raises(AttnimgError, match="has no digest") as caught:
+                resolve_tag(f"{host}/python:3.11")
+            assert caught.value.why == "it redirects more than 5 times"
+
+
+@pytest.mark.parametrize(
+    "name", ["lib/x", "lib/x:\u00e9", "lib/x:1@sha256:" + "0" * 64, "../x:1", "lib//x:1", "x:1?a"]
+)
+def test_a_reference_of_another_form_is_refused_before_anything_is_asked(name: str) -> None:
+    with pytest.raises(AttnimgError) as caught:
+        resolve_tag(f"127.0.0.1:{free_port()}/{name}")
+    assert "needed registry/name:tag" in caught.value.why
 
 
 def test_a_registry_that_is_not_there_is_unreachable() -> None:

@@ -13,7 +13,7 @@ import pytest
 from loopback import serve_json
 
 from attnimg.errors import AttnimgError
-from recipes.bump import Bump, commit_bumps, find_bumps
+from recipes.bump import Bump, apply_bump, commit_bumps, find_bumps
 from recipes.files import write_all
 from recipes.package_index import PackageIndex
 from recipes.read import read_recipes
@@ -217,3 +217,36 @@ def test_a_checkout_with_changes_is_refused_and_keeps_them(checkout: Path) -> No
     assert "mine.txt" in refused.value.why
     assert (checkout / "mine.txt").read_text() == "mine"
     assert git(checkout, "log", "--format=%s") == "One"
+
+
+@pytest.mark.parametrize(
+    ("text", "changed"),
+    [
+        pytest.param('"foo==1.2"', True, id="the pin"),
+        pytest.param("# foo==1.2.", True, id="the end of a sentence"),
+        pytest.param('"foo==1.2; python_version > 3"', True, id="a marker"),
+        pytest.param('"foo==1.20.0"', False, id="a longer number"),
+        pytest.param('"foo==1.2.1"', False, id="a later release"),
+        pytest.param('"foo==1.2+cu130"', False, id="another build"),
+        pytest.param('"foo==1.2rc1"', False, id="a candidate"),
+        pytest.param('"foo==1.2.*"', False, id="any release of it"),
+        pytest.param('"foo==1x2"', False, id="a dot stands for itself"),
+        pytest.param('"my-foo==1.2"', False, id="the end of another name"),
+        pytest.param('"my.foo==1.2"', False, id="the end of another name after a dot"),
+    ],
+)
+def test_only_the_pin_is_changed(tmp_path: Path, text: str, changed: bool) -> None:
+    (tmp_path / "pyproject.toml").write_text(f"{text}\nfoo==1.2\n")
+    apply_bump(Bump("foo", "1.2", "3.0", "pyproject.toml"), tmp_path, today=TODAY)
+    expected = text.replace("foo==1.2", "foo==3.0") if changed else text
+    assert (tmp_path / "pyproject.toml").read_text() == f"{expected}\nfoo==3.0\n"
+
+
+@pytest.mark.parametrize("digest", [r"\g<0>", '1"\nform = "git', "A" * 64, "a" * 63])
+def test_a_hash_that_is_none_is_not_written(tmp_path: Path, digest: str) -> None:
+    (tmp_path / "a.toml").write_text('source = "foo==1.2"\nversion = "1.2"\nsha256 = "0"\n')
+    before = (tmp_path / "a.toml").read_text()
+    with pytest.raises(AttnimgError, match="foo can't be bumped") as refused:
+        apply_bump(Bump("foo", "1.2", "3.0", "a.toml", digest), tmp_path, today=TODAY)
+    assert "needed 64 hexadecimal digits" in refused.value.why
+    assert (tmp_path / "a.toml").read_text() == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from datetime import date, timedelta
 from pathlib import Path
@@ -17,7 +18,7 @@ from recipes.cves import (
     refuse_wrong_cves,
 )
 from recipes.facts import Cve
-from recipes.read import read_recipes
+from recipes.read import _read_bases, read_recipes
 from recipes.solve.lock import pinned_versions, read_locks
 from recipes.solve.plan import solve_all
 
@@ -106,8 +107,22 @@ def test_an_expired_or_endless_answer_is_refused(days: int, why: str) -> None:
         'reason = "r"\nexpires = "soon"\n',
         '[[cve]]\nid = "CVE-2026-1234"\npackage = "a"\nversion = "1"\nstatus = "fixed"\n'
         'reason = "r"\nexpires = 2027-01-01\nexpire = 1\n',
+        *(
+            '[[cve]]\nid = "CVE-2026-1234"\npackage = "a"\nversion = "1"\nstatus = "fixed"\n'
+            f'reason = "r"\nexpires = {day}\n'
+            for day in ("1798761600", '"2027-01-01"', "2027-01-01T00:00:00Z", "1798761600.0")
+        ),
     ],
-    ids=["missing keys", "a status that OpenVEX does not have", "no date", "an unknown key"],
+    ids=[
+        "missing keys",
+        "a status that OpenVEX does not have",
+        "no date",
+        "an unknown key",
+        "seconds for a date",
+        "a text for a date",
+        "a time for a date",
+        "a fraction for a date",
+    ],
 )
 def test_a_cves_toml_with_another_form_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "recipes").symlink_to(tmp_path / "copy")
@@ -120,6 +135,19 @@ def test_a_cves_toml_with_another_form_is_refused(tmp_path: Path, text: str) -> 
     (tmp_path / "copy/cves.toml").write_text(text)
     with pytest.raises(AttnimgError, match=r"recipes/cves\.toml"):
         read_recipes(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["python_fixes_until", "debian_fixes_until"])
+@pytest.mark.parametrize("day", ["1798761600", '"2027-01-01"'])
+def test_a_base_whose_date_is_none_is_refused(tmp_path: Path, key: str, day: str) -> None:
+    text = (ROOT / "recipes/bases.toml").read_text()
+    path = tmp_path / "bases.toml"
+    path.write_text(text)
+    assert _read_bases(path)
+    path.write_text(re.sub(rf"^{key} = .*$", f"{key} = {day}", text, flags=re.MULTILINE))
+    with pytest.raises(AttnimgError) as refused:
+        _read_bases(path)
+    assert key in refused.value.why
 
 
 def test_an_answer_is_found_by_any_of_the_names() -> None:

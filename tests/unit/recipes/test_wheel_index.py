@@ -169,13 +169,41 @@ def damage_name(wheels: Path) -> None:
 
 
 def damage_trim(wheels: Path) -> None:
-    next(wheels.glob("other-*.whl")).rename(wheels / "other-0.1+trim-py3-none-any.whl")
+    next(wheels.glob("other-*.whl")).unlink()
+    build_wheel(wheels, "other", "0.1+trim")
+    write_sums(wheels)
+
+
+def damage_version(wheels: Path) -> None:
+    next(wheels.glob("other-*.whl")).rename(wheels / "other-0.2-py3-none-any.whl")
+    write_sums(wheels)
+
+
+def damage_folder(wheels: Path) -> None:
+    (wheels / "more-1.0-py3-none-any.whl").mkdir()
+
+
+def damage_line(wheels: Path) -> None:
+    with (wheels / "SHA256SUMS").open("a") as file:
+        file.write("<html>\n")
+
+
+def damage_two_versions(wheels: Path) -> None:
+    build_wheel(wheels, "other", "0.2")
     write_sums(wheels)
 
 
 @pytest.mark.parametrize(
     ("damage", "why"),
     [
+        pytest.param(damage_version, "its METADATA is for version 0.1+abi", id="another version"),
+        pytest.param(damage_folder, "more-1.0-py3-none-any.whl is no file", id="a folder"),
+        pytest.param(damage_line, "SHA256SUMS has '<html>'", id="a line that is no hash"),
+        pytest.param(
+            damage_two_versions,
+            "found other 0.1+abi and 0.2, needed one version",
+            id="two versions of a package",
+        ),
         pytest.param(damage_sums, "is not in SHA256SUMS", id="a wheel without a hash"),
         pytest.param(damage_missing, "is missing", id="a hash without its wheel"),
         pytest.param(damage_content, "is not a wheel", id="no zip file"),
@@ -194,3 +222,45 @@ def test_a_wrong_wheelhouse_is_refused(wheels: Path, tmp_path: Path, damage, why
 def test_a_folder_without_wheels_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AttnimgError, match="no wheels of cpu"):
         write_index("cpu", tmp_path, tmp_path / "index")
+
+
+def test_hashes_with_a_star_before_the_name_are_read(wheels: Path, tmp_path: Path) -> None:
+    sums = wheels / "SHA256SUMS"
+    sums.write_text(sums.read_text().replace("  ", " *"))
+    assert len(write_index("hopper", wheels, tmp_path / "index")) == 2
+
+
+def test_two_wheels_of_one_version_are_one_requirement(wheels: Path, tmp_path: Path) -> None:
+    wheel = next(wheels.glob("other-*.whl"))
+    (wheels / wheel.name.replace("-py3-", "-cp39-")).write_bytes(wheel.read_bytes() + b"\0")
+    write_sums(wheels)
+    write_index("hopper", wheels, tmp_path / "index")
+    lines = (tmp_path / "index/requirements.txt").read_text().splitlines()
+    assert [line.count("--hash=sha256:") for line in lines] == [2, 1]
+    with serve_files(tmp_path / "index") as (url, _):
+        done = install("pip", url, tmp_path / "index/requirements.txt", tmp_path / "to")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("kind", ["a folder with other files", "a link", "a file"])
+def test_other_files_are_not_removed(wheels: Path, tmp_path: Path, kind: str) -> None:
+    out, kept = tmp_path / "out", tmp_path / "mine"
+    if kind == "a file":
+        out.write_text("mine")
+        kept = out
+    else:
+        kept.mkdir()
+        (kept / "thesis.txt").write_text("mine")
+        if kind == "a link":
+            out.symlink_to(kept)
+        else:
+            kept.rename(out)
+            kept = out
+    with pytest.raises(AttnimgError, match="the index can't be written into"):
+        write_index("hopper", wheels, out)
+    assert (kept if kind == "a file" else kept / "thesis.txt").read_text() == "mine"
+
+
+def test_an_empty_folder_becomes_an_index(wheels: Path, tmp_path: Path) -> None:
+    (tmp_path / "index").mkdir()
+    assert write_index("hopper", wheels, tmp_path / "index")
