@@ -33,9 +33,9 @@ from pathlib import Path
 
 from attnimg.cgroup import cpu_quota
 
-# With two busy neighbours on two CPUs, a proof takes a quarter of the time that it takes with the
-# default of 300,000 spins; 10,000 are too many. On an idle machine, a run would be an eighth slower
-# with these, and a quarter slower with none (docs/cpu-limits.md, 2026-11-27).
+# With two busy neighbours on two CPUs, a proof took 10 s instead of 85 with the default of 300,000
+# spins (docs/cpu-limits.md). Threads that sleep sooner slow a run on an idle machine; by how much
+# was not measured on one, so that this is no default.
 SPINS = 3000
 
 # CPUs that others may use before the machine counts as busy: what a system does all the time.
