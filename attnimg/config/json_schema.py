@@ -21,6 +21,7 @@ from attnimg.config.keys import (
     COMPUTED,
     IN_SCHEMA,
     KeyAnswer,
+    allowed_options,
     allowed_values,
     dataset_key_answers,
     key_answers,
@@ -205,6 +206,9 @@ def _other_keys(known: Mapping[str, Schema]) -> dict[str, Schema]:
             found[key] = _answer(answer)
             if allowed := allowed_values(key):
                 found[key] |= {"type": ["string", "null"], "pattern": _in_any_case(allowed)}
+            if options := allowed_options(key):
+                mapping = {"type": "object", "propertyNames": {"enum": list(options)}}
+                found[key]["anyOf"] = [mapping, {"enum": [None, False, 0, "", []]}]
             if is_secret(key, "x"):
                 found[key]["not"] = {"type": "string", "minLength": 1}
     plugins = {name for name, one in plugin_answers().items() if one.answer != "refused"}
