@@ -242,7 +242,7 @@ def _verify_once(job: Release) -> Record:
 
 
 def promote(job: Release) -> Record:
-    """Give the verified image its tags: the immutable one first, then those that move.
+    """Tag the verified image: the immutable one first, then those that move.
 
     Raises:
         AttnimgError: the immutable tag names another image (code "tag-taken"), or not all tests

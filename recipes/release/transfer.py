@@ -152,7 +152,7 @@ def _digest_of(reference: str, place: Place) -> str | None:
 
 
 def tag(digest: str, name: str, place: Place) -> None:
-    """Give an image of the registry a tag; its manifest is kept byte for byte.
+    """Add a tag to an image of the registry; its manifest stays byte for byte the same.
 
     Raises:
         AttnimgError: the registry does not take it (code "registry").

@@ -54,14 +54,11 @@ def changed(image: dict[str, Any]) -> dict[str, str]:
     }
 
 
+# Other packages may differ in a child image: `attnimg doctor` names them. The gate `pins` checks
+# them in the image itself.
 def test_torch_and_the_kernels_are_the_manifest_s(image: dict[str, Any]) -> None:
     differ = changed(image)
     assert not [text for name, text in differ.items() if name in image["fixed"]]
-
-
-def test_the_other_versions_are_the_manifest_s(image: dict[str, Any]) -> None:
-    if differ := changed(image):
-        pytest.skip(f"they may differ in a child image: {', '.join(differ.values())}")
 
 
 def test_every_kernel_of_the_recipe_is_installed(image: dict[str, Any]) -> None:
