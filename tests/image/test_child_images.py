@@ -59,7 +59,7 @@ def test_the_tests_of_the_image_pass_in_a_child(child: str) -> None:
     command = ["docker", "run", "--rm", "--network=none", child, "selftest", "--only", "packages"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stdout
-    assert "packaging 26.3 -> 26.0" in done.stdout
+    assert " passed" in done.stdout
 
 
 @pytest.mark.parametrize(
