@@ -348,7 +348,7 @@ attest/%: .venv/ready ## Sign the tested attnimg:%; attach SBOMs, provenance, ma
 	@$(BIN)/python -m recipes release $* --step attest
 
 verify/%: .venv/ready ## Verify the attested attnimg:%, or DIGEST=sha256:... or TAG=% of REGISTRY, in a second, empty Docker engine
-	@$(BIN)/python -m recipes $(if $(or $(DIGEST),$(TAG)),verify $* "$${DIGEST:-$$TAG}",release $* --step verify)
+	@$(BIN)/python -m recipes $(if $(or $(DIGEST),$(TAG)),verify $* $(if $(DIGEST),--digest "$$DIGEST",--tag "$$TAG"),release $* --step verify)
 
 promote/%: .venv/ready ## Give the verified attnimg:% its tags
 	@$(BIN)/python -m recipes release $* --step promote

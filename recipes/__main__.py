@@ -237,9 +237,12 @@ def verify(arguments: Namespace) -> None:
     """Verify an image of the registry, by its digest or tag, with no record of its release."""
     from recipes.release import command
 
-    name, root = arguments.name, arguments.root
+    name, root, env = arguments.name, arguments.root, os.environ
     _plan(name, root)
-    _print(command.verify(name, arguments.image, root=root, env=os.environ))
+    digest = arguments.digest
+    if digest is None:
+        digest = command.find_digest(arguments.tag, root=root, env=env)
+    _print(command.verify(name, digest, root=root, env=env))
 
 
 def pull(arguments: Namespace) -> None:
@@ -357,7 +360,9 @@ def _parser() -> ArgumentParser:
         "--step", choices=("push", "test", "attest", "verify", "promote"), help="this one only"
     )
     command = add("verify", verify, image=True)
-    command.add_argument("image", metavar="DIGEST|TAG", help="sha256:..., or a tag")
+    which = command.add_mutually_exclusive_group(required=True)
+    which.add_argument("--digest", help="sha256:...")
+    which.add_argument("--tag", help="of the registry")
     command = add("pull", pull, image=True)
     command.add_argument("digest", metavar="DIGEST", help="sha256:...")
     add("registry", registry)

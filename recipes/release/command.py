@@ -80,45 +80,65 @@ def _is_rehearsal(env: Mapping[str, str]) -> bool:
     return True
 
 
-def verify(name: str, image: str, *, root: Path, env: Mapping[str, str]) -> str:
-    """Verify an image of the registry without a record; return what was verified.
+def find_digest(tag: str, *, root: Path, env: Mapping[str, str]) -> str:
+    """Return the digest of the image that has a tag in the registry.
 
     Args:
-        name: of the image.
-        image: its digest, or a tag.
+        tag: of the image.
         root: the checkout.
-        env: REGISTRY, COSIGN_PUBLIC_KEY.
+        env: REGISTRY.
 
     Raises:
-        AttnimgError: as check_released.
+        AttnimgError: it is not a tag (code "bad-reference"), or no image has it (code "no-image").
     """
     place = find_place(root, env)
-    if ":" in image or not TAG.fullmatch(image):
-        refuse_no_digest(image)
-    digest = image if ":" in image else transfer.find_tag(image, place)
+    if not TAG.fullmatch(tag):
+        raise AttnimgError(
+            "the tag can't be read",
+            why=f"found {tag!r}, needed at most 128 letters, digits, dots, dashes and _",
+            do="correct TAG, or set DIGEST=sha256:... instead",
+            code="bad-reference",
+        )
+    digest = transfer.find_tag(tag, place)
     if digest is None:
         raise AttnimgError(
-            f"there is no image {place.repository}:{image}",
+            f"there is no image {place.repository}:{tag}",
             why=f"the registry {place.host} has no such tag",
             do="name a tag that is published, or a digest",
             code="no-image",
         )
+    return digest
+
+
+def verify(name: str, digest: str, *, root: Path, env: Mapping[str, str]) -> str:
+    """Verify an image of the registry without a record; return what was verified.
+
+    Args:
+        name: of the image.
+        digest: of the image.
+        root: the checkout.
+        env: REGISTRY, COSIGN_PUBLIC_KEY.
+
+    Raises:
+        AttnimgError: it is not a digest (code "bad-reference"), or as check_released.
+    """
+    refuse_no_digest(digest)
+    place = find_place(root, env)
     signer = choose_signing(read_registry(root), place, env=env, folder=root / FOLDER, sign=False)
     where = check_released(digest, place, signer, name=name, folder=root / FOLDER)
     return f"verify: {place.at(digest)} is signed ({signer.text}); pulled into {where}"
 
 
 def refuse_no_digest(image: str) -> None:
-    """Check that the name of an image is a digest.
+    """Check that a text is the digest of an image.
 
     Raises:
         AttnimgError: it is something else (code "bad-reference").
     """
     if not transfer.DIGEST.fullmatch(image):
         raise AttnimgError(
-            "the image of the registry can't be named so",
-            why=f"found {image!r}, needed sha256: and 64 digits 0-9a-f, or where TAG is allowed "
-            "at most 128 letters, digits, dots, dashes and _",
+            "the digest can't be read",
+            why=f"found {image!r}, needed sha256: and 64 digits 0-9a-f",
             do="set DIGEST=sha256:..., from build/release/NAME.json or the page of releases",
             code="bad-reference",
         )

@@ -245,10 +245,11 @@ def promote(job: Release) -> Record:
     """Tag the verified image: the immutable one first, then those that move.
 
     Raises:
-        AttnimgError: the immutable tag names another image (code "tag-taken"), or not all tests
-            ran (code "fewer-tests").
+        AttnimgError: the immutable tag names another image (code "tag-taken"), not all tests ran
+            (code "fewer-tests"), or an answer to a vulnerability has expired (code "no-vex").
     """
     record = needed_record(job.name, job.place, job.root, after="verify")
+    refuse_expired(job.recipes.cves, today=datetime.now(UTC).date())
     publishable.refuse_fewer_tests(record.tests, rehearsal=job.rehearsal)
     start = time.monotonic()
     fixed = tags.immutable_tag(job.plan, version=record.version, revision=record.revision)
@@ -276,7 +277,11 @@ def promote(job: Release) -> Record:
 
 
 def head_commit(root: Path) -> str:
-    """Return the commit of the checkout, with "-dirty" if a tracked file was changed."""
+    """Return the commit of the checkout, with "-dirty" if a tracked file was changed.
+
+    It is 40 zeros if the folder is not the top of a repository; that of a repository around it is
+    about other files.
+    """
 
     def git(*arguments: str) -> str:
         done = subprocess.run(
@@ -284,6 +289,9 @@ def head_commit(root: Path) -> str:
         )
         return done.stdout.strip() if done.returncode == 0 else ""
 
+    top = git("rev-parse", "--show-toplevel")
+    if not top or not Path(top).samefile(root):
+        return "0" * 40
     commit = git("rev-parse", "HEAD") or "0" * 40
     return f"{commit}-dirty" if git("status", "--porcelain", "--untracked-files=no") else commit
 

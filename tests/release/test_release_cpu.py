@@ -142,11 +142,14 @@ def test_anybody_verifies_it_by_its_tag_or_digest(
     found = record()
     public = tmp_path / "cosign.pub"
     shutil.copy(ROOT / "build/release/rehearsal.pub", public)
-    done = make(
-        "verify/cpu", TAG="cpu", REGISTRY=registry.place.registry, COSIGN_PUBLIC_KEY=str(public)
-    )
-    assert done.returncode == 0, done.stderr
-    assert f"verify: {found['reference']} is signed (key cosign.pub)" in done.stdout
+    where = {"REGISTRY": registry.place.registry, "COSIGN_PUBLIC_KEY": str(public)}
+    for which in ({"TAG": "cpu"}, {"DIGEST": found["digest"]}):
+        done = make("verify/cpu", **which, **where)
+        assert done.returncode == 0, done.stderr
+        assert f"verify: {found['reference']} is signed (key cosign.pub)" in done.stdout
+    # A tag of the registry, but not a digest.
+    done = make("verify/cpu", DIGEST="cpu", **where)
+    assert "found 'cpu', needed sha256: and 64 digits 0-9a-f" in done.stderr
 
 
 def test_the_commands_of_the_docs_verify_it(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import date
@@ -14,7 +15,7 @@ from test_release import DIGEST, FINDING, LABELS, LOCAL, PASSED, PLAN, RECIPES, 
 
 from attnimg.errors import AttnimgError
 from recipes.files import write_all
-from recipes.release import steps
+from recipes.release import command, steps
 from recipes.release.attesting import refuse_expired
 from recipes.release.judged import judged_path, read_judged
 from recipes.release.place import Place, read_registry
@@ -247,3 +248,54 @@ def test_an_answer_that_has_expired_when_it_is_signed_is_refused() -> None:
         refuse_expired(RECIPES.cves, today=date(first.expires.year + 2, 1, 1))
     assert caught.value.code == "no-vex"
     assert f"{first.id}: its answer expired on {first.expires}" in caught.value.why
+
+
+def test_an_answer_that_expires_before_the_tags_are_set_is_refused(tmp_path: Path) -> None:
+    write_record(replace(done(RECORD, "push", "test", "attest", "verify"), tests="x"), tmp_path)
+    expired = [replace(cve, expires=date(2020, 1, 1)) for cve in RECIPES.cves]
+    job = replace(make_job(tmp_path, place=LOCAL), recipes=replace(RECIPES, cves=expired))
+    with pytest.raises(AttnimgError, match="vulnerabilities without an answer") as caught:
+        steps.promote(job)
+    assert caught.value.code == "no-vex"
+    assert "its answer expired on 2020-01-01" in caught.value.why
+
+
+def test_the_commit_is_that_of_the_checkout_and_not_of_a_repository_around_it(
+    tmp_path: Path,
+) -> None:
+    def git(*arguments: str) -> str:
+        who = ("-c", "user.name=a", "-c", "user.email=a@example.com")
+        command = ["git", *who, *arguments]
+        return subprocess.run(
+            command, cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout
+
+    inside = tmp_path / "unpacked"
+    inside.mkdir()
+    (inside / "file").write_text("1")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "first")
+    commit = git("rev-parse", "HEAD").strip()
+    assert steps.head_commit(tmp_path) == commit
+    assert steps.head_commit(inside) == "0" * 40
+    (inside / "file").write_text("2")
+    assert steps.head_commit(tmp_path) == f"{commit}-dirty"
+
+
+# ---- the digest and the tag that a person writes ------------------------------------------------
+
+
+@pytest.mark.parametrize("digest", ["", "abc", "cpu", "sha256:abc", f"sha256:{'A' * 64}"])
+def test_a_wrong_digest_is_never_taken_for_a_tag(tmp_path: Path, digest: str) -> None:
+    with pytest.raises(AttnimgError, match="the digest can't be read") as caught:
+        command.verify("cpu", digest, root=tmp_path, env={})
+    assert caught.value.code == "bad-reference"
+    command.refuse_no_digest(DIGEST)
+
+
+@pytest.mark.parametrize("tag", ["", "-x", "a b", "a" * 129, DIGEST])
+def test_what_can_t_be_a_tag_is_refused(tag: str) -> None:
+    with pytest.raises(AttnimgError, match="the tag can't be read") as caught:
+        command.find_digest(tag, root=ROOT, env={"REGISTRY": LOCAL.registry})
+    assert caught.value.code == "bad-reference"
