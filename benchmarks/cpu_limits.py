@@ -1,10 +1,11 @@
 """Compare two images on fewer CPUs than the machine has: seconds of a proof, and tokens/s.
 
-    python benchmarks/cpu_limits.py OLD [ROUNDS]
+    python benchmarks/cpu_limits.py OLD [ROUNDS [CASE]]
 
 OLD is an image of an earlier commit, such as attnimg-old:cpu; it is compared with attnimg:cpu. They
 train the demo in turn, so that other load on the machine affects both, and with a new cache, so
-that each proves its kernel. The medians go to docs/measured/cpu-limits.json.
+that each proves its kernel. The medians go to docs/measured/cpu-limits.json; with a CASE, such as
+"two busy neighbours", the record keeps those of the other cases.
 
 CGROUP_PARENT=/NAME runs all containers in that cgroup, which can have a larger weight than the rest
 of a shared machine. `load` is the number of CPUs that other processes used before each run.
@@ -57,8 +58,16 @@ def main() -> None:
     if len(sys.argv) < 2:
         sys.exit(f"cpu_limits: no image is given\n  why: found no OLD\n  do:  {sys.argv[0]} OLD")
     old, rounds = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else ROUNDS
+    only = sys.argv[3:]
+    if unknown := set(only) - CASES.keys():
+        sys.exit(
+            f"cpu_limits: there is no case {unknown.pop()!r}\n  why: found none of that name\n"
+            f"  do:  name one of: {', '.join(CASES)}"
+        )
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for case, (options, neighbours) in CASES.items():
+        if only and case not in only:
+            continue
         found[case] = {"old": [], "new": []}
         with busy(neighbours):
             for _ in range(rounds):
@@ -66,13 +75,16 @@ def main() -> None:
                     run = measure(image, options)
                     print(f"{case}, {side}: {run}", flush=True)
                     found[case][side].append(run)
+    kept = json.loads(RECORD.read_text(encoding="utf-8"))["cases"] if only else {}
     record = settings() | {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, shared",
         "rounds": rounds,
         "cases": {
-            case: {side: summary(runs) for side, runs in sides.items()}
-            for case, sides in found.items()
+            case: {side: summary(runs) for side, runs in found[case].items()}
+            if case in found
+            else kept[case]
+            for case in CASES
         },
     }
     RECORD.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
