@@ -22,7 +22,7 @@ from recipes.pages import built, gpu_runs
 from recipes.pages.model_pages import FAMILIES_RECORD, RELOAD_RECORD
 from recipes.read import read_recipes
 from recipes.release import page as release_page
-from recipes.release.place import find_place, read_registry
+from recipes.release.repository import find_repository, read_registry
 from recipes.render.transformers_models import model_lists
 from recipes.render_all import outdated_files, render_files
 from recipes.scan import refuse_findings, scan
@@ -255,7 +255,7 @@ def pull(arguments: Namespace) -> None:
 
 def registry(arguments: Namespace) -> None:
     """Print the registry and namespace that images are published to: REGISTRY, or the recipe's."""
-    _print(find_place(arguments.root, os.environ).registry)
+    _print(find_repository(arguments.root, os.environ).registry)
 
 
 def _render_all(root: Path) -> dict[str, str]:

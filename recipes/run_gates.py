@@ -27,7 +27,7 @@ from recipes.solve.lock import fixed_versions, pinned_versions, read_locks
 _SHOWN = 5
 _EVERY_IMAGE = "docker/install/every_image.txt"
 # The files that decide what the gates find in an image, besides the image itself.
-_JUDGED_BY = (
+_CHECKED_BY = (
     "recipes/*.toml", "recipes/images/*", "recipes/kernels/*", "recipes/run_gates.py",
     "recipes/gates/*.py", "recipes/artifact/*.py", "requirements/images/*.txt", _EVERY_IMAGE,
 )  # fmt: skip
@@ -71,7 +71,7 @@ def check_artifact(
         root: the checkout; dist/ there gets NAME-sbom.json, NAME-sbom.spdx.json,
             NAME-licences.txt and NAME-machine-code.json.
         layout: a folder that gets the image as it will be pushed, with NAME-gates.json in dist/,
-            which says what was judged; None writes neither.
+            which says what was checked; None writes neither.
         child: the image is made FROM this one, by somebody else; dist/ gets NAME-child-*.
 
     Raises:
@@ -107,14 +107,14 @@ def check_artifact(
     results = run_all(artifact, expected, all_gates(), recipes.allowed)
     if layout is not None and artifact.kind == "image":
         digest = write_layout(layout, artifact.layers, artifact.config)
-        judged = {
+        gates_result = {
             **json.loads(format_json(name, artifact, results)),
             "image_id": artifact.image_id,
             "digest": digest,
-            "judged_by": judged_by(root),
+            "checked_by": checked_by(root),
             "evidence": {kind: sha256_of(root / path) for kind, path in evidence(name).items()},
         }
-        write_all(root, {f"dist/{name}-gates.json": json.dumps(judged, indent=1) + "\n"})
+        write_all(root, {f"dist/{name}-gates.json": json.dumps(gates_result, indent=1) + "\n"})
     return artifact, results
 
 
@@ -127,10 +127,10 @@ def evidence(name: str) -> dict[str, str]:
     }
 
 
-def judged_by(root: Path) -> str:
+def checked_by(root: Path) -> str:
     """Return the hash of the recipes, lock files and gates of a checkout."""
     found = hashlib.sha256()
-    for path in sorted(path for pattern in _JUDGED_BY for path in root.glob(pattern)):
+    for path in sorted(path for pattern in _CHECKED_BY for path in root.glob(pattern)):
         found.update(f"{path.relative_to(root)} {sha256_of(path)}\n".encode())
     return found.hexdigest()
 

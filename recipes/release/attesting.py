@@ -10,10 +10,10 @@ from pathlib import Path
 from attnimg.errors import AttnimgError
 from recipes.facts import Cve, ImagePlan, Recipes
 from recipes.files import read_if_exists, write_all
-from recipes.release.place import Registry
 from recipes.release.provenance import find_builder, provenance
 from recipes.release.publishable import OCI
 from recipes.release.record import FOLDER, Record
+from recipes.release.repository import Registry
 from recipes.release.vex import vex
 from recipes.run_gates import evidence
 

@@ -15,9 +15,9 @@ from typing import Any
 from attnimg.errors import AttnimgError
 from recipes.release import transfer
 from recipes.release.clean_engine import clean_engine
-from recipes.release.place import Place
 from recipes.release.programs import report, run
 from recipes.release.publishable import OCI
+from recipes.release.repository import Repository
 from recipes.release.signing import KINDS, Signing, verify_signature, verify_statement
 
 # It prints the release of torch inside.
@@ -43,7 +43,7 @@ class Verified:
 
 def check_released(
     digest: str,
-    place: Place,
+    repository: Repository,
     signer: Signing,
     *,
     name: str,
@@ -54,7 +54,7 @@ def check_released(
 
     Args:
         digest: of the image.
-        place: where it is.
+        repository: where it is.
         signer: with whose key or identity.
         name: of the image.
         folder: for the clean engine, removed afterwards.
@@ -63,13 +63,13 @@ def check_released(
     Raises:
         AttnimgError: as verify_statements and run_clean.
     """
-    found = verify_statements(digest, place, signer, name=name, expected=expected)
-    return run_clean(found, place, folder=folder)
+    found = verify_statements(digest, repository, signer, name=name, expected=expected)
+    return run_clean(found, repository, folder=folder)
 
 
 def verify_statements(
     digest: str,
-    place: Place,
+    repository: Repository,
     signer: Signing,
     *,
     name: str,
@@ -79,7 +79,7 @@ def verify_statements(
 
     Args:
         digest: of the image.
-        place: where it is.
+        repository: where it is.
         signer: with whose key or identity.
         name: of the image.
         expected: as in check_released.
@@ -88,13 +88,13 @@ def verify_statements(
         AttnimgError: something is missing, from another signer, about another image, or does not
             agree (codes "not-verified", "tampered"); the registry does not answer ("registry").
     """
-    manifest = transfer.read_manifest(place.at(digest), place)[1]
+    manifest = transfer.read_manifest(repository.at(digest), repository)[1]
     image_id = manifest["config"]["digest"]
-    verify_signature(digest, place, signer)
+    verify_signature(digest, repository, signer)
     report("  signature: verified")
-    found = {kind: verify_statement(kind, digest, place, signer) for kind in KINDS}
+    found = {kind: verify_statement(kind, digest, repository, signer) for kind in KINDS}
     report(f"  statements: verified {', '.join(found)}")
-    config = transfer.read_config(place.at(digest), place, image_id)
+    config = transfer.read_config(repository.at(digest), repository, image_id)
     labels = config.get("config", {}).get("Labels") or {}
     faults = disagreements(found, name=name, image_id=image_id, digest=digest, labels=labels)
     for kind, path in (expected or {}).items():
@@ -102,7 +102,7 @@ def verify_statements(
             faults.append(f"{kind}: the registry's is not {path}")
     if faults:
         raise AttnimgError(
-            f"the statements about {place.at(digest)} do not agree with it",
+            f"the statements about {repository.at(digest)} do not agree with it",
             why="\n".join(faults),
             do=f"do not use it; if you made it, make release/{name} again",
             code="not-verified",
@@ -152,7 +152,7 @@ def disagreements(
     return faults
 
 
-def run_clean(image: Verified, place: Place, *, folder: Path) -> str:
+def run_clean(image: Verified, repository: Repository, *, folder: Path) -> str:
     """Pull an image into an engine that has none, and run it; return where that was.
 
     Where no second engine can be started, it is pulled into an empty folder, and not run.
@@ -161,10 +161,10 @@ def run_clean(image: Verified, place: Place, *, folder: Path) -> str:
         AttnimgError: it can't be pulled whole (codes "registry", "program"), or what arrives is
             another image (code "tampered").
     """
-    reference = place.at(image.digest)
+    reference = repository.at(image.digest)
     with clean_engine(folder / "engine", size=image.size) as engine:
         if not engine:
-            transfer.pull(image.digest, place, folder / "pulled")
+            transfer.pull(image.digest, repository, folder / "pulled")
             transfer.remove(folder / "pulled")
             text = "a clean folder, all digests compared; no second engine could be started"
             report(f"  pulled into {text}")
@@ -172,7 +172,7 @@ def run_clean(image: Verified, place: Place, *, folder: Path) -> str:
 
         def docker(*arguments: str) -> str:
             env = {"DOCKER_HOST": engine}
-            return run(["docker", *arguments], host=place.host, env=env).strip()
+            return run(["docker", *arguments], host=repository.host, env=env).strip()
 
         docker("pull", "-q", reference)
         pulled = docker("image", "inspect", "--format", "{{.Id}}", reference)

@@ -9,7 +9,6 @@ from attnimg.errors import AttnimgError
 from recipes.facts import ImagePlan, Recipes
 from recipes.release import steps, transfer
 from recipes.release.checking import check_released
-from recipes.release.place import Place, find_place, parse_place, read_registry
 from recipes.release.programs import report, run
 from recipes.release.publishable import (
     ALL_TESTS,
@@ -18,6 +17,7 @@ from recipes.release.publishable import (
     refuse_other_rehearsal,
 )
 from recipes.release.record import FOLDER, Record, record_path
+from recipes.release.repository import Repository, find_repository, parse_repository, read_registry
 from recipes.release.signing import choose_signing
 from recipes.release.steps import Release
 from recipes.release.tags import TAG
@@ -51,12 +51,12 @@ def release(
         plan=plan,
         recipes=recipes,
         registry=read_registry(root),
-        place=find_place(root, env),
+        repository=find_repository(root, env),
         root=root,
         rehearsal=_is_rehearsal(env),
         tests=env.get("TESTS") or ALL_TESTS,
     )
-    refuse_other_rehearsal(job.place, rehearsal=job.rehearsal)
+    refuse_other_rehearsal(job.repository, rehearsal=job.rehearsal)
     if step in (None, "push", "test"):
         # Before hours of building.
         if not job.rehearsal:
@@ -91,7 +91,7 @@ def find_digest(tag: str, *, root: Path, env: Mapping[str, str]) -> str:
     Raises:
         AttnimgError: it is not a tag (code "bad-reference"), or no image has it (code "no-image").
     """
-    place = find_place(root, env)
+    repository = find_repository(root, env)
     if not TAG.fullmatch(tag):
         raise AttnimgError(
             "the tag can't be read",
@@ -99,11 +99,11 @@ def find_digest(tag: str, *, root: Path, env: Mapping[str, str]) -> str:
             do="correct TAG, or set DIGEST=sha256:... instead",
             code="bad-reference",
         )
-    digest = transfer.find_tag(tag, place)
+    digest = transfer.find_tag(tag, repository)
     if digest is None:
         raise AttnimgError(
-            f"there is no image {place.repository}:{tag}",
-            why=f"the registry {place.host} has no such tag",
+            f"there is no image {repository.name}:{tag}",
+            why=f"the registry {repository.host} has no such tag",
             do="name a tag that is published, or a digest",
             code="no-image",
         )
@@ -123,10 +123,12 @@ def verify(name: str, digest: str, *, root: Path, env: Mapping[str, str]) -> str
         AttnimgError: it is not a digest (code "bad-reference"), or as check_released.
     """
     refuse_no_digest(digest)
-    place = find_place(root, env)
-    signer = choose_signing(read_registry(root), place, env=env, folder=root / FOLDER, sign=False)
-    where = check_released(digest, place, signer, name=name, folder=root / FOLDER)
-    return f"verify: {place.at(digest)} is signed ({signer.text}); pulled into {where}"
+    repository = find_repository(root, env)
+    signer = choose_signing(
+        read_registry(root), repository, env=env, folder=root / FOLDER, sign=False
+    )
+    where = check_released(digest, repository, signer, name=name, folder=root / FOLDER)
+    return f"verify: {repository.at(digest)} is signed ({signer.text}); pulled into {where}"
 
 
 def refuse_no_digest(image: str) -> None:
@@ -151,10 +153,10 @@ def pull(name: str, digest: str, *, root: Path, env: Mapping[str, str]) -> str:
         AttnimgError: the registry does not have it, or it is another image.
     """
     refuse_no_digest(digest)
-    place: Place = find_place(root, env)
-    reference = place.at(digest)
+    repository: Repository = find_repository(root, env)
+    reference = repository.at(digest)
     report(f"pull: {reference}")
-    run(["docker", "pull", "-q", reference], host=place.host)
+    run(["docker", "pull", "-q", reference], host=repository.host)
     label = f'{{{{index .Config.Labels "{OCI}.title"}}}}'
     title = run(["docker", "image", "inspect", "--format", label, reference], host="").strip()
     if title != f"attnimg:{name}":
@@ -169,7 +171,7 @@ def pull(name: str, digest: str, *, root: Path, env: Mapping[str, str]) -> str:
 
 def _summary(record: Record, step: str | None) -> str:
     kind = "rehearsal" if record.rehearsal else "release"
-    path = record_path(record.image, parse_place(record.registry))
+    path = record_path(record.image, parse_repository(record.registry))
     lines = [
         f"{step or 'release'}: {record.reference}",
         f"  {kind} of attnimg:{record.image} {record.version}, {record.bytes / 1e6:.1f} MB pushed, "

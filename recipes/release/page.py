@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from recipes.pages import markdown_table
-from recipes.release.place import Registry, parse_place
+from recipes.release.repository import Registry, parse_repository
 from recipes.release.signing import KINDS
 
 PAGE = "docs/releases.md"
@@ -12,7 +12,7 @@ PAGE = "docs/releases.md"
 def published_part(registry: Registry) -> str:
     """Return what is published, or that nothing is."""
     if not registry.published:
-        repository = parse_place(registry.registry).repository
+        repository = parse_repository(registry.registry).name
         return f"Nothing is published yet. Images will be in `{repository}`."
     rows = [
         (f"`{one.image}`", f"`{one.tag}`", f"`{one.digest}`", one.day.isoformat())
@@ -23,7 +23,7 @@ def published_part(registry: Registry) -> str:
 
 def verify_part(registry: Registry) -> str:
     """Return the commands with which a user verifies an image."""
-    repository = parse_place(registry.registry).repository
+    repository = parse_repository(registry.registry).name
     types = " ".join(name for name, _ in KINDS.values())
     return f"""```bash
 IMAGE={repository}:hopper

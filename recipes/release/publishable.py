@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from attnimg.errors import AttnimgError, counted
 from recipes.facts import ImagePlan
 from recipes.gates import gate_names
-from recipes.release.judged import Judged
-from recipes.release.place import Place
+from recipes.release.gates_result import GatesResult
+from recipes.release.repository import Repository
 
 OCI = "org.opencontainers.image"
 # What `make test/NAME` runs.
@@ -26,10 +26,10 @@ def check_publishable(
     plan: ImagePlan,
     *,
     labels: Mapping[str, str],
-    judged: Judged,
+    gates_result: GatesResult,
     version: str,
     head: str,
-    place: Place,
+    repository: Repository,
     rehearsal: bool,
 ) -> tuple[str, ...]:
     """Check an image before anything is pushed; return the warnings of a rehearsal.
@@ -37,18 +37,18 @@ def check_publishable(
     Args:
         plan: of the image.
         labels: of the image.
-        judged: the result of `make gate/NAME`.
+        gates_result: the result of `make gate/NAME`.
         version: of pyproject.toml.
         head: the commit of the checkout, with "-dirty" if it was changed.
-        place: where it would go.
+        repository: where it would go.
         rehearsal: whether REHEARSAL is set.
 
     Raises:
         AttnimgError: it may not be pushed; `why` has every reason (code "not-publishable").
     """
-    refuse_other_rehearsal(place, rehearsal=rehearsal)
+    refuse_other_rehearsal(repository, rehearsal=rehearsal)
     found = tuple(unknown(plan, labels=labels, version=version, head=head))
-    never = [*_gate_faults(judged, plan.image.name)]
+    never = [*_gate_faults(gates_result, plan.image.name)]
     if foreign := labels.get(f"{OCI}.title") != f"attnimg:{plan.image.name}":
         title = labels.get(f"{OCI}.title") or "none"
         never.append(f"label title: found {title}, needed attnimg:{plan.image.name}")
@@ -69,16 +69,16 @@ def check_publishable(
     return found
 
 
-def refuse_other_rehearsal(place: Place, *, rehearsal: bool) -> None:
+def refuse_other_rehearsal(repository: Repository, *, rehearsal: bool) -> None:
     """Check that a rehearsal goes to a registry of this machine.
 
     Raises:
         AttnimgError: it does not (code "not-a-rehearsal").
     """
-    if rehearsal and not place.loopback:
+    if rehearsal and not repository.loopback:
         raise AttnimgError(
             "a rehearsal goes to a registry of this machine only",
-            why=f"found REHEARSAL and the registry {place.registry}, needed one on 127.0.0.1",
+            why=f"found REHEARSAL and the registry {repository.registry}, needed one on 127.0.0.1",
             do="unset REHEARSAL to publish, or set REGISTRY=127.0.0.1:PORT/rehearsal",
             code="not-a-rehearsal",
         )
@@ -128,22 +128,22 @@ def unknown(
         yield f"label base.name: found {label('base.name')}, needed {name}, the recipe's"
 
 
-def _gate_faults(judged: Judged, name: str) -> Iterator[str]:
+def _gate_faults(gates_result: GatesResult, name: str) -> Iterator[str]:
     """Yield why the result is not that of every gate about this image, without a finding."""
-    if judged.image != name:
-        yield f"gates: found the result of {judged.image}, needed {name}"
-    found = [result.gate for result in judged.gates]
+    if gates_result.image != name:
+        yield f"gates: found the result of {gates_result.image}, needed {name}"
+    found = [result.gate for result in gates_result.gates]
     if missing := sorted(gate_names() - set(found)):
         yield f"gates: found no result of {', '.join(missing)}"
     if unknown_gates := sorted(set(found) - gate_names()):
         yield f"gates: found {', '.join(unknown_gates)}, which this checkout does not have"
     if twice := sorted({gate for gate in found if found.count(gate) > 1}):
         yield f"gates: found two results of {', '.join(twice)}"
-    for result in judged.gates:
+    for result in gates_result.gates:
         if result.findings:
             files = ", ".join(finding.file for finding in result.findings[:3])
             yield f"gate {result.gate}: {counted(len(result.findings), 'finding')} ({files})"
         elif result.skip_reason:
             yield f"gate {result.gate} was skipped: {result.skip_reason}"
-    if not judged.passed and not any(result.findings for result in judged.gates):
+    if not gates_result.passed and not any(result.findings for result in gates_result.gates):
         yield "gates: found passed false without a finding"

@@ -14,7 +14,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from attnimg.errors import AttnimgError
 from recipes.facts import Digest, Strict
 from recipes.files import write_all
-from recipes.release.place import Place, parse_place
+from recipes.release.repository import Repository, parse_repository
 
 FOLDER = "build/release"
 # The order of a release's steps.
@@ -50,7 +50,7 @@ class Record(Strict):
     Attributes:
         image: its name.
         registry: host[:port]/namespace.
-        image_id: digest of its configuration: the ID of the image that was built and judged.
+        image_id: digest of its configuration: the ID of the image that was built and checked.
         digest: of its manifest.
         reference: REPOSITORY@DIGEST, by which it is pulled.
         bytes: the sum of its layers as they were pushed.
@@ -108,22 +108,22 @@ def now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def record_path(name: str, place: Place) -> str:
+def record_path(name: str, repository: Repository) -> str:
     """Return the file of an image's release, under the checkout; that of a rehearsal is its own."""
-    return f"{FOLDER}/{name}{'-rehearsal' if place.loopback else ''}.json"
+    return f"{FOLDER}/{name}{'-rehearsal' if repository.loopback else ''}.json"
 
 
-def read_record(name: str, place: Place, root: Path) -> Record | None:
+def read_record(name: str, repository: Repository, root: Path) -> Record | None:
     """Return the record of an image's release; None if there is none.
 
     Raises:
         AttnimgError: the file is not a record (code "bad-record").
     """
-    path = root / record_path(name, place)
+    path = root / record_path(name, repository)
     try:
         record = _RECORD.validate_json(path.read_bytes(), strict=True)
-        own = parse_place(record.registry)
-        faults = _faults(record, own, path=record_path(name, place))
+        own = parse_repository(record.registry)
+        faults = _faults(record, own, path=record_path(name, repository))
     except FileNotFoundError:
         return None
     except ValidationError as error:
@@ -142,27 +142,28 @@ def read_record(name: str, place: Place, root: Path) -> Record | None:
     return record
 
 
-def _faults(record: Record, place: Place, *, path: str) -> list[str]:
+def _faults(record: Record, repository: Repository, *, path: str) -> list[str]:
     """Return what in a record does not agree with the rest of it, or with its file's name."""
     faults = []
-    if record_path(record.image, place) != path:
+    if record_path(record.image, repository) != path:
         faults.append(f"found image {record.image} and registry {record.registry}, in {path}")
-    if record.reference != place.at(record.digest):
-        faults.append(f"reference: found {record.reference}, needed {place.at(record.digest)}")
+    if record.reference != repository.at(record.digest):
+        faults.append(f"reference: found {record.reference}, needed {repository.at(record.digest)}")
     return faults
 
 
-def needed_record(name: str, place: Place, root: Path, *, after: str) -> Record:
+def needed_record(name: str, repository: Repository, root: Path, *, after: str) -> Record:
     """Return the record of a release to this registry in which `after` and all before it are done.
 
     Raises:
         AttnimgError: it is not, or the release went to another registry (code "no-step").
     """
-    record = read_record(name, place, root)
-    if record is not None and record.registry != place.registry:
+    record = read_record(name, repository, root)
+    if record is not None and record.registry != repository.registry:
         raise AttnimgError(
             f"the release of {name} went to another registry",
-            why=f"found {record.registry} in {record_path(name, place)}, needed {place.registry}",
+            why=f"found {record.registry} in {record_path(name, repository)}, "
+            f"needed {repository.registry}",
             do=f"make push/{name}, or set REGISTRY={record.registry}",
             code="no-step",
         )
@@ -172,7 +173,7 @@ def needed_record(name: str, place: Place, root: Path, *, after: str) -> Record:
         done = ", ".join(record.steps) if record else "no step"
         raise AttnimgError(
             f"the release of {name} has not reached this step",
-            why=f"found {done or 'no step'} in {record_path(name, place)}, needed {after}",
+            why=f"found {done or 'no step'} in {record_path(name, repository)}, needed {after}",
             do=f"make {RECORDED[missing[0]]}/{name}",
             code="no-step",
         )
@@ -182,5 +183,5 @@ def needed_record(name: str, place: Place, root: Path, *, after: str) -> Record:
 def write_record(record: Record, root: Path) -> Record:
     """Write a record, whole or not at all; return it."""
     text = json.dumps(asdict(record), indent=1) + "\n"
-    write_all(root, {record_path(record.image, parse_place(record.registry)): text})
+    write_all(root, {record_path(record.image, parse_repository(record.registry)): text})
     return record

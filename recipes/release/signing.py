@@ -15,8 +15,8 @@ from typing import Any
 
 from attnimg.errors import AttnimgError
 from recipes.artifact import code_list
-from recipes.release.place import Place, Registry
 from recipes.release.programs import run
+from recipes.release.repository import Registry, Repository
 
 # What is attested -> its name for cosign, and the predicate type of the statement.
 KINDS = {
@@ -56,13 +56,13 @@ class Signing:
 
 
 def choose_signing(
-    registry: Registry, place: Place, *, env: Mapping[str, str], folder: Path, sign: bool
+    registry: Registry, repository: Repository, *, env: Mapping[str, str], folder: Path, sign: bool
 ) -> Signing:
     """Return with what to sign or verify.
 
     Args:
         registry: whose signer signs published images.
-        place: where the image is.
+        repository: where the image is.
         env: COSIGN_KEY and COSIGN_PUBLIC_KEY name a key pair.
         folder: of the key pair of rehearsals, which is made if it is missing.
         sign: whether it has to sign, and not to verify only.
@@ -73,7 +73,7 @@ def choose_signing(
     key = env.get("COSIGN_KEY", "")
     public = env.get("COSIGN_PUBLIC_KEY", "")
     extra: dict[str, str] = {}
-    if place.loopback and not key and not public:
+    if repository.loopback and not key and not public:
         key, public, extra = *_rehearsal_keys(folder), {"COSIGN_PASSWORD": ""}
     elif key and not public:
         public = _public_of(key)
@@ -92,7 +92,7 @@ def choose_signing(
         public=public,
         identity=registry.identity,
         issuer=registry.signer.issuer,
-        logged=not place.loopback,
+        logged=not repository.loopback,
         env=extra,
     )
 
@@ -119,30 +119,42 @@ def _no_key(name: str, why: str) -> AttnimgError:
     )
 
 
-def sign(digest: str, place: Place, signing: Signing, *, notes: Mapping[str, str]) -> None:
+def sign(
+    digest: str, repository: Repository, signing: Signing, *, notes: Mapping[str, str]
+) -> None:
     """Sign an image of the registry; `notes` become annotations of the signature."""
     command = ["cosign", "sign", *_signing_options(signing)]
     command += [f"--annotations={key}={value}" for key, value in notes.items()]
-    run([*command, place.at(digest)], host=place.host, env=signing.env)
+    run([*command, repository.at(digest)], host=repository.host, env=signing.env)
 
 
-def attest(kind: str, predicate: Path, digest: str, place: Place, signing: Signing) -> None:
+def attest(
+    kind: str, predicate: Path, digest: str, repository: Repository, signing: Signing
+) -> None:
     """Attach a signed statement to an image, in place of an earlier one of its kind."""
     command = ["cosign", "attest", *_signing_options(signing), "--replace=true"]
     command += [f"--type={KINDS[kind][0]}", f"--predicate={predicate}"]
-    run([*command, place.at(digest)], host=place.host, env=signing.env)
+    run([*command, repository.at(digest)], host=repository.host, env=signing.env)
 
 
-def verify_signature(digest: str, place: Place, signing: Signing) -> None:
+def verify_signature(digest: str, repository: Repository, signing: Signing) -> None:
     """Verify the signature of an image.
 
     Raises:
         AttnimgError: it has none of this signer (code "not-verified").
     """
-    _verify(["verify"], digest, place, signing, what=f"the image {place.at(digest)} is not signed")
+    _verify(
+        ["verify"],
+        digest,
+        repository,
+        signing,
+        what=f"the image {repository.at(digest)} is not signed",
+    )
 
 
-def verify_statement(kind: str, digest: str, place: Place, signing: Signing) -> dict[str, Any]:
+def verify_statement(
+    kind: str, digest: str, repository: Repository, signing: Signing
+) -> dict[str, Any]:
     """Verify the statement of a kind about an image; return its predicate.
 
     Raises:
@@ -150,8 +162,10 @@ def verify_statement(kind: str, digest: str, place: Place, signing: Signing) -> 
             (code "not-verified").
     """
     name, uri = KINDS[kind]
-    what = f"the image {place.at(digest)} has no valid {kind} statement"
-    output = _verify(["verify-attestation", f"--type={name}"], digest, place, signing, what=what)
+    what = f"the image {repository.at(digest)} has no valid {kind} statement"
+    output = _verify(
+        ["verify-attestation", f"--type={name}"], digest, repository, signing, what=what
+    )
     found = [_statement(line) for line in output.splitlines() if line.startswith("{")]
     wanted = digest.removeprefix("sha256:")
     about = [
@@ -171,7 +185,9 @@ def _signing_options(signing: Signing) -> list[str]:
     return ["--yes", *key, f"--tlog-upload={str(signing.logged).lower()}"]
 
 
-def _verify(command: list[str], digest: str, place: Place, signing: Signing, *, what: str) -> str:
+def _verify(
+    command: list[str], digest: str, repository: Repository, signing: Signing, *, what: str
+) -> str:
     if signing.public:
         who = [f"--key={signing.public}"]
     else:
@@ -179,7 +195,7 @@ def _verify(command: list[str], digest: str, place: Place, signing: Signing, *, 
         who += [f"--certificate-oidc-issuer={signing.issuer}"]
     log = [] if signing.logged else ["--insecure-ignore-tlog=true"]
     try:
-        return run(["cosign", *command, *who, *log, place.at(digest)], host=place.host)
+        return run(["cosign", *command, *who, *log, repository.at(digest)], host=repository.host)
     except AttnimgError as error:
         if error.code not in ("not-verified", "no-image", "program"):
             raise

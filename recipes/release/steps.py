@@ -18,8 +18,7 @@ from recipes.facts import ImagePlan, Recipes
 from recipes.release import publishable, signing, tags, transfer
 from recipes.release.attesting import refuse_expired, write_predicates
 from recipes.release.checking import check_released
-from recipes.release.judged import Judged, judged_path, read_judged
-from recipes.release.place import Place, Registry
+from recipes.release.gates_result import GatesResult, gates_result_path, read_gates_result
 from recipes.release.programs import report, run
 from recipes.release.record import (
     FOLDER,
@@ -31,7 +30,8 @@ from recipes.release.record import (
     read_record,
     write_record,
 )
-from recipes.run_gates import evidence, judged_by, sha256_of
+from recipes.release.repository import Registry, Repository
+from recipes.run_gates import checked_by, evidence, sha256_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +42,7 @@ class Release:
         plan: of the image.
         recipes: of the plan.
         registry: the content of registry.toml.
-        place: where the image goes.
+        repository: where the image goes.
         root: the checkout.
         rehearsal: whether values that are not known are warnings.
         tests: what `make test/NAME` runs on the pulled image.
@@ -51,7 +51,7 @@ class Release:
     plan: ImagePlan
     recipes: Recipes
     registry: Registry
-    place: Place
+    repository: Repository
     root: Path
     rehearsal: bool
     tests: str = publishable.ALL_TESTS
@@ -83,8 +83,8 @@ def release(job: Release) -> Record:
         "promote": promote,
     }
     record = None
-    for place, step in enumerate(STEPS, 1):
-        report(f"release: {place} of {len(STEPS)}: {step}")
+    for repository, step in enumerate(STEPS, 1):
+        report(f"release: {repository} of {len(STEPS)}: {step}")
         record = steps[step](job)
     assert record is not None
     return record
@@ -97,10 +97,10 @@ def build(job: Release) -> None:
 
 def gate(job: Release) -> None:
     """Run the gates on the image of this engine, unless these recipes and gates already did."""
-    if _judged(job, image_id=_engine_image(job)) is None:
+    if _gates_result(job, image_id=_engine_image(job)) is None:
         _make(f"gate/{job.name}", job)
     else:
-        report("  this image has been judged; its result is in dist/")
+        report("  the gates have checked this image; its result is in dist/")
 
 
 def push(job: Release) -> Record:
@@ -109,51 +109,53 @@ def push(job: Release) -> Record:
     Raises:
         AttnimgError: it may not be published, or the registry refuses it.
     """
-    judged = _judged(job, image_id="")
-    if judged is None:
+    gates_result = _gates_result(job, image_id="")
+    if gates_result is None:
         gate(job)
-        judged = _judged(job, image_id="")
-    if judged is None:
-        raise _not_judged(job, f"found no whole result of the gates in {judged_path(job.name)}")
+        gates_result = _gates_result(job, image_id="")
+    if gates_result is None:
+        raise _not_checked(
+            job, f"found no whole result of the gates in {gates_result_path(job.name)}"
+        )
     digest, manifest, config = transfer.layout_manifest(job.layout)
     image_id = manifest["config"]["digest"]
-    if (digest, image_id) != (judged.digest, judged.image_id):
-        raise _not_judged(
+    if (digest, image_id) != (gates_result.digest, gates_result.image_id):
+        raise _not_checked(
             job,
-            f"found {digest}, ID {image_id}, in {job.layout}; the gates checked {judged.digest}, "
-            f"ID {judged.image_id}",
+            f"found {digest}, ID {image_id}, in {job.layout}; "
+            f"the gates checked {gates_result.digest}, ID {gates_result.image_id}",
         )
     labels = config.get("config", {}).get("Labels") or {}
     warnings = publishable.check_publishable(
         job.plan,
         labels=labels,
-        judged=judged,
+        gates_result=gates_result,
         version=_version(job.root),
         head=head_commit(job.root),
-        place=job.place,
+        repository=job.repository,
         rehearsal=job.rehearsal,
     )
     for warning in warnings:
         report(f"  warning: {warning}")
-    record = read_record(job.name, job.place, job.root)
+    record = read_record(job.name, job.repository, job.root)
     pushed = record is not None and "push" in record.steps
-    same = record and (record.digest, record.registry) == (digest, job.place.registry)
-    if record and pushed and same and transfer.has(digest, job.place):
+    same = record and (record.digest, record.registry) == (digest, job.repository.registry)
+    if record and pushed and same and transfer.has(digest, job.repository):
         report(f"  pushed before, {record.steps['push'].done}: {record.reference}")
         return record
     layers = tuple(
         Layer(digest=layer["digest"], bytes=layer["size"]) for layer in manifest["layers"]
     )
     size = sum(layer["size"] for layer in manifest["layers"])
-    report(f"  {size / 1e6:.1f} MB in {len(layers)} layers to {job.place.repository}")
+    report(f"  {size / 1e6:.1f} MB in {len(layers)} layers to {job.repository.name}")
     start = time.monotonic()
-    transfer.push(job.layout, digest, job.place)
+    transfer.push(job.layout, digest, job.repository)
     record = Record(
         image=job.name,
-        registry=job.place.registry,
+        registry=job.repository.registry,
         image_id=image_id,
         digest=digest,
-        reference=job.place.at(digest),
+        reference=job.repository.at(digest),
         bytes=size,
         layers=layers,
         labels=labels,
@@ -168,7 +170,7 @@ def push(job: Release) -> Record:
 
 def test(job: Release) -> Record:
     """Test the image that is pulled from the registry by its digest."""
-    record = needed_record(job.name, job.place, job.root, after="push")
+    record = needed_record(job.name, job.repository, job.root, after="push")
     if "test" in record.steps and record.tests == job.tests:
         report(f"  tested before: {record.tests}")
         return record
@@ -182,10 +184,10 @@ def attest(job: Release) -> Record:
     """Sign the image, and attach signed statements on its content and its origin.
 
     Raises:
-        AttnimgError: the statements in dist/ are about another image (code "not-judged"), or an
+        AttnimgError: the statements in dist/ are about another image (code "not-checked"), or an
             answer to a vulnerability has expired (code "no-vex").
     """
-    record = needed_record(job.name, job.place, job.root, after="test")
+    record = needed_record(job.name, job.repository, job.root, after="test")
     refuse_other_evidence(job, record)
     refuse_expired(job.recipes.cves, today=datetime.now(UTC).date())
     signer = _signing(job, sign=True)
@@ -194,11 +196,11 @@ def attest(job: Release) -> Record:
     predicates = write_predicates(
         record, job.plan, job.recipes, registry=job.registry, root=job.root, env=os.environ
     )
-    unsigned = _fails(lambda: signing.verify_signature(record.digest, job.place, signer))
+    unsigned = _fails(lambda: signing.verify_signature(record.digest, job.repository, signer))
     missing = {
         kind
         for kind, path in predicates.items()
-        if _attested(kind, record, job.place, signer)
+        if _attested(kind, record, job.repository, signer)
         != json.loads(path.read_text(encoding="utf-8"))
     }
     if not unsigned and not missing and "attest" in record.steps and record.signer == signer.text:
@@ -207,11 +209,11 @@ def attest(job: Release) -> Record:
     # What was verified is not what will be there, also if this is killed before its end.
     record = write_record(record.before("attest"), job.root)
     if unsigned:
-        signing.sign(record.digest, job.place, signer, notes=notes)
+        signing.sign(record.digest, job.repository, signer, notes=notes)
     report(f"  signed ({signer.text})")
     for kind, path in predicates.items():
         if kind in missing:
-            signing.attest(kind, path, record.digest, job.place, signer)
+            signing.attest(kind, path, record.digest, job.repository, signer)
         report(f"  attested: {kind}, {path.stat().st_size / 1e3:.0f} kB")
     found = record.done("attest", seconds=time.monotonic() - start, signer=signer.text)
     return write_record(found, job.root)
@@ -219,11 +221,11 @@ def attest(job: Release) -> Record:
 
 def verify(job: Release) -> Record:
     """Verify the image and its statements from the registry, in a second, empty engine."""
-    record = needed_record(job.name, job.place, job.root, after="attest")
+    record = needed_record(job.name, job.repository, job.root, after="attest")
     start = time.monotonic()
     checked_in = check_released(
         record.digest,
-        job.place,
+        job.repository,
         _signing(job, sign=False),
         name=job.name,
         expected={kind: job.root / path for kind, path in evidence(job.name).items()},
@@ -234,7 +236,7 @@ def verify(job: Release) -> Record:
 
 
 def _verify_once(job: Release) -> Record:
-    record = needed_record(job.name, job.place, job.root, after="attest")
+    record = needed_record(job.name, job.repository, job.root, after="attest")
     if "verify" in record.steps:
         report(f"  verified before, in {record.checked_in}")
         return record
@@ -248,16 +250,16 @@ def promote(job: Release) -> Record:
         AttnimgError: the immutable tag names another image (code "tag-taken"), not all tests ran
             (code "fewer-tests"), or an answer to a vulnerability has expired (code "no-vex").
     """
-    record = needed_record(job.name, job.place, job.root, after="verify")
+    record = needed_record(job.name, job.repository, job.root, after="verify")
     refuse_expired(job.recipes.cves, today=datetime.now(UTC).date())
     publishable.refuse_fewer_tests(record.tests, rehearsal=job.rehearsal)
     start = time.monotonic()
     fixed = tags.immutable_tag(job.plan, version=record.version, revision=record.revision)
-    tags.refuse_changed(fixed, found=transfer.find_tag(fixed, job.place), digest=record.digest)
+    tags.refuse_changed(fixed, found=transfer.find_tag(fixed, job.repository), digest=record.digest)
     for name in (fixed, *tags.moving_tags(job.plan)):
-        if transfer.find_tag(name, job.place) != record.digest:
-            transfer.tag(record.digest, name, job.place)
-        found = transfer.find_tag(name, job.place)
+        if transfer.find_tag(name, job.repository) != record.digest:
+            transfer.tag(record.digest, name, job.repository)
+        found = transfer.find_tag(name, job.repository)
         if found != record.digest:
             raise AttnimgError(
                 f"the tag {name} was not set",
@@ -266,7 +268,7 @@ def promote(job: Release) -> Record:
                 code="tag-taken",
                 exit_code=1,
             )
-        report(f"  {job.place.repository}:{name}")
+        report(f"  {job.repository.name}:{name}")
         record = write_record(
             record.done(
                 "promote", seconds=time.monotonic() - start, tags={**record.tags, name: found}
@@ -296,32 +298,32 @@ def head_commit(root: Path) -> str:
     return f"{commit}-dirty" if git("status", "--porcelain", "--untracked-files=no") else commit
 
 
-def _judged(job: Release, *, image_id: str) -> Judged | None:
+def _gates_result(job: Release, *, image_id: str) -> GatesResult | None:
     """Return the gates' result if it is of this checkout and whole; None otherwise."""
-    judged = read_judged(job.name, job.root)
-    if judged is None or not _holds(judged, job):
+    gates_result = read_gates_result(job.name, job.root)
+    if gates_result is None or not _holds(gates_result, job):
         return None
-    if image_id and judged.image_id != image_id:
+    if image_id and gates_result.image_id != image_id:
         return None
-    return judged if (job.layout / "index.json").exists() else None
+    return gates_result if (job.layout / "index.json").exists() else None
 
 
-def _holds(judged: Judged, job: Release) -> bool:
+def _holds(gates_result: GatesResult, job: Release) -> bool:
     """Return whether these recipes and gates made a result, and its files are as it wrote them."""
     files = evidence(job.name)
     now_there = {kind: sha256_of(job.root / path) for kind, path in files.items()}
-    return judged.judged_by == judged_by(job.root) and judged.evidence == now_there
+    return gates_result.checked_by == checked_by(job.root) and gates_result.evidence == now_there
 
 
 def refuse_other_evidence(job: Release, record: Record) -> None:
     """Check that the files of dist/ which are signed are about the image that was pushed."""
-    judged = read_judged(job.name, job.root)
-    found = (judged.digest, judged.image_id) if judged else ()
-    if judged is None:
-        why = f"found no result of the gates in {judged_path(job.name)}"
+    gates_result = read_gates_result(job.name, job.root)
+    found = (gates_result.digest, gates_result.image_id) if gates_result else ()
+    if gates_result is None:
+        why = f"found no result of the gates in {gates_result_path(job.name)}"
     elif found != (record.digest, record.image_id):
-        why = f"found the result of {judged.digest} in dist/, needed that of {record.digest}"
-    elif not _holds(judged, job):
+        why = f"found the result of {gates_result.digest} in dist/, needed that of {record.digest}"
+    elif not _holds(gates_result, job):
         why = "the recipes, the gates or the files in dist/ changed after the gates wrote them"
     else:
         return
@@ -329,17 +331,17 @@ def refuse_other_evidence(job: Release, record: Record) -> None:
         f"the statements about {job.name} are not about the image that was pushed",
         why=why,
         do=f"make gate/{job.name}, then make release/{job.name}, which pushes what was checked",
-        code="not-judged",
+        code="not-checked",
         exit_code=1,
     )
 
 
-def _not_judged(job: Release, why: str) -> AttnimgError:
+def _not_checked(job: Release, why: str) -> AttnimgError:
     return AttnimgError(
         f"the image {job.name} is not the one that the gates checked",
         why=why,
         do=f"make gate/{job.name}",
-        code="not-judged",
+        code="not-checked",
         exit_code=1,
     )
 
@@ -357,16 +359,16 @@ def _engine_image(job: Release) -> str:
 
 def _signing(job: Release, *, sign: bool) -> signing.Signing:
     return signing.choose_signing(
-        job.registry, job.place, env=os.environ, folder=job.root / FOLDER, sign=sign
+        job.registry, job.repository, env=os.environ, folder=job.root / FOLDER, sign=sign
     )
 
 
 def _attested(
-    kind: str, record: Record, place: Place, signer: signing.Signing
+    kind: str, record: Record, repository: Repository, signer: signing.Signing
 ) -> dict[str, Any] | None:
     """Return what was attested before; None if it was not."""
     try:
-        return signing.verify_statement(kind, record.digest, place, signer)
+        return signing.verify_statement(kind, record.digest, repository, signer)
     except AttnimgError as error:
         if error.code != "not-verified":
             raise
@@ -390,7 +392,7 @@ def _version(root: Path) -> str:
 
 def _make(target: str, job: Release, *variables: str) -> None:
     """Run a make target of the checkout, which prints its own errors."""
-    command = ["make", target, f"REGISTRY={job.place.registry}", *variables]
+    command = ["make", target, f"REGISTRY={job.repository.registry}", *variables]
     if subprocess.run(command, cwd=job.root, check=False).returncode:
         raise AttnimgError(
             f"make {target} failed",

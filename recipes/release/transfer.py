@@ -10,48 +10,48 @@ from pathlib import Path
 from typing import Any
 
 from attnimg.errors import AttnimgError
-from recipes.release.place import Place
 from recipes.release.programs import run
+from recipes.release.repository import Repository
 
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
-def push(layout: Path, digest: str, place: Place) -> None:
+def push(layout: Path, digest: str, repository: Repository) -> None:
     """Push an OCI layout by its digest, under no tag; layers that are there are not sent again.
 
     Raises:
         AttnimgError: the registry does not take it (code "registry").
     """
-    tls = [f"--dest-tls-verify={not place.loopback}".lower()]
+    tls = [f"--dest-tls-verify={not repository.loopback}".lower()]
     command = ["skopeo", "copy", "--preserve-digests", *tls]
-    command += [f"oci:{layout}", f"docker://{place.at(digest)}"]
-    run(command, host=place.host, show=True)
+    command += [f"oci:{layout}", f"docker://{repository.at(digest)}"]
+    run(command, host=repository.host, show=True)
 
 
-def pull(digest: str, place: Place, folder: Path) -> None:
+def pull(digest: str, repository: Repository, folder: Path) -> None:
     """Pull an image into an empty folder; skopeo compares the digest of everything it reads.
 
     Raises:
         AttnimgError: the registry has other bytes, or does not answer (code "registry").
     """
     remove(folder)
-    tls = [f"--src-tls-verify={not place.loopback}".lower()]
+    tls = [f"--src-tls-verify={not repository.loopback}".lower()]
     command = ["skopeo", "copy", "-q", "--preserve-digests", *tls]
-    run([*command, f"docker://{place.at(digest)}", f"oci:{folder}"], host=place.host)
+    run([*command, f"docker://{repository.at(digest)}", f"oci:{folder}"], host=repository.host)
 
 
-def read_manifest(reference: str, place: Place) -> tuple[str, dict[str, Any]]:
+def read_manifest(reference: str, repository: Repository) -> tuple[str, dict[str, Any]]:
     """Return the digest and the manifest of an image in the registry.
 
     Args:
         reference: REPOSITORY:TAG or REPOSITORY@DIGEST.
-        place: where it is.
+        repository: where it is.
 
     Raises:
         AttnimgError: there is none, its bytes are not those of the digest, or it is no manifest
             of one image (code "not-an-image").
     """
-    digest, text = _read_bytes(reference, place)
+    digest, text = _read_bytes(reference, repository)
     manifest = _parse(text)
     if fault := _manifest_fault(manifest):
         raise AttnimgError(
@@ -64,14 +64,14 @@ def read_manifest(reference: str, place: Place) -> tuple[str, dict[str, Any]]:
     return digest, manifest
 
 
-def _read_bytes(reference: str, place: Place) -> tuple[str, str]:
+def _read_bytes(reference: str, repository: Repository) -> tuple[str, str]:
     """Return the digest and the text of what the registry has under a name."""
-    tls = f"--tls-verify={not place.loopback}".lower()
-    text = run(["skopeo", "inspect", "--raw", tls, f"docker://{reference}"], host=place.host)
+    tls = f"--tls-verify={not repository.loopback}".lower()
+    text = run(["skopeo", "inspect", "--raw", tls, f"docker://{reference}"], host=repository.host)
     digest = _sha256(text)
     asked = reference.partition("@")[2]
     if asked and asked != digest:
-        raise _tampered(place, f"found {digest} under {asked}")
+        raise _tampered(repository, f"found {digest} under {asked}")
     return digest, text
 
 
@@ -104,65 +104,65 @@ def _sha256(text: str) -> str:
     return f"sha256:{digest}"
 
 
-def has(digest: str, place: Place) -> bool:
+def has(digest: str, repository: Repository) -> bool:
     """Return whether the registry has an image.
 
     Raises:
         AttnimgError: it does not answer.
     """
-    return _digest_of(place.at(digest), place) is not None
+    return _digest_of(repository.at(digest), repository) is not None
 
 
-def read_config(reference: str, place: Place, image_id: str) -> dict[str, Any]:
+def read_config(reference: str, repository: Repository, image_id: str) -> dict[str, Any]:
     """Return the configuration of an image in the registry.
 
     Raises:
         AttnimgError: its bytes are not those of its digest, `image_id` (code "tampered").
     """
-    tls = f"--tls-verify={not place.loopback}".lower()
+    tls = f"--tls-verify={not repository.loopback}".lower()
     command = ["skopeo", "inspect", "--config", "--raw", tls, f"docker://{reference}"]
-    text = run(command, host=place.host)
+    text = run(command, host=repository.host)
     if (found := _sha256(text)) != image_id:
-        raise _tampered(place, f"found {found} under {image_id}")
+        raise _tampered(repository, f"found {found} under {image_id}")
     config = _parse(text)
     settings = config.get("config") if isinstance(config, dict) else None
     labels = settings.get("Labels") if isinstance(settings, dict) else None
     if not isinstance(config, dict) or not isinstance(labels, dict | None):
-        raise _tampered(place, f"found no configuration of an image under {image_id}")
+        raise _tampered(repository, f"found no configuration of an image under {image_id}")
     # Both may be null, as if they were absent.
     return {**config, "config": {**(settings or {}), "Labels": labels or {}}}
 
 
-def find_tag(tag: str, place: Place) -> str | None:
+def find_tag(tag: str, repository: Repository) -> str | None:
     """Return the digest that a tag names; None if there is no such tag.
 
     Raises:
         AttnimgError: the registry does not answer.
     """
-    return _digest_of(f"{place.repository}:{tag}", place)
+    return _digest_of(f"{repository.name}:{tag}", repository)
 
 
-def _digest_of(reference: str, place: Place) -> str | None:
+def _digest_of(reference: str, repository: Repository) -> str | None:
     try:
-        return _read_bytes(reference, place)[0]
+        return _read_bytes(reference, repository)[0]
     except AttnimgError as error:
         if error.code == "no-image":
             return None
         raise
 
 
-def tag(digest: str, name: str, place: Place) -> None:
+def tag(digest: str, name: str, repository: Repository) -> None:
     """Add a tag to an image of the registry; its manifest stays byte for byte the same.
 
     Raises:
         AttnimgError: the registry does not take it (code "registry").
     """
-    tls = f"{not place.loopback}".lower()
+    tls = f"{not repository.loopback}".lower()
     command = ["skopeo", "copy", "-q", "--preserve-digests"]
     command += [f"--src-tls-verify={tls}", f"--dest-tls-verify={tls}"]
     run(
-        [*command, f"docker://{place.at(digest)}", f"docker://{place.repository}:{name}"],
-        host=place.host,
+        [*command, f"docker://{repository.at(digest)}", f"docker://{repository.name}:{name}"],
+        host=repository.host,
     )
 
 
@@ -191,9 +191,9 @@ def layout_manifest(layout: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
     return digest, manifest, config
 
 
-def _tampered(place: Place, why: str) -> AttnimgError:
+def _tampered(repository: Repository, why: str) -> AttnimgError:
     return AttnimgError(
-        f"the registry {place.host} has another image than it says",
+        f"the registry {repository.host} has another image than it says",
         why=why,
         do="do not use this image; report it to the operator of the registry",
         code="tampered",

@@ -27,9 +27,9 @@ from recipes.artifact.layout import write_layout
 from recipes.artifact.read import read_image
 from recipes.read import read_recipes
 from recipes.release import signing, transfer
-from recipes.release.place import Place, parse_place, read_registry
 from recipes.release.provenance import find_builder, provenance
 from recipes.release.publishable import OCI
+from recipes.release.repository import Repository, parse_repository, read_registry
 from recipes.release.signing import KINDS, Signing
 from recipes.release.vex import vex
 from recipes.solve.plan import solve
@@ -51,9 +51,9 @@ def tools() -> None:
 
 @dataclass(frozen=True)
 class LocalRegistry:
-    """A running registry: its place, and the folder where it keeps blobs."""
+    """A running registry: its repository, and the folder where it keeps blobs."""
 
-    place: Place
+    repository: Repository
     folder: Path
 
 
@@ -90,7 +90,9 @@ def running_registry(folder: Path, *, users: str = "") -> Iterator[LocalRegistry
                 time.sleep(0.1)
             else:
                 break
-        yield LocalRegistry(place=parse_place(f"127.0.0.1:{port}/rehearsal"), folder=folder)
+        yield LocalRegistry(
+            repository=parse_repository(f"127.0.0.1:{port}/rehearsal"), folder=folder
+        )
     finally:
         server.terminate()
         server.wait()
@@ -106,12 +108,12 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalRegistry
 @pytest.fixture(scope="session")
 def signer(registry: LocalRegistry, tmp_path_factory: pytest.TempPathFactory) -> Signing:
     """The key of the rehearsal."""
-    return make_signer(registry.place, tmp_path_factory.mktemp("key"))
+    return make_signer(registry.repository, tmp_path_factory.mktemp("key"))
 
 
-def make_signer(place: Place, folder: Path) -> Signing:
+def make_signer(repository: Repository, folder: Path) -> Signing:
     """Return a key pair of a rehearsal in a folder."""
-    return signing.choose_signing(read_registry(ROOT), place, env={}, folder=folder, sign=True)
+    return signing.choose_signing(read_registry(ROOT), repository, env={}, folder=folder, sign=True)
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ def make_small(tmp_path_factory: pytest.TempPathFactory, registry: LocalRegistry
     """Make a small image with right statements: make_small(a text that tells it from others)."""
     tmp_path = tmp_path_factory.mktemp("small")
 
-    def make(text: str, *, place: Place | None = None) -> Small:
+    def make(text: str, *, repository: Repository | None = None) -> Small:
         folder = tmp_path / text
         folder.mkdir()
         labels = {f"{OCI}.title": "attnimg:cpu", f"{OCI}.revision": REVISION}
@@ -166,7 +168,7 @@ def make_small(tmp_path_factory: pytest.TempPathFactory, registry: LocalRegistry
                 revision=REVISION, created=MOMENT, builder=find_builder({}), warnings=["a test"],
             ),
             "vex": vex(
-                RECIPES.cves, sbom=sbom, repository=(place or registry.place).repository,
+                RECIPES.cves, sbom=sbom, repository=(repository or registry.repository).repository,
                 digest=digest, author="a test", moment=MOMENT,
             ),
         }  # fmt: skip
@@ -178,12 +180,12 @@ def make_small(tmp_path_factory: pytest.TempPathFactory, registry: LocalRegistry
     return make
 
 
-def publish(small: Small, place: Place, signer: Signing) -> None:
+def publish(small: Small, repository: Repository, signer: Signing) -> None:
     """Push and sign a small image, and attest everything about it."""
-    transfer.push(small.layout, small.digest, place)
-    signing.sign(small.digest, place, signer, notes={})
+    transfer.push(small.layout, small.digest, repository)
+    signing.sign(small.digest, repository, signer, notes={})
     for kind in KINDS:
-        signing.attest(kind, small.predicates[kind], small.digest, place, signer)
+        signing.attest(kind, small.predicates[kind], small.digest, repository, signer)
 
 
 def blob_path(registry: LocalRegistry, digest: str) -> Path:

@@ -12,7 +12,7 @@ from conftest import MakeSmall, Small, make_signer, running_registry
 
 from attnimg.errors import AttnimgError
 from recipes.release import signing, transfer
-from recipes.release.place import Place, parse_place
+from recipes.release.repository import Repository, parse_repository
 
 # User "someone", password "secret".
 USERS = "someone:$2y$05$c4WoMPo3SXsafkva.HHa6uXQZWr7oboPiC2bT/r7q1BB8I2s0BRqC\n"
@@ -23,14 +23,14 @@ def small(make_small: MakeSmall) -> Small:
     return make_small("for other registries")
 
 
-def answers(place: Place, small: Small, folder: Path) -> Iterator[AttnimgError]:
+def answers(repository: Repository, small: Small, folder: Path) -> Iterator[AttnimgError]:
     """Yield the error of each program that talks to the registry."""
-    signer = make_signer(place, folder)
+    signer = make_signer(repository, folder)
     calls = (
-        lambda: transfer.push(small.layout, small.digest, place),
-        lambda: transfer.find_tag("cpu", place),
-        lambda: signing.sign(small.digest, place, signer, notes={}),
-        lambda: signing.verify_signature(small.digest, place, signer),
+        lambda: transfer.push(small.layout, small.digest, repository),
+        lambda: transfer.find_tag("cpu", repository),
+        lambda: signing.sign(small.digest, repository, signer, notes={}),
+        lambda: signing.verify_signature(small.digest, repository, signer),
     )
     for call in calls:
         with pytest.raises(AttnimgError) as caught:
@@ -40,18 +40,18 @@ def answers(place: Place, small: Small, folder: Path) -> Iterator[AttnimgError]:
 
 def test_a_registry_that_is_down_is_told(small: Small, tmp_path: Path) -> None:
     with running_registry(tmp_path / "registry") as running:
-        place = running.place
-    for error in answers(place, small, tmp_path):
-        assert error.what == f"the registry {place.host} can't be reached"
+        repository = running.repository
+    for error in answers(repository, small, tmp_path):
+        assert error.what == f"the registry {repository.host} can't be reached"
         assert "connection refused" in error.why
         assert "it continues" in error.do
 
 
 def test_a_registry_that_wants_credentials_is_told(small: Small, tmp_path: Path) -> None:
     with running_registry(tmp_path / "registry", users=USERS) as running:
-        for error in answers(running.place, small, tmp_path):
-            assert error.what == f"the registry {running.place.host} refuses the credentials"
-            assert error.do.startswith(f"docker login {running.place.host}")
+        for error in answers(running.repository, small, tmp_path):
+            assert error.what == f"the registry {running.repository.host} refuses the credentials"
+            assert error.do.startswith(f"docker login {running.repository.host}")
 
 
 def test_a_registry_with_a_full_disk_is_told_and_continues(small: Small, tmp_path: Path) -> None:
@@ -65,23 +65,23 @@ def test_a_registry_with_a_full_disk_is_told_and_continues(small: Small, tmp_pat
             filler = folder / "filler"
             filler.write_bytes(b"0" * 60_000)
             with pytest.raises(AttnimgError) as caught:
-                transfer.push(small.layout, small.digest, running.place)
+                transfer.push(small.layout, small.digest, running.repository)
             assert "its disk may be full" in caught.value.what
             assert "free space there" in caught.value.do
             filler.unlink()
-            transfer.push(small.layout, small.digest, running.place)
-            assert transfer.has(small.digest, running.place)
+            transfer.push(small.layout, small.digest, running.repository)
+            assert transfer.has(small.digest, running.repository)
     finally:
         subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_tag_that_does_not_exist_is_no_error(small: Small, tmp_path: Path) -> None:
     with running_registry(tmp_path / "registry") as running:
-        assert transfer.find_tag("cpu", running.place) is None
-        transfer.push(small.layout, small.digest, running.place)
-        assert transfer.find_tag("cpu", running.place) is None
-        transfer.tag(small.digest, "cpu", running.place)
-        assert transfer.find_tag("cpu", running.place) == small.digest
+        assert transfer.find_tag("cpu", running.repository) is None
+        transfer.push(small.layout, small.digest, running.repository)
+        assert transfer.find_tag("cpu", running.repository) is None
+        transfer.tag(small.digest, "cpu", running.repository)
+        assert transfer.find_tag("cpu", running.repository) == small.digest
 
 
 def test_a_missing_program_is_told(
@@ -89,5 +89,5 @@ def test_a_missing_program_is_told(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(AttnimgError, match="skopeo is not installed") as caught:
-        transfer.push(small.layout, small.digest, parse_place("127.0.0.1:1/rehearsal"))
+        transfer.push(small.layout, small.digest, parse_repository("127.0.0.1:1/rehearsal"))
     assert "docker/release_tools.sh" in caught.value.do

@@ -28,7 +28,7 @@ KILLED_IN = ("push", "test", "attest", "verify", "promote")
 
 
 def settings(registry: LocalRegistry) -> dict[str, str]:
-    return {"REGISTRY": f"{registry.place.registry}/", "REHEARSAL": "1", "TESTS": TESTS}
+    return {"REGISTRY": f"{registry.repository.registry}/", "REHEARSAL": "1", "TESTS": TESTS}
 
 
 def kill_in(step: str, variables: dict[str, str]) -> str:
@@ -79,7 +79,7 @@ def test_a_release_that_was_killed_in_any_step_continues(outputs: list[str]) -> 
     for step, output in zip(KILLED_IN, outputs, strict=False):
         assert f": {step}\n" in output, f"it was not killed in {step}, but before it"
     last = outputs[-1]
-    assert "  this image has been judged" in last
+    assert "  the gates have checked this image" in last
     assert "  pushed before" in last
     assert "  tested before" in last
     found = record()
@@ -95,27 +95,27 @@ def test_the_rehearsal_tells_what_a_release_would_lack(outputs: list[str]) -> No
     assert f"  {kind} of attnimg:cpu" in outputs[-1]
 
 
-def test_what_was_pushed_is_the_image_that_was_built_and_judged(
+def test_what_was_pushed_is_the_image_that_was_built_and_checked(
     outputs: list[str], registry: LocalRegistry
 ) -> None:
-    found, judged = record(), json.loads(DIST.read_text())
-    digest, manifest = transfer.read_manifest(found["reference"], registry.place)
-    assert digest == found["digest"] == judged["digest"]
-    assert manifest["config"]["digest"] == judged["image_id"]
+    found, gates_result = record(), json.loads(DIST.read_text())
+    digest, manifest = transfer.read_manifest(found["reference"], registry.repository)
+    assert digest == found["digest"] == gates_result["digest"]
+    assert manifest["config"]["digest"] == gates_result["image_id"]
     kinds = {layer["mediaType"] for layer in manifest["layers"]}
     assert kinds == {"application/vnd.oci.image.layer.v1.tar+zstd"}
     # skopeo's own conversion would drop it.
-    config = transfer.read_config(found["reference"], registry.place, judged["image_id"])
+    config = transfer.read_config(found["reference"], registry.repository, gates_result["image_id"])
     assert config["config"]["Healthcheck"]["Test"]
 
 
-def test_the_size_that_the_gate_judged_is_the_size_in_the_registry(
+def test_the_size_that_the_gate_measured_is_the_size_in_the_registry(
     outputs: list[str], registry: LocalRegistry
 ) -> None:
-    judged = json.loads(DIST.read_text())
-    _, manifest = transfer.read_manifest(record()["reference"], registry.place)
+    gates_result = json.loads(DIST.read_text())
+    _, manifest = transfer.read_manifest(record()["reference"], registry.repository)
     sizes = [layer["size"] for layer in manifest["layers"]]
-    assert sizes == [layer["zstd_bytes"] for layer in judged["layers"]]
+    assert sizes == [layer["zstd_bytes"] for layer in gates_result["layers"]]
     assert sum(sizes) == record()["bytes"]
     assert isinstance(PLAN.image.size_max_mb, int)
     assert sum(sizes) / 1e6 <= PLAN.image.size_max_mb
@@ -129,7 +129,7 @@ def test_every_tag_names_the_verified_digest_and_nothing_else_is_tagged(
     assert moving == "cpu"
     assert fixed.startswith(f"cpu-{found['version']}-torch{PLAN.lock}-{found['revision'][:12]}")
     for tag in found["tags"]:
-        assert transfer.find_tag(tag, registry.place) == found["digest"]
+        assert transfer.find_tag(tag, registry.repository) == found["digest"]
     tags = registry.folder / "docker/registry/v2/repositories/rehearsal/attnimg/_manifests/tags"
     own = {path.name for path in tags.iterdir() if not path.name.startswith("sha256-")}
     # The other tests' small images are in this repository too.
@@ -142,7 +142,7 @@ def test_anybody_verifies_it_by_its_tag_or_digest(
     found = record()
     public = tmp_path / "cosign.pub"
     shutil.copy(ROOT / "build/release/rehearsal.pub", public)
-    where = {"REGISTRY": registry.place.registry, "COSIGN_PUBLIC_KEY": str(public)}
+    where = {"REGISTRY": registry.repository.registry, "COSIGN_PUBLIC_KEY": str(public)}
     for which in ({"TAG": "cpu"}, {"DIGEST": found["digest"]}):
         done = make("verify/cpu", **which, **where)
         assert done.returncode == 0, done.stderr
@@ -158,7 +158,7 @@ def test_the_commands_of_the_docs_verify_it(
     page = (ROOT / "docs/releases.md").read_text()
     found = re.search(r"```bash\n(IMAGE=.*?)```", page, re.S)
     assert found
-    commands = re.sub(r"IMAGE=.*", f"IMAGE={registry.place.repository}:cpu", found.group(1))
+    commands = re.sub(r"IMAGE=.*", f"IMAGE={registry.repository.name}:cpu", found.group(1))
     key = f"--key {ROOT}/build/release/rehearsal.pub --insecure-ignore-tlog=true"
     commands = re.sub(r"WHO=\(.*?\)\n(?=cosign)", f"WHO=({key})\n", commands, flags=re.S)
     done = subprocess.run(
@@ -175,15 +175,15 @@ def test_the_commands_of_the_docs_verify_it(
 def test_a_promotion_over_an_immutable_tag_of_another_image_is_refused(
     outputs: list[str], registry: LocalRegistry, make_small
 ) -> None:
-    found, place = record(), registry.place
+    found, repository = record(), registry.repository
     other = make_small("another build of the same commit")
-    transfer.push(other.layout, other.digest, place)
+    transfer.push(other.layout, other.digest, repository)
     fixed = next(iter(found["tags"]))
-    transfer.tag(other.digest, fixed, place)
+    transfer.tag(other.digest, fixed, repository)
     done = make("promote/cpu", **settings(registry))
     assert done.returncode != 0
     assert f"the tag {fixed} is taken" in done.stderr
-    transfer.tag(found["digest"], fixed, place)
+    transfer.tag(found["digest"], fixed, repository)
     assert make("promote/cpu", **settings(registry)).returncode == 0
 
 
@@ -210,6 +210,6 @@ def test_a_push_that_may_not_be_is_refused(
 def test_tests_of_another_image_than_the_digest_has_are_refused(
     outputs: list[str], registry: LocalRegistry
 ) -> None:
-    done = make("test/hopper", DIGEST=record()["digest"], REGISTRY=registry.place.registry)
+    done = make("test/hopper", DIGEST=record()["digest"], REGISTRY=registry.repository.registry)
     assert done.returncode != 0
     assert "found the title attnimg:cpu, needed attnimg:hopper" in done.stderr

@@ -14,7 +14,7 @@ from conftest import LocalRegistry, MakeSmall, Small, blob_path, make_signer, pu
 from attnimg.errors import AttnimgError
 from recipes.release import signing, transfer
 from recipes.release.checking import run_clean, verify_statements
-from recipes.release.place import Place
+from recipes.release.repository import Repository
 from recipes.release.signing import KINDS, Signing
 
 
@@ -27,24 +27,24 @@ def refused(*codes: str, match: str | None = None) -> Iterator[None]:
     assert caught.value.do
 
 
-def verify(digest: str, place: Place, signer: Signing) -> None:
-    verify_statements(digest, place, signer, name="cpu")
+def verify(digest: str, repository: Repository, signer: Signing) -> None:
+    verify_statements(digest, repository, signer, name="cpu")
 
 
 @pytest.fixture(scope="module")
 def released(make_small: MakeSmall, registry: LocalRegistry, signer: Signing) -> Small:
     """A small image with its signature and all statements. Tests leave them as they are."""
     small = make_small("released")
-    publish(small, registry.place, signer)
+    publish(small, registry.repository, signer)
     return small
 
 
 def test_a_whole_signed_image_is_accepted_also_when_it_is_signed_again(
     released: Small, registry: LocalRegistry, signer: Signing
 ) -> None:
-    signing.sign(released.digest, registry.place, signer, notes={"rehearsal": "true"})
+    signing.sign(released.digest, registry.repository, signer, notes={"rehearsal": "true"})
     verify_statements(
-        released.digest, registry.place, signer, name="cpu", expected=released.predicates
+        released.digest, registry.repository, signer, name="cpu", expected=released.predicates
     )
 
 
@@ -52,38 +52,38 @@ def test_an_image_is_refused_as_another_image_of_the_recipes(
     released: Small, registry: LocalRegistry, signer: Signing
 ) -> None:
     with refused("not-verified", match="title: found 'attnimg:cpu', needed 'attnimg:hopper'"):
-        verify_statements(released.digest, registry.place, signer, name="hopper")
+        verify_statements(released.digest, registry.repository, signer, name="hopper")
 
 
 def test_an_unsigned_image_and_one_of_another_key_are_refused(
     make_small: MakeSmall, registry: LocalRegistry, signer: Signing, tmp_path: Path
 ) -> None:
-    small, place = make_small("unsigned"), registry.place
-    transfer.push(small.layout, small.digest, place)
+    small, repository = make_small("unsigned"), registry.repository
+    transfer.push(small.layout, small.digest, repository)
     with refused("not-verified", match="is not signed"):
-        verify(small.digest, place, signer)
-    stranger = make_signer(place, tmp_path)
-    signing.sign(small.digest, place, stranger, notes={})
-    signing.verify_signature(small.digest, place, stranger)
+        verify(small.digest, repository, signer)
+    stranger = make_signer(repository, tmp_path)
+    signing.sign(small.digest, repository, stranger, notes={})
+    signing.verify_signature(small.digest, repository, stranger)
     with refused("not-verified", match="is not signed"):
-        verify(small.digest, place, signer)
+        verify(small.digest, repository, signer)
 
 
 def test_a_signed_image_without_statements_is_refused(
     make_small: MakeSmall, registry: LocalRegistry, signer: Signing
 ) -> None:
     small = make_small("signed only")
-    transfer.push(small.layout, small.digest, registry.place)
-    signing.sign(small.digest, registry.place, signer, notes={})
+    transfer.push(small.layout, small.digest, registry.repository)
+    signing.sign(small.digest, registry.repository, signer, notes={})
     with refused("not-verified", match="has no valid cyclonedx statement"):
-        verify(small.digest, registry.place, signer)
+        verify(small.digest, registry.repository, signer)
 
 
 @pytest.fixture(scope="module")
 def bare(make_small: MakeSmall, registry: LocalRegistry) -> Small:
     """A small image that is pushed and no more."""
     small = make_small("bare")
-    transfer.push(small.layout, small.digest, registry.place)
+    transfer.push(small.layout, small.digest, registry.repository)
     return small
 
 
@@ -91,53 +91,55 @@ def bare(make_small: MakeSmall, registry: LocalRegistry) -> Small:
 def test_a_statement_that_is_missing_or_of_another_key_is_refused(
     kind: str, bare: Small, registry: LocalRegistry, signer: Signing, tmp_path: Path
 ) -> None:
-    place = registry.place
+    repository = registry.repository
     with refused("not-verified", match=f"has no valid {kind} statement"):
-        signing.verify_statement(kind, bare.digest, place, signer)
-    signing.attest(kind, bare.predicates[kind], bare.digest, place, make_signer(place, tmp_path))
+        signing.verify_statement(kind, bare.digest, repository, signer)
+    signing.attest(
+        kind, bare.predicates[kind], bare.digest, repository, make_signer(repository, tmp_path)
+    )
     with refused("not-verified", match=f"has no valid {kind} statement"):
-        signing.verify_statement(kind, bare.digest, place, signer)
-    signing.attest(kind, bare.predicates[kind], bare.digest, place, signer)
+        signing.verify_statement(kind, bare.digest, repository, signer)
+    signing.attest(kind, bare.predicates[kind], bare.digest, repository, signer)
     said = json.loads(bare.predicates[kind].read_text())
-    assert signing.verify_statement(kind, bare.digest, place, signer) == said
+    assert signing.verify_statement(kind, bare.digest, repository, signer) == said
 
 
 def test_a_signature_and_statements_of_another_image_are_refused(
     released: Small, make_small: MakeSmall, registry: LocalRegistry, signer: Signing
 ) -> None:
-    small, place = make_small("with another's"), registry.place
-    transfer.push(small.layout, small.digest, place)
+    small, repository = make_small("with another's"), registry.repository
+    transfer.push(small.layout, small.digest, repository)
     for suffix in ("sig", "att"):
         theirs, ours = (f"{one.digest.replace(':', '-')}.{suffix}" for one in (released, small))
-        digest = transfer.find_tag(theirs, place)
+        digest = transfer.find_tag(theirs, repository)
         assert digest is not None
-        transfer.tag(digest, ours, place)
+        transfer.tag(digest, ours, repository)
     with refused("not-verified", match="is not signed"):
-        signing.verify_signature(small.digest, place, signer)
+        signing.verify_signature(small.digest, repository, signer)
     with refused("not-verified", match="has no valid provenance statement"):
-        signing.verify_statement("provenance", small.digest, place, signer)
+        signing.verify_statement("provenance", small.digest, repository, signer)
 
 
 def test_a_tag_that_was_moved_to_another_image_is_refused(
     released: Small, bare: Small, registry: LocalRegistry, signer: Signing
 ) -> None:
-    place = registry.place
-    transfer.tag(released.digest, "moved", place)
-    transfer.tag(bare.digest, "moved", place)
-    found = transfer.find_tag("moved", place)
+    repository = registry.repository
+    transfer.tag(released.digest, "moved", repository)
+    transfer.tag(bare.digest, "moved", repository)
+    found = transfer.find_tag("moved", repository)
     assert found == bare.digest
     with refused("not-verified", match="is not signed"):
-        verify(found, place, signer)
+        verify(found, repository, signer)
     # Who has the digest is not affected.
-    verify(released.digest, place, signer)
+    verify(released.digest, repository, signer)
 
 
 def test_bytes_that_were_changed_in_the_registry_are_refused(
     make_small: MakeSmall, registry: LocalRegistry, signer: Signing, tmp_path: Path
 ) -> None:
-    small, place = make_small("changed later"), registry.place
-    publish(small, place, signer)
-    found = verify_statements(small.digest, place, signer, name="cpu")
+    small, repository = make_small("changed later"), registry.repository
+    publish(small, repository, signer)
+    found = verify_statements(small.digest, repository, signer, name="cpu")
     _, manifest, _ = transfer.layout_manifest(small.layout)
 
     @contextmanager
@@ -153,20 +155,20 @@ def test_bytes_that_were_changed_in_the_registry_are_refused(
         changed(small.digest, b'"layers"', b' "layers"'),
         refused("tampered", "program", "no-image"),
     ):
-        verify(small.digest, place, signer)
+        verify(small.digest, repository, signer)
     with (
         changed(found.image_id, b'"attnimg:cpu"', b'"attnimg:evil"'),
         refused("tampered", "program"),
     ):
-        verify(small.digest, place, signer)
+        verify(small.digest, repository, signer)
     layer = manifest["layers"][0]["digest"]
     other = transfer.layout_manifest(make_small("changed before").layout)[1]["layers"][0]["digest"]
     evil = (small.layout.parents[1] / "changed before/layout/blobs/sha256" / other[7:]).read_bytes()
-    transfer.pull(small.digest, place, tmp_path / "whole")
+    transfer.pull(small.digest, repository, tmp_path / "whole")
     whole = blob_path(registry, layer).read_bytes()
     with changed(layer, whole, evil):
         with refused("program", "registry"):
-            transfer.pull(small.digest, place, tmp_path / "changed")
+            transfer.pull(small.digest, repository, tmp_path / "changed")
         # The clean engine has not the whole one, as this machine's own might.
         with refused("program", "registry"):
-            run_clean(replace(found, labels={}), place, folder=tmp_path)
+            run_clean(replace(found, labels={}), repository, folder=tmp_path)

@@ -13,10 +13,10 @@ from recipes.gates import GateFinding, gate_names
 from recipes.read import read_recipes
 from recipes.release import record as records
 from recipes.release.command import release
-from recipes.release.judged import Judged
-from recipes.release.place import find_place, parse_place, read_registry
+from recipes.release.gates_result import GatesResult
 from recipes.release.programs import answer_error
 from recipes.release.publishable import OCI, check_publishable
+from recipes.release.repository import find_repository, parse_repository, read_registry
 from recipes.release.tags import immutable_tag, moving_tags, refuse_changed, refuse_shared
 from recipes.run_gates import GateResult
 from recipes.solve.plan import solve_all
@@ -46,9 +46,9 @@ DIGEST = f"sha256:{'a' * 64}"
     ],
 )
 def test_a_registry_is_a_host_and_a_namespace(text: str, registry: str, loopback: bool) -> None:
-    place = parse_place(text)
-    assert (place.registry, place.loopback) == (registry, loopback)
-    assert place.at(DIGEST) == f"{registry}/attnimg@{DIGEST}"
+    repository = parse_repository(text)
+    assert (repository.registry, repository.loopback) == (registry, loopback)
+    assert repository.at(DIGEST) == f"{registry}/attnimg@{DIGEST}"
 
 
 @pytest.mark.parametrize(
@@ -76,16 +76,16 @@ def test_a_registry_is_a_host_and_a_namespace(text: str, registry: str, loopback
 )
 def test_what_is_no_registry_is_refused(text: str, why: str) -> None:
     with pytest.raises(AttnimgError) as caught:
-        parse_place(text)
+        parse_repository(text)
     assert caught.value.code == "bad-registry"
     assert why in caught.value.why
     assert "REGISTRY=" in caught.value.do
 
 
 def test_the_environment_replaces_the_registry_of_the_recipe() -> None:
-    assert find_place(ROOT, {}).registry == read_registry(ROOT).registry
-    assert find_place(ROOT, {"REGISTRY": ""}).registry == read_registry(ROOT).registry
-    assert find_place(ROOT, {"REGISTRY": "localhost:1/x/"}).registry == "localhost:1/x"
+    assert find_repository(ROOT, {}).registry == read_registry(ROOT).registry
+    assert find_repository(ROOT, {"REGISTRY": ""}).registry == read_registry(ROOT).registry
+    assert find_repository(ROOT, {"REGISTRY": "localhost:1/x/"}).registry == "localhost:1/x"
 
 
 @pytest.mark.parametrize(
@@ -153,27 +153,32 @@ LABELS = {
     f"{OCI}.base.name": BASE.reference,
     f"{OCI}.base.digest": DIGEST,
 }
-PASSED = Judged(
+PASSED = GatesResult(
     image="cpu", source="build/cpu.tar", kind="image", layers=({"name": "base"},), passed=True,
     gates=tuple(GateResult(gate=gate) for gate in sorted(gate_names())), image_id=DIGEST,
-    digest=DIGEST, judged_by="", evidence={},
+    digest=DIGEST, checked_by="", evidence={},
 )  # fmt: skip
 FINDING = GateFinding(file="torch", found="2.0", needed="2.1", do="pin it")
 
 
-def with_gate(result: GateResult) -> Judged:
+def with_gate(result: GateResult) -> GatesResult:
     """What the gates found, with another result of one gate."""
     gates = tuple(result if one.gate == result.gate else one for one in PASSED.gates)
     return replace(PASSED, gates=gates)
 
 
-REMOTE, LOCAL = parse_place("registry.example.com/team"), parse_place("127.0.0.1:1/rehearsal")
+REMOTE, LOCAL = (
+    parse_repository("registry.example.com/team"),
+    parse_repository("127.0.0.1:1/rehearsal"),
+)
 
 
-def check(labels=LABELS, judged=PASSED, plan=PLAN, place=REMOTE, head=COMMIT, rehearsal=False):
+def check(
+    labels=LABELS, gates_result=PASSED, plan=PLAN, repository=REMOTE, head=COMMIT, rehearsal=False
+):
     return check_publishable(
-        plan, labels=labels, judged=judged, version="0.2.0", head=head, place=place,
-        rehearsal=rehearsal,
+        plan, labels=labels, gates_result=gates_result, version="0.2.0", head=head,
+        repository=repository, rehearsal=rehearsal,
     )  # fmt: skip
 
 
@@ -181,8 +186,8 @@ def test_a_resolved_labelled_image_that_passed_the_gates_may_be_published_also_i
     None
 ):
     assert check() == ()
-    assert check(place=LOCAL) == ()
-    assert check(place=LOCAL, rehearsal=True) == ()
+    assert check(repository=LOCAL) == ()
+    assert check(repository=LOCAL, rehearsal=True) == ()
 
 
 @pytest.mark.parametrize(
@@ -206,29 +211,29 @@ def test_a_missing_or_different_label_is_refused_and_a_warning_in_a_rehearsal(
     label: str, value: str, found: str
 ) -> None:
     labels = LABELS | {f"{OCI}.{label}": value}
-    for place in (REMOTE, LOCAL):
+    for repository in (REMOTE, LOCAL):
         with pytest.raises(AttnimgError) as caught:
-            check(labels, place=place)
+            check(labels, repository=repository)
         assert caught.value.code == "not-publishable"
         assert found in caught.value.why
         assert "REHEARSAL=1" in caught.value.do
-    (warning,) = check(labels, place=LOCAL, rehearsal=True)
+    (warning,) = check(labels, repository=LOCAL, rehearsal=True)
     assert found in warning
 
 
 def test_an_unresolved_value_is_refused_and_a_warning_in_a_rehearsal() -> None:
     plan = PLANS["rocm"]
     labels = LABELS | {f"{OCI}.title": "attnimg:rocm"}
-    judged = replace(PASSED, image="rocm")
+    gates_result = replace(PASSED, image="rocm")
     with pytest.raises(AttnimgError, match="rocm can't be published") as caught:
-        check(labels, judged, plan=plan)
+        check(labels, gates_result, plan=plan)
     assert "images/rocm: torch is unresolved" in caught.value.why
-    warnings = check(labels, judged, plan=plan, place=LOCAL, rehearsal=True)
+    warnings = check(labels, gates_result, plan=plan, repository=LOCAL, rehearsal=True)
     assert any("torch is unresolved" in text for text in warnings)
 
 
 @pytest.mark.parametrize(
-    ("judged", "found"),
+    ("gates_result", "found"),
     [
         (replace(PASSED, gates=()), "gates: found no result of duplicates, glibc, "),
         (replace(PASSED, gates=PASSED.gates[:-1]), f"no result of {PASSED.gates[-1].gate}"),
@@ -249,17 +254,19 @@ def test_an_unresolved_value_is_refused_and_a_warning_in_a_rehearsal() -> None:
         (with_gate(GateResult(gate="sbom", skip_reason="no syft")), "gate sbom was skipped: no s"),
     ],
 )
-def test_what_the_gates_did_not_pass_is_refused_also_in_a_rehearsal(judged, found: str) -> None:
-    for place, rehearsal in ((REMOTE, False), (LOCAL, True)):
+def test_what_the_gates_did_not_pass_is_refused_also_in_a_rehearsal(
+    gates_result, found: str
+) -> None:
+    for repository, rehearsal in ((REMOTE, False), (LOCAL, True)):
         with pytest.raises(AttnimgError) as caught:
-            check(judged=judged, place=place, rehearsal=rehearsal)
+            check(gates_result=gates_result, repository=repository, rehearsal=rehearsal)
         assert found in caught.value.why
         assert "make gate/cpu" in caught.value.do
 
 
 def test_an_image_of_something_else_is_refused_also_in_a_rehearsal() -> None:
     with pytest.raises(AttnimgError, match="cpu can't be published"):
-        check(LABELS | {f"{OCI}.title": "attnimg:hopper"}, place=LOCAL, rehearsal=True)
+        check(LABELS | {f"{OCI}.title": "attnimg:hopper"}, repository=LOCAL, rehearsal=True)
 
 
 def test_a_release_is_refused_before_anything_is_built_and_runs_all_tests(tmp_path: Path) -> None:
@@ -286,9 +293,9 @@ def test_no_image_of_the_recipes_is_published_today() -> None:
     """Their base is unresolved; the release starts to work when `make lock` has resolved it."""
     for name, plan in PLANS.items():
         if plan.unresolved:
-            judged = replace(PASSED, image=name)
+            gates_result = replace(PASSED, image=name)
             with pytest.raises(AttnimgError, match="can't be published") as caught:
-                check(LABELS | {f"{OCI}.title": f"attnimg:{name}"}, judged, plan=plan)
+                check(LABELS | {f"{OCI}.title": f"attnimg:{name}"}, gates_result, plan=plan)
             assert "is unresolved" in caught.value.why
 
 
@@ -310,7 +317,7 @@ def test_a_record_is_read_as_it_was_written_and_a_rehearsal_has_its_own(tmp_path
     with pytest.raises(AttnimgError) as caught:
         records.needed_record("cpu", LOCAL, tmp_path, after="verify")
     assert (caught.value.code, caught.value.do) == ("no-step", "make tested/cpu")
-    other = parse_place("127.0.0.1:2/rehearsal")
+    other = parse_repository("127.0.0.1:2/rehearsal")
     with pytest.raises(AttnimgError, match="another registry"):
         records.needed_record("cpu", other, tmp_path, after="push")
     with pytest.raises(AttnimgError, match="has not reached this step"):

@@ -11,13 +11,16 @@ import pytest
 
 from attnimg.errors import AttnimgError
 from recipes.release.command import pull, verify
-from recipes.release.place import Place, parse_place, read_registry
+from recipes.release.repository import Repository, parse_repository, read_registry
 from recipes.release.signing import Signing, choose_signing
 from recipes.release.transfer import find_tag, read_config, read_manifest
 
 ROOT = Path(__file__).parents[3]
 DIGEST = f"sha256:{'a' * 64}"
-REMOTE, LOCAL = parse_place("registry.example.com/team"), parse_place("127.0.0.1:1/rehearsal")
+REMOTE, LOCAL = (
+    parse_repository("registry.example.com/team"),
+    parse_repository("127.0.0.1:1/rehearsal"),
+)
 
 
 @pytest.mark.parametrize(
@@ -110,8 +113,10 @@ def test_a_configuration_may_lack_labels_and_nothing_else(
 # ---- keys ---------------------------------------------------------------------------------------
 
 
-def chosen(folder: Path, *, sign: bool = True, place: Place = REMOTE, **env: str) -> Signing:
-    return choose_signing(read_registry(ROOT), place, env=env, folder=folder, sign=sign)
+def chosen(
+    folder: Path, *, sign: bool = True, repository: Repository = REMOTE, **env: str
+) -> Signing:
+    return choose_signing(read_registry(ROOT), repository, env=env, folder=folder, sign=sign)
 
 
 @pytest.mark.parametrize("name", ["cosign.key", "my.pem", "key"])

@@ -17,8 +17,7 @@ from attnimg.errors import AttnimgError
 from recipes.files import write_all
 from recipes.release import command, steps
 from recipes.release.attesting import refuse_expired
-from recipes.release.judged import judged_path, read_judged
-from recipes.release.place import Place, read_registry
+from recipes.release.gates_result import gates_result_path, read_gates_result
 from recipes.release.publishable import refuse_fewer_tests
 from recipes.release.record import (
     RECORDED,
@@ -29,8 +28,9 @@ from recipes.release.record import (
     record_path,
     write_record,
 )
+from recipes.release.repository import Repository, read_registry
 from recipes.release.steps import Release
-from recipes.run_gates import GateResult, evidence, judged_by, sha256_of
+from recipes.run_gates import GateResult, checked_by, evidence, sha256_of
 
 ROOT = Path(__file__).parents[3]
 OTHER = f"sha256:{'b' * 64}"
@@ -142,9 +142,9 @@ def test_a_step_that_is_done_again_undoes_the_later_ones(again: str) -> None:
     assert list(record.steps) == list(RECORDED)[: list(RECORDED).index(again) + 1]
 
 
-def make_job(root: Path, place: Place = REMOTE, *, rehearsal: bool = False) -> Release:
+def make_job(root: Path, repository: Repository = REMOTE, *, rehearsal: bool = False) -> Release:
     return Release(
-        plan=PLAN, recipes=RECIPES, registry=read_registry(ROOT), place=place, root=root,
+        plan=PLAN, recipes=RECIPES, registry=read_registry(ROOT), repository=repository, root=root,
         rehearsal=rehearsal,
     )  # fmt: skip
 
@@ -169,21 +169,21 @@ def test_an_image_that_not_all_tests_passed_is_not_promoted(tmp_path: Path) -> N
 # ---- the gates' result --------------------------------------------------------------------------
 
 
-def write_judged(root: Path, **values: Any) -> None:
+def write_gates_result(root: Path, **values: Any) -> None:
     for kind, path in evidence("cpu").items():
         write_all(root, {path: f"{kind}\n"})
     files = {kind: sha256_of(root / path) for kind, path in evidence("cpu").items()}
-    judged = replace(PASSED, judged_by=judged_by(root), evidence=files)
-    write_all(root, {judged_path("cpu"): json.dumps({**asdict(judged), **values})})
+    gates_result = replace(PASSED, checked_by=checked_by(root), evidence=files)
+    write_all(root, {gates_result_path("cpu"): json.dumps({**asdict(gates_result), **values})})
 
 
 def test_the_result_of_the_gates_is_read_as_it_was_written(tmp_path: Path) -> None:
-    assert read_judged("cpu", tmp_path) is None
+    assert read_gates_result("cpu", tmp_path) is None
     found = GateResult(
         gate="pins", findings=(FINDING,), allowed=((FINDING, "a reason"),), own=(FINDING,)
     )
-    write_judged(tmp_path, evidence={}, judged_by="x", gates=[asdict(found)])
-    assert read_judged("cpu", tmp_path) == replace(PASSED, judged_by="x", gates=(found,))
+    write_gates_result(tmp_path, evidence={}, checked_by="x", gates=[asdict(found)])
+    assert read_gates_result("cpu", tmp_path) == replace(PASSED, checked_by="x", gates=(found,))
 
 
 @pytest.mark.parametrize(
@@ -194,13 +194,13 @@ def test_the_result_of_the_gates_is_read_as_it_was_written(tmp_path: Path) -> No
 def test_a_damaged_result_of_the_gates_is_reported_and_written_again(
     tmp_path: Path, content: bytes, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / judged_path("cpu")
+    path = tmp_path / gates_result_path("cpu")
     path.parent.mkdir()
     path.write_bytes(content)
-    assert read_judged("cpu", tmp_path) is None
+    assert read_gates_result("cpu", tmp_path) is None
     assert f"{path} is not a result of the gates: " in capfd.readouterr().err
-    write_judged(tmp_path)
-    assert read_judged("cpu", tmp_path) is not None
+    write_gates_result(tmp_path)
+    assert read_gates_result("cpu", tmp_path) is not None
 
 
 @pytest.mark.parametrize(
@@ -211,8 +211,8 @@ def test_a_damaged_result_of_the_gates_is_reported_and_written_again(
 def test_a_result_of_the_gates_with_a_wrong_value_is_none(
     tmp_path: Path, wrong: dict[str, Any]
 ) -> None:
-    write_judged(tmp_path, **wrong)
-    assert read_judged("cpu", tmp_path) is None
+    write_gates_result(tmp_path, **wrong)
+    assert read_gates_result("cpu", tmp_path) is None
 
 
 def test_only_statements_about_the_pushed_image_are_signed(tmp_path: Path) -> None:
@@ -223,21 +223,21 @@ def test_only_statements_about_the_pushed_image_are_signed(tmp_path: Path) -> No
     def fault() -> str:
         with pytest.raises(AttnimgError, match="are not about the image") as caught:
             steps.attest(job)
-        assert caught.value.code == "not-judged"
+        assert caught.value.code == "not-checked"
         assert "make gate/cpu" in caught.value.do
         return caught.value.why
 
     assert "found no result of the gates" in fault()
-    write_judged(tmp_path, digest=OTHER)
+    write_gates_result(tmp_path, digest=OTHER)
     assert f"found the result of {OTHER}" in fault()
-    write_judged(tmp_path, image_id=OTHER)
+    write_gates_result(tmp_path, image_id=OTHER)
     assert "found the result of" in fault()
-    write_judged(tmp_path)
+    write_gates_result(tmp_path)
     (tmp_path / evidence("cpu")["cyclonedx"]).write_text("the SBOM of another image")
     assert "changed after the gates wrote them" in fault()
-    write_judged(tmp_path, judged_by="other gates")
+    write_gates_result(tmp_path, checked_by="other gates")
     assert "changed after the gates wrote them" in fault()
-    write_judged(tmp_path)
+    write_gates_result(tmp_path)
     steps.refuse_other_evidence(job, tested)
 
 
@@ -253,7 +253,7 @@ def test_an_answer_that_has_expired_when_it_is_signed_is_refused() -> None:
 def test_an_answer_that_expires_before_the_tags_are_set_is_refused(tmp_path: Path) -> None:
     write_record(replace(done(RECORD, "push", "test", "attest", "verify"), tests="x"), tmp_path)
     expired = [replace(cve, expires=date(2020, 1, 1)) for cve in RECIPES.cves]
-    job = replace(make_job(tmp_path, place=LOCAL), recipes=replace(RECIPES, cves=expired))
+    job = replace(make_job(tmp_path, repository=LOCAL), recipes=replace(RECIPES, cves=expired))
     with pytest.raises(AttnimgError, match="vulnerabilities without an answer") as caught:
         steps.promote(job)
     assert caught.value.code == "no-vex"

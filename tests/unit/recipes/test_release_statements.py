@@ -296,7 +296,7 @@ def small(folder: Path) -> tuple[Artifact, str]:
     return artifact, write_layout(folder / "layout", artifact.layers, artifact.config)
 
 
-def test_the_layout_has_the_judged_layers_and_the_configuration_byte_for_byte(
+def test_the_layout_has_the_checked_layers_and_the_configuration_byte_for_byte(
     tmp_path: Path,
 ) -> None:
     artifact, digest = small(tmp_path)

@@ -15,7 +15,7 @@ from recipes.run_gates import GateResult
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Judged(Strict):
+class GatesResult(Strict):
     """The result of all gates about one image.
 
     Attributes:
@@ -26,7 +26,7 @@ class Judged(Strict):
         passed: whether none has a finding.
         image_id: digest of its configuration.
         digest: of its manifest, as it is pushed.
-        judged_by: hash of the recipes, lock files and gates.
+        checked_by: hash of the recipes, lock files and gates.
         evidence: kind of a statement -> sha256 of its file in dist/.
     """
 
@@ -38,26 +38,26 @@ class Judged(Strict):
     passed: bool
     image_id: Digest
     digest: Digest
-    judged_by: str
+    checked_by: str
     evidence: Mapping[str, str]
 
 
-_JUDGED = TypeAdapter(Judged)
+_GATES_RESULT = TypeAdapter(GatesResult)
 
 
-def judged_path(name: str) -> str:
+def gates_result_path(name: str) -> str:
     """Return the file, under the checkout."""
     return f"dist/{name}-gates.json"
 
 
-def read_judged(name: str, root: Path) -> Judged | None:
+def read_gates_result(name: str, root: Path) -> GatesResult | None:
     """Return the gates' result; None if there is none, or only a damaged one.
 
     A damaged one is reported and not an error: `make gate/NAME` writes it again.
     """
-    path = root / judged_path(name)
+    path = root / gates_result_path(name)
     try:
-        return _JUDGED.validate_json(path.read_bytes(), strict=True)
+        return _GATES_RESULT.validate_json(path.read_bytes(), strict=True)
     except FileNotFoundError:
         return None
     except OSError as error:

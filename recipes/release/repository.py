@@ -67,8 +67,8 @@ class Registry(Strict):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
-    """Where images go.
+class Repository:
+    """The repository of a registry where images go.
 
     Attributes:
         registry: host[:port]/namespace.
@@ -84,13 +84,13 @@ class Place:
         return self.registry.partition("/")[0]
 
     @property
-    def repository(self) -> str:
+    def name(self) -> str:
         """The one repository of all images: their tags begin with the image's name."""
         return f"{self.registry}/attnimg"
 
     def at(self, digest: str) -> str:
         """Return the reference of an image by its digest."""
-        return f"{self.repository}@{digest}"
+        return f"{self.name}@{digest}"
 
 
 def read_registry(root: Path) -> Registry:
@@ -106,39 +106,41 @@ def read_registry(root: Path) -> Registry:
         raise AttnimgError(
             f"{FILE} is not valid",
             why=str(error),
-            do=f"correct {FILE}; recipes/release/place.py explains each key",
+            do=f"correct {FILE}; recipes/release/repository.py explains each key",
             code="bad-recipe",
         ) from error
-    parse_place(found.registry)
+    parse_repository(found.registry)
     return found
 
 
-def find_place(root: Path, env: Mapping[str, str]) -> Place:
+def find_repository(root: Path, env: Mapping[str, str]) -> Repository:
     """Return where to push to and pull from.
 
     Raises:
         AttnimgError: REGISTRY or registry.toml does not name a registry (code "bad-registry").
     """
-    return parse_place(env.get("REGISTRY") or read_registry(root).registry)
+    return parse_repository(env.get("REGISTRY") or read_registry(root).registry)
 
 
-def parse_place(text: str) -> Place:
-    """Return a place from host[:port]/namespace; one slash at the end is accepted.
+def parse_repository(text: str) -> Repository:
+    """Return the repository of host[:port]/namespace; one slash at the end is accepted.
 
     Raises:
         AttnimgError: it is something else (code "bad-registry").
     """
     host, _, namespace = text.strip().removesuffix("/").partition("/")
     # The name of a host is the same in capital letters; skopeo and Docker compare the text.
-    place = Place(registry=f"{host.lower()}/{namespace}", loopback=_is_loopback(host.lower()))
-    if fault := _fault(host, namespace) or _length_fault(place):
+    repository = Repository(
+        registry=f"{host.lower()}/{namespace}", loopback=_is_loopback(host.lower())
+    )
+    if fault := _fault(host, namespace) or _length_fault(repository):
         raise AttnimgError(
             "the registry can't be used",
             why=f"found {text[:_LONGEST]!r}: {fault}",
             do="set REGISTRY=registry.example.com/team, or correct recipes/registry.toml",
             code="bad-registry",
         )
-    return place
+    return repository
 
 
 def _fault(host: str, namespace: str) -> str:
@@ -160,8 +162,8 @@ def _fault(host: str, namespace: str) -> str:
     return ""
 
 
-def _length_fault(place: Place) -> str:
-    length = len(place.repository)
+def _length_fault(repository: Repository) -> str:
+    length = len(repository.name)
     if length <= _LONGEST:
         return ""
     return f"with /attnimg it has {length} characters, needed at most {_LONGEST}"
