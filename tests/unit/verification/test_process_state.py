@@ -48,7 +48,7 @@ FAULTS = {
     "files limited": "resource limits",
     "no garbage collection": "garbage collection",
     "exceptions unseen": "hooks of Python",
-    "an optimizer's step replaced": "torch.optim.adamw.AdamW: step was replaced by code of builtins",
+    "an optimizer's step replaced": "torch.optim.adamw.AdamW: step was replaced by code",
     "os.replace replaced": "os: replace was replaced by code of _wrong_",
     "a folder of modules put first": "sys.path: entries were removed or put first",
     "stderr elsewhere": "standard input, output and error",
