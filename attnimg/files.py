@@ -148,6 +148,26 @@ def write_private(path: Path, content: bytes) -> None:
         raise
 
 
+def write_checked(path: Path, content: object) -> None:
+    """Write JSON with its own hash, as write_private does."""
+    text = json.dumps(content)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    write_private(path, json.dumps({"sha256": digest, "content": text}).encode())
+
+
+def read_checked(path: Path, *, at_most: int) -> Any:
+    """Return what write_checked wrote; the hash finds any change of it, but is not a signature.
+
+    Raises:
+        OSError: as read_private.
+        ValueError, TypeError, KeyError, AttributeError, RecursionError: it was changed.
+    """
+    stored = json.loads(read_private(path, at_most=at_most))
+    if hashlib.sha256(stored["content"].encode()).hexdigest() != stored["sha256"]:
+        raise ValueError("its own hash differs")
+    return json.loads(stored["content"])
+
+
 def check_private(found: os.stat_result, *, is_kind: Callable[[int], bool]) -> None:
     """Raise unless a file is of the expected kind and only this user can write to it.
 
@@ -269,7 +289,7 @@ class CachedHasher:
             return
         merged = _read_cache(self.folder) | self._new
         with suppress(OSError):
-            write_private(self.folder / _CACHE_FILE, json.dumps(merged).encode())
+            write_checked(self.folder / _CACHE_FILE, merged)
         self._new = {}
 
     def _hash_file(self, path: Path) -> str:
@@ -301,8 +321,8 @@ def _identity(found: os.stat_result) -> str:
 def _read_cache(folder: Path) -> dict[str, str]:
     """Read the cached hashes; return none if the file is missing, damaged or another user's."""
     try:
-        cached = json.loads(read_private(folder / _CACHE_FILE, at_most=_CACHE_FILE_BYTES))
-    except (OSError, ValueError, RecursionError):
+        cached = read_checked(folder / _CACHE_FILE, at_most=_CACHE_FILE_BYTES)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return {}
     if not isinstance(cached, dict):
         return {}

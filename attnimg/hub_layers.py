@@ -19,6 +19,7 @@ from attnimg.backends._loading import (
     hub_errors,
     kernel_error,
     locked_revision,
+    only_own_code,
 )
 from attnimg.facts import HubLayer, LayerOp, LocalKernel
 from attnimg.files import read_data
@@ -110,7 +111,10 @@ def load_layer(hub: HubLayer) -> Any:
     Raises:
         AttnimgError: the kernel does not load, or its layer has no backward pass.
     """
-    with hub_errors(hub.repo, trusted=hub.trusted, otherwise=OFF):
+    with (
+        hub_errors(hub.repo, trusted=hub.trusted, otherwise=OFF),
+        only_own_code(hub.repo, otherwise=OFF),
+    ):
         layer = _repository(hub).load()
     if not getattr(layer, "has_backward", True):
         raise kernel_error(

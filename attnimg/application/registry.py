@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from functools import wraps
 from typing import Any
 
+from attnimg.backends._loading import only_own_code
 from attnimg.backends._transformers import (
     applied_form,
     attention_function,
@@ -179,10 +180,13 @@ def load_and_register(
 def _load_and_register(backend: Backend, *, trusted: bool) -> str:
     name = backend.applied_as or backend.name
     if backend.load_function is not None:
-        register(name, attention_function(backend, trusted=trusted))
+        with only_own_code(name):
+            function = attention_function(backend, trusted=trusted)
+        register(name, function)
     elif backend.family is not None or backend.hub_repo is not None:
         loaded = flash_name(backend)
-        load_flash(loaded, trusted=trusted)
+        with only_own_code(name):
+            load_flash(loaded, trusted=trusted)
         if name == backend.hub_repo:
             # transformers loads the path again, so it needs the revision of kernels.lock.
             name = loaded

@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from attnimg.errors import AttnimgError, KernelError, set_backend
+from attnimg.loaded_code import LoadedCode
 
 # `kernels lock` writes it to the current folder.
 LOCK_FILE = Path("kernels.lock")
@@ -147,6 +148,30 @@ def hub_errors(path: str, *, trusted: bool, otherwise: str = set_backend("sdpa")
             ) from error
         do = f"serve its folder by LOCAL_KERNELS={repo}=/path"
         raise load_error(path, error, do=do, otherwise=otherwise) from error
+
+
+@contextmanager
+def only_own_code(name: str, *, otherwise: str = set_backend("sdpa")) -> Iterator[None]:
+    """Refuse a kernel that replaced code of other packages in the block, which loads it.
+
+    A proof refuses it too, but in a process that has not loaded all modules of a run.
+
+    Args:
+        name: what the block loads.
+        otherwise: as for hub_errors.
+
+    Raises:
+        AttnimgError: code process-state.
+    """
+    loaded = LoadedCode()
+    yield
+    if found := loaded.replaced():
+        raise kernel_error(
+            f"{name} changes the process that it runs in",
+            why="\n".join(("when it was loaded:", *found[:5])),
+            do=otherwise,
+            code="process-state",
+        )
 
 
 def check_hub_kernel(

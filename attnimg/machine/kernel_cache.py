@@ -24,6 +24,7 @@ import json
 import os
 import shlex
 import shutil
+import stat
 import sys
 import tempfile
 import threading
@@ -34,7 +35,7 @@ from pathlib import Path
 from attnimg.backends import all_backends, conflicting_variables
 from attnimg.errors import AttnimgError, bad_manifest
 from attnimg.facts import Machine, Reason
-from attnimg.files import cache_folder, make_private_folder, read_data
+from attnimg.files import cache_folder, check_private, make_private_folder, read_data
 from attnimg.machine.fingerprint import ABSENT, fingerprint, triton_in_short
 from attnimg.machine.probe import this_machine
 
@@ -245,7 +246,9 @@ def _copy_folder(source: Path, target: Path) -> bool:
     """
     temporary = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        # Its files are loaded as code, so no other user may be able to change them.
+        for folder in (target.parents[1], target.parent):
+            make_private_folder(folder)
         if not target.exists():
             temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
             for path in source.rglob("*.o"):
@@ -257,9 +260,8 @@ def _copy_folder(source: Path, target: Path) -> bool:
             except OSError:  # another process has made the same copy first
                 if not target.is_dir():
                     raise
-        # Its files are loaded as code, so no other user may be able to change them.
-        owners = {folder.stat().st_uid for folder in (target, *target.parents[:2])}
-        return owners == {os.getuid()} and os.access(target, os.W_OK)
+        check_private(target.lstat(), is_kind=stat.S_ISDIR)
+        return os.access(target, os.W_OK)
     except OSError:  # not writable, or the disk is full
         return False
     finally:

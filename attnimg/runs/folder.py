@@ -21,7 +21,7 @@ from attnimg.errors import AttnimgError
 from attnimg.files import read_regular
 from attnimg.selection.model_config import may_be_path, missing_folder
 from attnimg.train.check import require_unlocked
-from attnimg.train.checkpoint import list_checkpoints
+from attnimg.train.checkpoint import is_checkpoint_name, list_checkpoints
 from attnimg.train.intact import find_damage, find_newest_intact
 from attnimg.train.model_files import check_safetensors, hash_model, list_weight_files
 from attnimg.train.records import RECEIPT_FILE
@@ -140,7 +140,7 @@ def has_receipt(folder: Path) -> bool:
 
 def _read_folder(folder: Path, *, argument: str, command: str, written: Config | None) -> RunFolder:
     """Return what is known of a folder, from its receipt or from that of the run around it."""
-    is_checkpoint = folder.name.startswith("checkpoint-") and folder.name[11:].isdigit()
+    is_checkpoint = is_checkpoint_name(folder.name)
     if is_checkpoint and not has_receipt(folder):
         _require_intact(folder)
     if has_receipt(folder):

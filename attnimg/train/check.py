@@ -27,6 +27,7 @@ from attnimg.train.checkpoint import (
     PARTIAL,
     ResumePoint,
     checkpoint_step,
+    is_checkpoint_name,
     list_checkpoints,
     newest_checkpoint,
     read_run_state,
@@ -249,6 +250,7 @@ def check_output_dir(config: Config) -> ResumePoint | None:
     _require_writable(folder)
     require_unlocked(folder)
     found = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    _require_no_other_file(folder, found)
     requested = config.resume_from_checkpoint
     if isinstance(requested, str):
         return _resume_from_named(folder, Path(requested).expanduser(), found=found)
@@ -267,6 +269,17 @@ def check_output_dir(config: Config) -> ResumePoint | None:
     if set(found) - ALLOWED_FILES and not config.auto_resume_from_checkpoints:
         raise _not_empty(folder, found, newest=newest)
     return ResumePoint(path=None, step=0) if found else None
+
+
+def _require_no_other_file(folder: Path, names: list[str]) -> None:
+    """Raise for a file in place of a checkpoint, over which the run could not save its own."""
+    for name in names:
+        if is_checkpoint_name(name) and not (folder / name).is_dir():
+            raise _output_dir_error(
+                f"output_dir {folder} has a file in place of a checkpoint",
+                why=f"found {name}, which is not a folder; needed a name that the run can save to",
+                do=f"move {folder / name} away, or set another output_dir",
+            )
 
 
 def _list_unfinished(folder: Path) -> list[Path]:
@@ -327,7 +340,7 @@ def _resume_point(checkpoint: Path, newer: dict[Path, list[str]]) -> ResumePoint
 
 def _require_checkpoint(checkpoint: Path) -> None:
     """Raise unless a folder is a checkpoint."""
-    is_named = checkpoint.name.rpartition("-")[2].isdecimal()
+    is_named = is_checkpoint_name(f"checkpoint-{checkpoint.name.rpartition('-')[2]}")
     is_complete = has_manifest(checkpoint) or (checkpoint / "trainer_state.json").exists()
     if not checkpoint.is_dir() or not is_named or not is_complete:
         why = "no such folder"

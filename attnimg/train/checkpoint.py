@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
@@ -28,6 +29,9 @@ PARTIAL = ".partial"
 STATE_FILE = "attnimg.json"
 
 MANIFEST_FILE = "manifest.json"
+
+# No run has more steps than these digits can count.
+_NAME = re.compile(r"checkpoint-[0-9]{1,12}")
 
 # Where each part of a checkpoint records its step.
 _RECORDED_STEPS = {
@@ -56,9 +60,14 @@ class ResumePoint:
     notes: tuple[str, ...] = ()
 
 
+def is_checkpoint_name(name: str) -> bool:
+    """Return whether a name is that of a checkpoint, `checkpoint-N`."""
+    return _NAME.fullmatch(name) is not None
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the complete checkpoints in `folder`, lowest step first."""
-    named = (path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit())
+    named = (path for path in folder.glob("checkpoint-*") if is_checkpoint_name(path.name))
     return sorted((path for path in named if path.is_dir()), key=checkpoint_step)
 
 

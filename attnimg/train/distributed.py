@@ -33,6 +33,12 @@ _GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # Source: accelerate 1.15.0, state.py, PartialState._prepare_backend (2026-11-27).
 _MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
+# A group of more processes would spend its time on waiting for them.
+_NUMBER = re.compile("[0-9]{1,5}")
+
+# Characters of a variable's value that are shown.
+_SHOWN = 60
+
 # Errors of gloo, NCCL and torch's store if a process has ended or does not answer.
 _LOST_RANK = re.compile(
     r"timed out|timeout|connection (closed|reset|refused)|broken pipe|aborted", re.IGNORECASE
@@ -62,7 +68,7 @@ def rank() -> int:
 def _number(name: str, default: int) -> int:
     """Return a variable as a number; the default if it is not a number (see require_group)."""
     text = os.environ.get(name, "")
-    return int(text) if text.isascii() and text.isdigit() else default
+    return int(text) if _NUMBER.fullmatch(text) else default
 
 
 def require_group() -> None:
@@ -78,12 +84,12 @@ def require_group() -> None:
         if not found:
             return
     numbers = {name: text for name, text in found.items() if name != "MASTER_ADDR"}
-    invalid = [name for name, text in numbers.items() if not (text.isascii() and text.isdigit())]
+    invalid = [name for name, text in numbers.items() if not _NUMBER.fullmatch(text)]
     missing = [name for name in _GROUP if not found.get(name)]
-    in_range = _number("LOCAL_RANK", 0) <= rank() < world_size() and _port() < 2**16
+    in_range = _number("LOCAL_RANK", 0) <= rank() < _number("WORLD_SIZE", 1) and _port() < 2**16
     if not invalid and not missing and in_range:
         return
-    values = ", ".join(f"{name}={text}" for name, text in found.items())
+    values = ", ".join(f"{name}={text[:_SHOWN]}" for name, text in found.items())
     needed = "numbers with LOCAL_RANK <= RANK < WORLD_SIZE and MASTER_PORT < 65536"
     if missing:
         needed = f"all of {', '.join(_GROUP)} as torchrun sets them, or none"
@@ -205,7 +211,11 @@ def report_failure(text: str) -> None:
 
 
 def _open_store(deadline: float) -> Any:
-    """Return the key-value store of the group; None if it is not served until the deadline."""
+    """Return the key-value store of the group; None if it is not served until the deadline.
+
+    Raises:
+        AttnimgError: another program listens at its address (code bad-environment).
+    """
     from torch.distributed import TCPStore
 
     host, port = _address()
@@ -214,9 +224,20 @@ def _open_store(deadline: float) -> Any:
             return None
         time.sleep(_POLL_S)
     wait = timedelta(seconds=max(1.0, deadline - time.monotonic()))
-    return TCPStore(
-        host, port, world_size(), _hosts_store(), wait, wait_for_workers=False, multi_tenant=True
-    )
+    try:
+        return TCPStore(
+            host, port, world_size(), _hosts_store(), wait, wait_for_workers=False,
+            multi_tenant=True,
+        )  # fmt: skip
+    except RuntimeError as error:
+        raise AttnimgError(
+            f"the processes can't use {host}:{port}",
+            why=f"rank {rank()} found {str(error).splitlines()[0][:200]}\nneeded a port that only "
+            "rank 0 of this run listens on",
+            do="set MASTER_PORT to a free port, and give each process a RANK of its own",
+            code="bad-environment",
+            exit_code=1,
+        ) from error
 
 
 def _hosts_store() -> bool:

@@ -22,7 +22,13 @@ from typing import Any
 
 from attnimg.errors import AttnimgError
 from attnimg.files import map_in_threads, open_regular, read_regular
-from attnimg.train.checkpoint import MANIFEST_FILE, checkpoint_step, list_checkpoints, manifest_hash
+from attnimg.train.checkpoint import (
+    MANIFEST_FILE,
+    STATE_FILE,
+    checkpoint_step,
+    list_checkpoints,
+    manifest_hash,
+)
 from attnimg.train.model_files import JSON_ERRORS, WEIGHT_INDEX, check_safetensors, read_shard_names
 from attnimg.train.pickled_weights import require_safetensors
 
@@ -169,6 +175,7 @@ def check_manifest(checkpoint: Path, *, step: int) -> list[str]:
     files: Mapping[str, Mapping[str, Any]] = content["files"]
     judged = map_in_threads(lambda name: _check_file(checkpoint / name, files[name]), files)
     found += [f"{name}: {text}" for name, text in zip(files, judged, strict=True) if text]
+    found += [f"{name}: it is not in the manifest" for name in _missing_parts(content)]
     return found + [
         f"{name}: found a file that is not in the manifest and would be loaded"
         for name in _unlisted_files(checkpoint, files)
@@ -185,8 +192,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(read_regular(path, at_most=_MAX_BYTES))
     if content["sha256"] != manifest_hash(content):
         raise ValueError("its own hash differs")
-    if any(type(at) is not int for at in (content["step"], *content["parts"].values())):
-        raise TypeError("a step is not a number")
+    numbers = (content["step"], content["processes"], *content["parts"].values())
+    if any(type(number) is not int for number in numbers):
+        raise TypeError("a step, or the number of processes, is not a number")
     for name, entry in content["files"].items():
         inside = PurePosixPath(name.encode().decode())  # raises for a lone surrogate
         if inside.is_absolute() or ".." in inside.parts or "\0" in name or not inside.parts:
@@ -196,6 +204,20 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         if not re.fullmatch("[0-9a-f]{64}", entry["sha256"]):
             raise ValueError("a hash is not of SHA-256")
     return content
+
+
+def _missing_parts(content: Mapping[str, Any]) -> list[str]:
+    """Return the files that a checkpoint to resume from always has, and a manifest lacks."""
+    files, processes = content["files"], content["processes"]
+    if not any(name.startswith("optimizer") for name in files):
+        return []  # save_only_model: true
+    needed = ["trainer_state.json", STATE_FILE]
+    if "optimizer.json" in files:
+        needed.append("scheduler.json")
+    # No more than one above the number of files: a changed number may be huge.
+    ranks = range(min(processes, len(files) + 1))
+    needed += [f"rng_state_{n}.json" for n in ranks] if processes > 1 else ["rng_state.json"]
+    return [name for name in needed if name not in files]
 
 
 def _check_file(path: Path, expected: Mapping[str, Any]) -> str | None:

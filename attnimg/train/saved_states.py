@@ -24,6 +24,12 @@ from attnimg.errors import AttnimgError, counted
 from attnimg.train.checkpoint import FileHasher
 from attnimg.train.model_files import load_renamed, read_tensor_headers
 
+# States of torch's optimizers that are single numbers, and the optimizers whose others do not have
+# the shape of a weight.
+# Source: torch 2.13, torch/optim: adam.py, asgd.py, nadam.py, lbfgs.py, _adafactor.py (2026-11-28).
+_SCALARS = frozenset({"step", "eta", "mu", "mu_product"})
+_OTHER_SHAPES = frozenset({"Adafactor", "LBFGS"})
+
 
 class CheckpointingTrainer(Trainer):  # type: ignore[misc]  # transformers' types are not followed
     """The part of an engine that saves and loads the states of a checkpoint.
@@ -75,11 +81,13 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]  # transformers' type
             return
         folder, device = Path(checkpoint), self.args.device.type
         with load_errors(folder, "optimizer and schedule", sharded=self._sharded()):
-            if not (folder / "optimizer.json").is_file():
+            if (folder / "optimizer.json").is_file():
+                self.optimizer.load_state_dict(read_state(folder, "optimizer", device=device))
+                self.lr_scheduler.load_state_dict(read_state(folder, "scheduler", device="cpu"))
+            else:
                 super()._load_optimizer_and_scheduler(checkpoint)
-                return
-            self.optimizer.load_state_dict(read_state(folder, "optimizer", device=device))
-            self.lr_scheduler.load_state_dict(read_state(folder, "scheduler", device="cpu"))
+            if not self._sharded():
+                _check_shapes(self.optimizer)
 
     def _save_scaler(self, output_dir: str) -> None:
         """Write the state of float16's gradient scaler."""
@@ -179,6 +187,25 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]  # transformers' type
 
     def _rng_name(self) -> str:
         return "rng_state" if self.args.world_size <= 1 else f"rng_state_{self.args.process_index}"
+
+
+def _check_shapes(optimizer: Any) -> None:
+    """Raise ValueError unless the moments of torch's optimizers have the shape of their weight.
+
+    Torch's fused kernels don't check that, and crash the process. Other optimizers, and those of
+    _OTHER_SHAPES, keep tensors of other shapes.
+    """
+    kind = type(getattr(optimizer, "optimizer", optimizer))
+    if not kind.__module__.startswith("torch.optim.") or kind.__name__ in _OTHER_SHAPES:
+        return
+    for weight, state in optimizer.state.items():
+        for name, found in state.items():
+            is_moment = isinstance(found, torch.Tensor) and name not in _SCALARS
+            if is_moment and found.shape != weight.shape:
+                raise ValueError(
+                    f"found {name} of shape {tuple(found.shape)}, needed {tuple(weight.shape)} as "
+                    "its weight"
+                )
 
 
 @contextmanager

@@ -31,7 +31,7 @@ LARGE_V = {"float32": 1000.0, "bfloat16": 1000.0, "float16": 200.0}
 _STEPS = (60, 120, 180, 240, 300, 360, 420, 478, 480)
 _HIDDEN = 600
 # In the probes of zeros, q is 0 at every 3rd token, k at every 5th and v at every 7th, so that all
-# three are 0 at some.
+# three are 0 at some. Every 10 tokens, k is 0 at the next one too: a key equal to its neighbour.
 ZERO_EVERY = (3, 5, 7)
 # Numbers of queries whose output has a gradient and is compared in long probes: the reference then
 # costs rows * keys instead of keys ** 2.
@@ -108,6 +108,7 @@ def draw_inputs(case: Case, *, device: str) -> Inputs:
     if case.scores == "zero-tokens":
         for x, every in zip((q, k, v), ZERO_EVERY, strict=True):
             x[:, :, ::every] = 0.0
+        k[:, :, 1::10] = 0.0
     size = math.sqrt(abs(shift) / scale)
     q += math.copysign(size, shift) * direction
     k += size * direction
@@ -224,19 +225,26 @@ def _choose_rows(n_queries: int, generator: torch.Generator, *, few: bool) -> Te
 
 def _apply_layout(case: Case, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return q, k and v laid out in memory as models do; shapes and values stay."""
-    if case.layout == "heads-first":
-        return q.contiguous(), k.contiguous(), v.contiguous()
-    tokens_first = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
-    if case.layout == "mixed":
-        wide = torch.cat([tokens_first[2]] * 2, dim=2)
-        v = wide[:, :, : v.shape[1]].transpose(1, 2)
-        return q.contiguous(), tokens_first[1].transpose(1, 2), v
     equal = q.shape[2] == k.shape[2] and q.shape[3] == v.shape[3]
     if case.layout == "fused" and equal:
         heads = [q.shape[1], k.shape[1], v.shape[1]]
-        tokens_first = list(torch.cat(tokens_first, dim=2).split(heads, dim=2))
-    q, k, v = (x.transpose(1, 2) for x in tokens_first)
+        fused = torch.cat([x.transpose(1, 2) for x in (q, k, v)], dim=2).split(heads, dim=2)
+        q, k, v = (x.transpose(1, 2) for x in fused)
+        return q, k, v
+    equals = {"fused": "ttt", "heads-first": "hhh", "tokens-first": "ttt"}
+    letters = equals.get(case.layout, case.layout)
+    q, k, v = (_store(x, letter) for x, letter in zip((q, k, v), letters, strict=True))
     return q, k, v
+
+
+def _store(x: Tensor, letter: str) -> Tensor:
+    """Return a tensor (B, H, T, D) stored as a letter of Layout names it."""
+    if letter == "h":
+        return x.contiguous()
+    by_token = x.transpose(1, 2).contiguous()
+    if letter == "p":
+        by_token = torch.cat([by_token] * 2, dim=2)[:, :, : x.shape[1]]
+    return by_token.transpose(1, 2)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

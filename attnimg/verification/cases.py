@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 from attnimg.facts import Backend, Geometry
 
-Layout = Literal["fused", "heads-first", "tokens-first", "mixed"]
+# Three letters are the layouts of q, k and v: by heads, by tokens, part of a tensor of more heads.
+Layout = Literal[
+    "fused", "heads-first", "tokens-first", "htp", "hpt", "thp", "tph", "pht", "pth"
+]  # fmt: skip
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 # The distribution of the scores, in the order of the names below:
 # spread: around 0.
@@ -70,8 +74,12 @@ _IN_PLACES = ((64, 33, 128, 32), (17, 129, 2, 108), (65, 127, 256, 63))
 # Lengths of the documents beside the longest one of a whole row, repeated in this order.
 _MANY = (1, 17, 3, 64, 2, 33, 1, 5, 129, 9)
 
-# Lengths of the documents in a short row with all heads: more than 8 documents.
-_THIRTEEN = (19, 1, 46, 1, 2, 129, 5, 1, 31, 3, 7, 1, 17)
+# Lengths of the documents in a short row with all heads: more than 32 documents, with neighbours of
+# equal length.
+_SHORT_DOCUMENTS = (
+    19, 1, 46, 1, 1, 129, 5, 2, 31, 31, 7, 1, 17, 3, 3, 4, 1, 2, 2, 1, 1, 5, 5, 2, 1, 3, 1, 1, 1, 6,
+    2, 4, 4, 1, 2,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +93,8 @@ class Case:
         packed: whether the documents share one row.
         queries: number of query tokens where it is smaller than that of keys; None if equal.
         layout: memory layout of q, k and v: views of one tensor as after a fused projection, as
-            after rotary embeddings, contiguous as kernels take them, or a different one for each.
+            after rotary embeddings, contiguous as kernels take them, or a different one for each,
+            since a kernel may take the strides of one for those of another.
         scores: see Scores.
         scale_factor: the scale of the call is this times D ** -0.5.
         max_length_slack: by how much max_length exceeds the longest document.
@@ -137,12 +146,13 @@ def _every_length(geometry: Geometry, longest: int) -> list[Case]:
         if sum(rows[-1]) + length > _WHOLE_ROW:
             rows.append([])
         rows[-1].append(length)
-    # Also each number of documents per row up to 32, with unequal lengths.
-    probed = {f"{n} documents": [2 + place % 5 for place in range(n)] for n in range(2, 33)}
-    probed |= {f"documents of {' and '.join(map(str, row))}": row for row in rows if row}
+    # Also each number of documents per row up to 32, with unequal lengths and all heads.
+    counted = {f"{n} documents": [2 + place % 5 for place in range(n)] for n in range(2, 33)}
+    probed = {f"documents of {' and '.join(map(str, row))}": row for row in rows if row}
     return [
-        Case(name=name, geometry=few, lengths=tuple(row), packed=True)
-        for name, row in probed.items()
+        Case(name=name, geometry=heads, lengths=tuple(row), packed=True)
+        for heads, named in ((with_short_window(geometry), counted), (few, probed))
+        for name, row in named.items()
     ]
 
 
@@ -177,27 +187,27 @@ def _packed(geometry: Geometry, longest: int, *, budget: Budget) -> list[Case]:
             lengths=(1, 67, 5, 192, 64, 1, 13),
         ),
         two_groups(name="strongly negative scores", lengths=(192, 64, 33), scores="negative"),
-        two_groups(name="large scores", lengths=(64, 97, 130), layout="mixed", scores="large"),
+        two_groups(name="large scores", lengths=(64, 97, 130), layout="htp", scores="large"),
         two_groups(
             name="max_length larger than needed",
             lengths=(31, 97, 2),
             layout="heads-first",
             max_length_slack=70,
         ),
-        two_groups(name="another scale", lengths=(46, 83), scale_factor=0.6),
-        two_groups(name="a scale above 1", lengths=(44, 83), scale_factor=above),
-        two_groups(name="tokens of zeros", lengths=(45, 83), scores="zero-tokens"),
+        two_groups(name="another scale", lengths=(46, 83), scale_factor=0.6, layout="hpt"),
+        two_groups(name="a scale above 1", lengths=(44, 83), scale_factor=above, layout="thp"),
+        two_groups(name="tokens of zeros", lengths=(45, 83), scores="zero-tokens", layout="tph"),
         few_heads(name="the keys just before", lengths=(288, 95), scores="neighbours"),
-        two_groups(name="large values", lengths=(45, 83), scores="large-v"),
+        two_groups(name="large values", lengths=(45, 83), scores="large-v", layout="pth"),
         two_groups(name="equal documents", lengths=(48,) * 4, layout="tokens-first"),
         two_groups(name="one document", lengths=(127,), layout="tokens-first"),
         few_heads(name="every length from 1 to 40", lengths=tuple(range(1, 41))),
         few_heads(name="every length from 72 to 41", lengths=tuple(range(72, 40, -1))),
         few_heads(name="lengths around tiles", lengths=_LADDER, layout="heads-first"),
         *(few_heads(name=f"documents of {', '.join(map(str, n))}", lengths=n) for n in reordered),
-        few_heads(name="300 documents", lengths=(1, 2, 3) * 100),
+        few_heads(name="300 documents", lengths=(1, 1, 2, 2, 3, 3) * 50),
         few_heads(name="empty documents", lengths=(0, 33, 1, 0, 0, 64, 2, 0, 1)),
-        run(name="all heads", geometry=geometry, lengths=_THIRTEEN, layout="mixed"),
+        run(name="all heads", geometry=geometry, lengths=_SHORT_DOCUMENTS, layout="pht"),
         *(
             two_groups(name=f"gradients of {g:.0e}", lengths=(45, 83), gradient_scale=g)
             for g in _GRADIENTS[geometry.dtype]
@@ -272,7 +282,7 @@ def _dense(geometry: Geometry, longest: int, *, budget: Budget) -> list[Case]:
         two_groups(name="192 tokens", lengths=(192, 192), repeated=True),
         two_groups(name="1 token", lengths=(1, 1, 1)),
         two_groups(name="192 tokens, strongly negative scores", lengths=(192,), scores="negative"),
-        two_groups(name="97 tokens, large scores", lengths=(97,), layout="mixed", scores="large"),
+        two_groups(name="97 tokens, large scores", lengths=(97,), layout="htp", scores="large"),
         two_groups(name="83 tokens, another scale", lengths=(83,), scale_factor=0.6),
         two_groups(name="83 tokens, scale above 1", lengths=(83,), scale_factor=above),
         two_groups(name="83 tokens, some zeros", lengths=(83,), scores="zero-tokens"),
@@ -280,7 +290,7 @@ def _dense(geometry: Geometry, longest: int, *, budget: Budget) -> list[Case]:
         two_groups(name="83 tokens, large values", lengths=(83,), scores="large-v"),
         two_groups(name="13 queries, 77 keys", lengths=(77,), queries=13),
         run(name="46 tokens, all heads", geometry=geometry, lengths=(46,), layout="heads-first"),
-        run(name="161 tokens, all heads", geometry=geometry, lengths=(161,), layout="mixed"),
+        run(name="161 tokens, all heads", geometry=geometry, lengths=(161,), layout="pht"),
         *(
             two_groups(name=f"83 tokens, gradients of {g:.0e}", lengths=(83,), gradient_scale=g)
             for g in _GRADIENTS[geometry.dtype]
@@ -340,10 +350,8 @@ def _longest_with_one_group(geometry: Geometry, longest: int, budget: Budget) ->
 
 
 def _plain_case(geometry: Geometry, length: int) -> Case:
-    layouts: tuple[Layout, ...] = ("fused", "heads-first", "tokens-first", "mixed")
-    return Case(
-        name=f"{length} tokens", geometry=geometry, lengths=(length,), layout=layouts[length % 4]
-    )
+    layout = LAYOUTS[length % len(LAYOUTS)]
+    return Case(name=f"{length} tokens", geometry=geometry, lengths=(length,), layout=layout)
 
 
 # Most scores of a call with all heads on a GPU, for kernels that do not store them: 32 heads of

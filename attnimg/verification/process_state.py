@@ -6,7 +6,10 @@ the working directory or a signal handler, or leave files open after each call. 
 - settings stay the same from before the import to the end: those of torch,
   Python's and numpy's random numbers, Python's hooks and garbage collection, rounding, working
   directory, umask, signals, timers, limits (for torch's random numbers, see is_rewound);
-- the functions of torch that models call are not replaced;
+- the functions of torch that models call are not replaced, nor is code of any loaded module by
+  that of another package (see loaded_code.py);
+- standard input, output and error stay the same files, and no folder of modules is put before
+  others;
 - existing environment variables keep their values, and none that other software reads is added. A
   library may set variables of its own on import or in its first calls;
 - no filter silences all warnings, and existing filters stay;
@@ -23,6 +26,7 @@ import gc
 import inspect
 import locale
 import logging
+import multiprocessing
 import os
 import random
 import resource
@@ -42,6 +46,7 @@ from torch.nn.modules import module
 
 from attnimg.errors import signal_name
 from attnimg.facts import Reason
+from attnimg.loaded_code import LoadedCode
 
 # Calls per round, and rounds. They follow hundreds of probes, which have filled all caches.
 CALLS, ROUNDS = 6, 3
@@ -84,6 +89,8 @@ class ProcessState:
     def __init__(self) -> None:
         self._settings = _settings()
         self._functions = _functions()
+        self._code = LoadedCode()
+        self._folders = list(sys.path)
         self._environment = _environment()
         self._filters = list(warnings.filters)
         self._counts: dict[str, int] | None = None
@@ -102,7 +109,15 @@ class ProcessState:
             *_replaced(self._functions),
             *self._environment_changes(),
             *self._filter_changes(),
+            *(["sys.path: entries were removed or put first"] if self._has_other_folders() else []),
         ]
+
+    def replaced_code(self) -> list[str]:
+        """Return the code of loaded modules that code of another package replaced."""
+        return self._code.replaced()
+
+    def _has_other_folders(self) -> bool:
+        return sys.path[: len(self._folders)] != self._folders
 
     def count_changes(self) -> list[str]:
         """Return the counts that grew by more than MAX_MORE since the first call of this method."""
@@ -200,6 +215,12 @@ def _settings() -> dict[str, Any]:
         "logging": logging.root.manager.disable,
         "locale": locale.setlocale(locale.LC_ALL),
         "timeout of sockets": (socket.getdefaulttimeout(),),
+        "standard input, output and error": [_file(number) for number in range(3)],
+        "seconds between switches of threads": sys.getswitchinterval(),
+        "flags of dlopen": sys.getdlopenflags(),
+        # The first one is the default, which is only stored once something asks for it.
+        "start method of processes": multiprocessing.get_start_method(allow_none=True)
+        or multiprocessing.get_all_start_methods()[0],
         "working directory": _directory(),
         # os.umask only returns the umask when it sets another.
         "umask": _status("Umask"),
@@ -229,6 +250,15 @@ def _environment() -> dict[str, str]:
         found[name] = value
         place += 1
     return found
+
+
+def _file(number: int) -> tuple[int, int] | None:
+    """Return the identity of an open file; None where it is closed."""
+    try:
+        found = os.fstat(number)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _rounding() -> tuple[bool, bool]:
@@ -408,6 +438,8 @@ def _torch_settings() -> dict[str, Any]:
             (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
             for kind in ("cpu", "cuda")
         ),
+        "cache of autocast": torch.is_autocast_cache_enabled(),
+        "sharing of tensors": torch.multiprocessing.get_sharing_strategy(),
         "threads of torch": (torch.get_num_threads(), torch.get_num_interop_threads()),
         "flush-denormal": _flushes_denormals(),
     }

@@ -23,7 +23,7 @@ from attnimg.facts import (
     Proof,
     RunContext,
 )
-from attnimg.files import CachedHasher, cache_folder, read_private, write_private
+from attnimg.files import CachedHasher, cache_folder, read_checked, write_checked
 from attnimg.selection.judge import with_effective_windows
 from attnimg.verification.runner import Candidate, proof_from_json, run
 
@@ -247,7 +247,7 @@ def read(
     """
     path = folder / f"{key}.json"
     try:
-        stored = json.loads(read_private(path, at_most=_PROOF_BYTES))
+        stored = read_checked(path, at_most=_PROOF_BYTES)
         proof = proof_from_json(stored["proof"])
         if stored["key"] != key or proof.backend != name:
             raise ValueError("it was made for another key or backend")
@@ -267,9 +267,8 @@ def write(folder: Path, key: str, proof: Proof, *, log: Callable[[str], None]) -
     """Write a proof atomically; if that fails, log a note: the next run proves again."""
     if any(reason.code in _TRANSIENT for reason in proof.reasons):
         return
-    text = json.dumps({"key": key, "proof": asdict(proof)})
     try:
-        write_private(folder / f"{key}.json", text.encode())
+        write_checked(folder / f"{key}.json", {"key": key, "proof": asdict(proof)})
     except OSError as error:
         log(f"note: the proof could not be saved in {folder}: {error.strerror or error}")
 

@@ -86,8 +86,10 @@ def prove_candidate(
     stage = ["loading"]
     before, random = ProcessState(), draw_and_read_states(torch.device(device))
 
-    def require_unchanged() -> None:
+    def require_unchanged(*, all_code: bool = False) -> None:
         changes = before.changes()
+        if all_code:
+            changes += before.replaced_code()
         if stage[0] != "loading":
             changes += before.count_changes()
         elif not changes and is_rewound(random, torch.device(device)):
@@ -102,7 +104,7 @@ def prove_candidate(
 
     try:
         function = attention_function(backend, trusted=candidate["trusted"])
-        require_unchanged()
+        require_unchanged(all_code=True)
         found = merge(
             prove_geometry(
                 function,
@@ -119,7 +121,7 @@ def prove_candidate(
         leaking, later = repeat_calls(
             function, backend, geometries[0], device=device, references=references
         )
-        require_unchanged()
+        require_unchanged(all_code=True)
         if running := count_forks():
             leaking = [*leaking, f"children: {running} forks of this process still run"]
     # Foreign kernels may raise anything, on import and in a call. The reason is kept and shown.
@@ -186,7 +188,7 @@ def prove_task(candidate: dict[str, Any], *, device: str, report: TextIO) -> Pro
         _send(report, case=case)
 
     def require_unchanged() -> None:
-        changes = before.changes() if hub else []
+        changes = [*before.changes(), *before.replaced_code()] if hub else []
         if hub and stage[0] == "loading" and is_rewound(random, torch.device(device)):
             changes.append("torch's random numbers were seeded or rewound")
         if changes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -17,7 +16,7 @@ from run_facts import a_problem
 from attnimg import files
 from attnimg.backends import find_backend
 from attnimg.facts import Machine
-from attnimg.files import CachedHasher, cache_folder
+from attnimg.files import CachedHasher, cache_folder, read_checked, write_checked
 from attnimg.machine import probe
 from attnimg.selection.attention_shapes import read_model
 from attnimg.verification.proofs import Setting, prove
@@ -63,8 +62,8 @@ def test_the_hash_of_a_large_file_is_remembered(tmp_path: Path) -> None:
     file = large_file(tmp_path / "kernel", letter=b"a")
     before = hash_of(tmp_path / "kernel", tmp_path / "kept")
     (kept,) = (tmp_path / "kept").iterdir()
-    (name,) = json.loads(kept.read_text())
-    kept.write_text(json.dumps({name: "0" * 64}))  # so that it shows whether the file is read
+    (name,) = read_checked(kept, at_most=1 << 20)
+    write_checked(kept, {name: "0" * 64})  # so that it shows whether the file is read
     assert hash_of(tmp_path / "kernel", tmp_path / "kept") != before
     file.touch()
     assert hash_of(tmp_path / "kernel", tmp_path / "kept") == before
@@ -75,9 +74,19 @@ def test_hashes_that_another_user_may_write_are_not_believed(tmp_path: Path) -> 
     large_file(tmp_path / "kernel", letter=b"a")
     before = hash_of(tmp_path / "kernel", tmp_path / "kept")
     (kept,) = (tmp_path / "kept").iterdir()
-    (name,) = json.loads(kept.read_text())
-    kept.write_text(json.dumps({name: "0" * 64}))
+    (name,) = read_checked(kept, at_most=1 << 20)
+    write_checked(kept, {name: "0" * 64})
     kept.chmod(0o666)
+    assert hash_of(tmp_path / "kernel", tmp_path / "kept") == before
+
+
+@pytest.mark.usefixtures("settled")
+def test_an_edited_hash_is_not_believed(tmp_path: Path) -> None:
+    large_file(tmp_path / "kernel", letter=b"a")
+    before = hash_of(tmp_path / "kernel", tmp_path / "kept")
+    (kept,) = (tmp_path / "kept").iterdir()
+    (found,) = read_checked(kept, at_most=1 << 20).values()
+    kept.write_text(kept.read_text().replace(found, "0" * 64))
     assert hash_of(tmp_path / "kernel", tmp_path / "kept") == before
 
 

@@ -101,6 +101,16 @@ def add_file(content: dict[str, Any], name: str, size: object = 1) -> None:
     content["files"][name] = {"size": size, "sha256": "0" * 64}
 
 
+def left_out(name: str) -> Damage:
+    """Remove a file, also from the manifest."""
+
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+        signed(lambda content: content["files"].pop(name))(folder)
+
+    return damage
+
+
 NAMED: dict[str, tuple[Damage, str]] = {
     **{f"a bit flipped in {name}": (flipped(name), name) for name in FILES},
     **{f"{name} cut off": (cut(name), name) for name in FILES},
@@ -152,6 +162,15 @@ NAMED: dict[str, tuple[Damage, str]] = {
     "files in a list": (signed(lambda content: content.update(files=[])), "manifest.json: "),
     "a name that is too long": (
         signed(lambda content: add_file(content, "a" * 300)), "it can't be read: "),
+    "the random state left out": (left_out("rng_state.json"), "rng_state.json: it is not in the"),
+    "the schedule left out": (left_out("scheduler.json"), "scheduler.json: it is not in the"),
+    "trainer_state.json left out": (
+        left_out("trainer_state.json"), "trainer_state.json: it is not in the"),
+    "attnimg.json left out": (left_out("attnimg.json"), "attnimg.json: it is not in the"),
+    "more processes": (
+        signed(lambda content: content.update(processes=10**12)), "rng_state_0.json: it is not"),
+    "processes that are a text": (
+        signed(lambda content: content.update(processes="1")), "manifest.json: "),
     "pickled weights added": (code_in("pytorch_model.bin"), "pytorch_model.bin: found a file"),
     "other weights added": (written("model.safetensors", b"x"), "model.safetensors: found a file"),
     "an adapter added in a folder": (written("other/adapter_model.bin", b"x"),
@@ -287,6 +306,41 @@ def test_checkpoints_of_one_name_differ_by_the_hash_of_their_manifest(
         write_manifest(copy, hashes, step=4, processes=1)
     assert read_checkpoint_hash(copy) not in (read_checkpoint_hash(trained / "checkpoint-4"), None)
     assert read_checkpoint_hash(earlier / "checkpoint-4") is None
+
+
+@pytest.mark.parametrize(
+    "name", ["checkpoint-\u00b3", "checkpoint-\u0669", f"checkpoint-{'9' * 240}", "checkpoint-3a"]
+)
+def test_a_folder_whose_name_is_no_step_is_no_checkpoint(
+    trained: Path, tmp_path: Path, name: str
+) -> None:
+    out = copied(trained, tmp_path / "out", 4)
+    shutil.copytree(out / "checkpoint-4", out / name)
+    assert resume_point(out).path == out / "checkpoint-4"
+    assert resume_point(out, name="checkpoint-4").step == 4
+    with pytest.raises(AttnimgError, match="is not a checkpoint") as caught:
+        resume_point(out, name=name)
+    assert caught.value.why == "its name has no step"
+
+
+@pytest.mark.parametrize("kind", ["file", "pipe", "link to nothing"])
+def test_a_file_in_place_of_a_checkpoint_is_refused_before_training(
+    trained: Path, tmp_path: Path, kind: str
+) -> None:
+    out = copied(trained, tmp_path / "out", 2)
+    place = out / "checkpoint-4"
+    if kind == "file":
+        place.touch()
+    elif kind == "pipe":
+        os.mkfifo(place)
+    else:
+        place.symlink_to("nowhere")
+    with pytest.raises(AttnimgError, match="has a file in place of a checkpoint") as caught:
+        resume_point(out)
+    assert (caught.value.code, caught.value.exit_code) == ("output-dir", 2)
+    assert "found checkpoint-4, which is not a folder" in caught.value.why
+    place.rename(tmp_path / "away")  # as the advice says
+    assert resume_point(out).path == out / "checkpoint-2"
 
 
 def test_another_step_in_the_name_is_refused(trained: Path, tmp_path: Path) -> None:
@@ -526,6 +580,31 @@ def test_states_that_do_not_fit_the_run_are_refused_with_the_reason(
         run(tiny, out, **KEYS, resume_from_checkpoint=True)
     assert caught.value.code == "damaged-checkpoint"
     assert says in caught.value.why
+
+
+@pytest.mark.parametrize("of", ["trained", "earlier"])
+def test_moments_of_another_shape_are_refused_and_do_not_crash_the_process(
+    tiny: Path, tmp_path: Path, request: pytest.FixtureRequest, of: str
+) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    place = copied(request.getfixturevalue(of), tmp_path / "out", 4) / "checkpoint-4"
+    if of == "trained":
+        path = place / "optimizer-1.safetensors"
+        state = load_file(path)
+        name = next(name for name, value in state.items() if value.dim() == 2)
+        save_file({**state, name: state[name][:1].clone()}, path)
+        with FileHasher() as hashes:
+            write_manifest(place, hashes, step=4, processes=1)
+    else:
+        state = torch.load(place / "optimizer.pt")
+        state["state"][0]["exp_avg"] = state["state"][0]["exp_avg"][:1].clone()
+        torch.save(state, place / "optimizer.pt")
+    with pytest.raises(AttnimgError) as caught:
+        run(tiny, tmp_path / "out", **KEYS, resume_from_checkpoint=True)
+    assert caught.value.code == "damaged-checkpoint"
+    assert "of shape (1, 64), needed (" in caught.value.why
 
 
 def pickled(folder: Path) -> None:

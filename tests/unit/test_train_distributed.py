@@ -37,6 +37,11 @@ def set_all(monkeypatch: pytest.MonkeyPatch, values: dict[str, str]) -> None:
         pytest.param({"WORLD_SIZE": "2"}, id="WORLD_SIZE alone"),
         pytest.param({**WHOLE, "WORLD_SIZE": "abc"}, id="no number"),
         pytest.param({**WHOLE, "WORLD_SIZE": "-4"}, id="negative"),
+        pytest.param({**WHOLE, "WORLD_SIZE": "9" * 30}, id="more processes than there are"),
+        pytest.param({**WHOLE, "MASTER_PORT": "65536"}, id="a port that does not exist"),
+        pytest.param(
+            {**WHOLE, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "0"}, id="no processes"
+        ),
         pytest.param({**WHOLE, "RANK": "4"}, id="a rank beyond the group"),
         pytest.param({**WHOLE, "LOCAL_RANK": "4"}, id="a local rank beyond the rank"),
         pytest.param({**WHOLE, "MASTER_PORT": ""}, id="an empty port"),
@@ -59,6 +64,14 @@ def test_leftovers_of_a_group_are_refused(
         monkeypatch.delenv(name)
     distributed.require_group()
     assert (distributed.rank(), distributed.world_size()) == (0, 1)
+
+
+def test_a_long_value_is_refused_and_not_shown_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_all(monkeypatch, {**WHOLE, "WORLD_SIZE": "9" * 5000})
+    with pytest.raises(AttnimgError) as caught:
+        distributed.require_group()
+    assert len(caught.value.why) < 400
+    assert distributed.world_size() == 1
 
 
 @pytest.mark.parametrize(

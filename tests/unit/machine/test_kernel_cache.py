@@ -148,6 +148,34 @@ def test_another_user_s_folder_is_not_trusted(
     assert Path(second["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"]).is_relative_to(temporary)
 
 
+@pytest.mark.parametrize("level", [0, 1, 2])
+@pytest.mark.parametrize("mode", [0o770, 0o707])
+def test_a_folder_that_others_may_write_to_is_not_trusted(
+    tmp_path: Path, shipped: Path, temporary: Path, level: int, mode: int
+) -> None:
+    cache = {"ATTNIMG_CACHE": str(tmp_path / "cache")}
+    first = fa4_settings(H100, cache, shipped=shipped)
+    copy = Path(first["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"])
+    (copy, *copy.parents)[level].chmod(mode)
+    second = fa4_settings(H100, cache, shipped=shipped)
+    assert Path(second["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"]).is_relative_to(temporary)
+
+
+def test_a_group_that_may_write_what_this_user_creates_changes_nothing(
+    tmp_path: Path, shipped: Path
+) -> None:
+    before = os.umask(0o002)
+    try:
+        cache = {"ATTNIMG_CACHE": str(tmp_path / "cache")}
+        first = fa4_settings(H100, cache, shipped=shipped)
+        assert fa4_settings(H100, cache, shipped=shipped) == first
+    finally:
+        os.umask(before)
+    copy = Path(first["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"])
+    assert copy.is_relative_to(tmp_path / "cache")
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (copy, *copy.parents[:2])} == {0o700}
+
+
 def test_without_a_place_for_them_it_says_so(
     tmp_path: Path, shipped: Path, temporary: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

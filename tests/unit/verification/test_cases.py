@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -69,6 +70,30 @@ def test_a_window_is_shorter_than_the_short_probes_and_the_runs_own_in_the_longe
     first = cases[0]
     assert first.geometry.window is not None
     assert first.geometry.window < 192
+
+
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "single"])
+def test_each_two_of_q_k_and_v_occur_in_each_pair_of_memory_layouts(packing: bool) -> None:
+    geometry = replace(LLAMA, packing=packing, dense=not packing)
+    equals = {"fused": "ppp", "heads-first": "hhh", "tokens-first": "ttt"}
+    seen = {equals.get(case.layout, case.layout) for case in list_cases(geometry, budget=CPU)}
+    for one, other in ((0, 1), (1, 2), (0, 2)):
+        assert len({(letters[one], letters[other]) for letters in seen}) == 9
+
+
+def test_neighbours_of_equal_length_are_probed_with_all_heads() -> None:
+    packed = [case for case in list_cases(LLAMA, budget=CPU) if case.packed]
+    rows = [case.lengths for case in packed if case.geometry.heads == LLAMA.heads]
+    pairs = {pair for row in rows for pair in pairwise(row)}
+    assert {(1, 1), (2, 2), (3, 3), (31, 31)} <= pairs
+    assert max(map(len, rows)) > 32
+
+
+def test_each_number_of_documents_is_probed_with_all_heads_of_a_kernel_nobody_has_read() -> None:
+    geometry = replace(LLAMA, every_length=True)
+    cases = [case for case in list_cases(geometry, budget=CPU) if case.packed]
+    counts = {len(case.lengths) for case in cases if case.geometry.heads == LLAMA.heads}
+    assert set(range(2, 33)) <= counts
 
 
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "single"])

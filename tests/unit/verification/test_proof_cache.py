@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -60,9 +61,16 @@ def test_what_may_pass_by_itself_is_not_kept(tmp_path: Path, code: str) -> None:
     assert cache.read(tmp_path, "k", name="sdpa", has_bounds=True, log=silent) is None
 
 
-def kept(**changes: object) -> bytes:
-    """Return the file of PROOF with other values in it."""
-    return json.dumps({"key": "k", "proof": {**asdict(PROOF), **changes}}).encode()
+def checked(content: object) -> bytes:
+    """Return JSON with its own hash."""
+    text = json.dumps(content)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return json.dumps({"sha256": digest, "content": text}).encode()
+
+
+def kept(key: str = "k", **changes: object) -> bytes:
+    """Return the file of PROOF with other values in it, and the hash of these."""
+    return checked({"key": key, "proof": {**asdict(PROOF), **changes}})
 
 
 def figure(**changes: object) -> list[dict[str, object]]:
@@ -83,10 +91,14 @@ def test_the_file_that_the_damages_start_from_is_read(tmp_path: Path) -> None:
         pytest.param(b"\xff\xfe", id="not text"),
         pytest.param(b"[1]", id="another kind of JSON"),
         pytest.param(b"[" * 10**5, id="deep"),
-        pytest.param(b'{"key": "k", "proof": {"backend": "sdpa"}}', id="fields missing"),
+        pytest.param(checked({"key": "k", "proof": {"backend": "sdpa"}}), id="fields missing"),
         pytest.param(kept(x=1), id="fields unknown"),
-        pytest.param(json.dumps(asdict(PROOF)).encode(), id="no key"),
-        pytest.param(kept().replace(b'"k"', b'"other"'), id="another key"),
+        pytest.param(checked(asdict(PROOF)), id="no key"),
+        pytest.param(kept("other"), id="another key"),
+        pytest.param(checked([1]), id="a list"),
+        pytest.param(json.dumps({"key": "k", "proof": asdict(PROOF)}).encode(), id="no hash"),
+        pytest.param(kept().replace(b"1e-07", b"2e-07"), id="an edited error within its bound"),
+        pytest.param(kept().replace(b"17 tokens", b"18 tokens"), id="an edited text"),
         pytest.param(kept(backend="eager"), id="another backend"),
         pytest.param(kept(cases="x"), id="cases in words"),
         pytest.param(kept(cases=True), id="cases true"),
