@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-from attnimg.facts import Backend, Geometry
+from attnimg.facts import Backend
+from attnimg.run_facts import Geometry
 
 Layout = Literal["fused", "heads-first", "tokens-first", "mixed"]
 

@@ -24,7 +24,7 @@ from attnimg.cli.samples_text import (
 )
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
-from attnimg.facts import RunContext
+from attnimg.run_facts import RunContext
 from attnimg.train.data import load_documents
 from attnimg.train.preprocess import Preprocessed, prepare_data
 from attnimg.train.rows import make_rows, pack_dataset
