@@ -241,6 +241,9 @@ def main() -> None:
         from attnimg.machine.threads import set_threads
 
         set_threads(os.environ)
+    else:
+        # pydantic would look for plugins in the metadata of every installed package: 5 ms of CPU.
+        os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     code = run(arguments, debug=debug)
     if "WORLD_SIZE" in os.environ:
         from attnimg.train.distributed import end_process

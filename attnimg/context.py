@@ -6,7 +6,8 @@ that the proof makes the same calls as training.
 
 from __future__ import annotations
 
-from attnimg.facts import Backend, Problem, RunContext
+from attnimg.facts import Backend
+from attnimg.run_facts import Problem, RunContext
 
 
 def build_context(problem: Problem, backend: Backend) -> RunContext:

@@ -6,14 +6,12 @@ import errno
 import re
 import resource
 import shutil
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-from attnimg.cgroup import memory_limit
 from attnimg.redact import redact
 
 # Control characters of ASCII and Latin-1, and bidirectional ones, which reorder text.
@@ -149,6 +147,8 @@ def without_middle(text: str) -> str:
 
 def signal_name(number: int) -> str:
     """Return a signal's name, or its number if it has no name, as real-time signals."""
+    import signal  # not at each start of attnimg: it makes enums of the system's constants
+
     try:
         return signal.Signals(number).name
     except ValueError:
@@ -157,23 +157,21 @@ def signal_name(number: int) -> str:
 
 # Source: torch 2.13, c10/core/impl/alloc_cpu.cpp ("DefaultCPUAllocator: can't allocate memory",
 # "not enough memory"); glibc ("Cannot allocate memory", "failed to map segment") (2026-11-27).
-_MEMORY = re.compile(
+_MEMORY = (
     r"can't allocate memory|not enough memory|cannot allocate memory|failed to map segment"
-    r"|std::bad_alloc|cannot create thread|can't start new thread",
-    re.IGNORECASE,
+    r"|std::bad_alloc|cannot create thread|can't start new thread"
 )
 
 # Source: torch 2.13, torch/utils/data/_utils/signal_handling.py ("DataLoader worker (pid 7) is
 # killed by signal: Bus error. It is possible that dataloader's workers are out of shared memory"),
 # dataloader.py ("exited unexpectedly"), aten/src/ATen/MapAllocator.cpp ("unable to write to file
 # </torch_7_8_0>: No space left on device", "unable to mmap", "unable to resize") (2026-11-27).
-_SHARED_MEMORY = re.compile(
+_SHARED_MEMORY = (
     r"bus error|out of shared memory|(unable to|could not) \w+ .*(</torch_|shared memory)"
-    r"|shared memory (file|object)",
-    re.IGNORECASE,
+    r"|shared memory (file|object)"
 )
 
-_WORKER = re.compile(r"DataLoader worker.* (killed by signal|exited unexpectedly)")
+_WORKER = r"DataLoader worker.* (killed by signal|exited unexpectedly)"
 
 _SHM = Path("/dev/shm")
 
@@ -206,9 +204,8 @@ def out_of_memory_error(error: BaseException) -> AttnimgError | None:
     from concurrent.futures.process import BrokenProcessPool
 
     lines = str(error).splitlines() or [type(error).__name__]
-    matching = [
-        line for line in lines if any(p.search(line) for p in (_SHARED_MEMORY, _WORKER, _MEMORY))
-    ]
+    known = "|".join((_SHARED_MEMORY, _WORKER, _MEMORY))
+    matching = [line for line in lines if _is_about(known, line)]
     message = (matching or lines)[-1].strip()
     if isinstance(error, BrokenProcessPool):
         what, do = "a process that prepares the dataset was killed", "set dataset_num_proc: 1"
@@ -217,7 +214,7 @@ def out_of_memory_error(error: BaseException) -> AttnimgError | None:
         why = f"{message}\n/dev/shm has {shutil.disk_usage(_SHM).total / 2**20:,.1f} MiB"
         do = "set dataloader_num_workers: 0, or start the container with --shm-size=1g"
         return _error("shared memory (/dev/shm) is full", why, do, key="dataloader_num_workers")
-    if _WORKER.search(message):
+    if _is_about(_WORKER, message):
         what, do = "a DataLoader worker was killed", "set dataloader_num_workers: 0"
         return _error(what, f"{message}\n{_memory_text()}", do, key="dataloader_num_workers")
     full = error.errno == errno.ENOMEM if isinstance(error, OSError) else matching
@@ -228,10 +225,15 @@ def out_of_memory_error(error: BaseException) -> AttnimgError | None:
 
 def _is_shm_full(error: BaseException, message: str) -> bool:
     if not isinstance(error, OSError):
-        return _SHARED_MEMORY.search(message) is not None
+        return _is_about(_SHARED_MEMORY, message)
     # The error of a semaphore that does not fit into /dev/shm has no file name.
     semaphore = error.errno == errno.ENOSPC and not error.filename
     return semaphore and _SHM.is_dir() and shutil.disk_usage(_SHM).free < _FULL_BELOW_BYTES
+
+
+def _is_about(pattern: str, message: str) -> bool:
+    """Return whether a message matches a pattern; compiling them at each start takes 1.5 ms."""
+    return re.search(pattern, message, re.IGNORECASE) is not None
 
 
 def _error(what: str, why: str, do: str, *, key: str | None) -> AttnimgError:
@@ -248,6 +250,9 @@ def _memory_text() -> str:
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY:
         found.append(f"ulimit -v allows this process {limit >> 20:,} MiB")
-    if (most := memory_limit()) is not None:
-        found.append(f"the container or job may use {most >> 20:,} MiB")
+    with suppress(ImportError, MemoryError):
+        from attnimg.cgroup import memory_limit
+
+        if (most := memory_limit()) is not None:
+            found.append(f"the container or job may use {most >> 20:,} MiB")
     return "; ".join(found) or "the amount of free memory is unknown"

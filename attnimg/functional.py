@@ -22,8 +22,9 @@ from attnimg.api.choice import LoggedReport
 from attnimg.backends._transformers import applied_form, attention_function, is_called_directly
 from attnimg.config.attention import VARIABLE
 from attnimg.errors import AttnimgError, counted
-from attnimg.facts import Arch, AttentionFunction, DType, LayerGroup, MaskKind, Model, Problem
+from attnimg.facts import Arch, AttentionFunction, DType, MaskKind
 from attnimg.machine.kernel_cache import use_shipped_kernels
+from attnimg.run_facts import LayerGroup, Model, Problem
 from attnimg.selection import known_bad
 from attnimg.task import Task, installed_machine
 

@@ -21,9 +21,10 @@ from attnimg.backends._loading import (
     locked_revision,
     only_own_code,
 )
-from attnimg.facts import HubLayer, LayerOp, LocalKernel
+from attnimg.facts import LayerOp, LocalKernel
 from attnimg.files import read_data
 from attnimg.liger import Replaced
+from attnimg.run_facts import HubLayer
 
 OFF = "set use_kernels: false"
 

@@ -17,17 +17,8 @@ from attnimg.backends._transformers import is_called_directly
 from attnimg.cgroup import memory_limit
 from attnimg.context import build_context
 from attnimg.errors import AttnimgError, KernelError, PackingLeak, set_backend
-from attnimg.facts import (
-    Backend,
-    Finding,
-    LayerGroup,
-    Machine,
-    Plan,
-    Problem,
-    Proof,
-    Reason,
-    RunContext,
-)
+from attnimg.facts import Backend, Finding, Machine
+from attnimg.run_facts import LayerGroup, Plan, Problem, Proof, Reason, RunContext
 from attnimg.selection import plan as planning
 from attnimg.selection.run_findings import other_layers, run_findings
 from attnimg.task import Task, machine_warnings

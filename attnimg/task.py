@@ -10,8 +10,9 @@ from typing import Any
 
 from attnimg.backends import added_backends, all_backends
 from attnimg.config.schema import Config, offloading_mode, rows_of_example
-from attnimg.facts import Arch, Finding, LayerKind, Machine, Model, Plan, Problem
+from attnimg.facts import Arch, Finding, LayerKind, Machine
 from attnimg.machine import probe
+from attnimg.run_facts import Model, Plan, Problem
 from attnimg.selection import known_bad, model_config, model_types, plan
 from attnimg.selection.attention_shapes import read_attention_dropout, read_model
 from attnimg.selection.gpus_and_images import (

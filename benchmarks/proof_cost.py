@@ -115,7 +115,7 @@ def prove(run: list[Any]) -> None:
     import transformers.integrations.flash_attention
     import transformers.modeling_utils  # noqa: F401 - imported before the measurement
 
-    from attnimg.facts import Geometry
+    from attnimg.run_facts import Geometry
 
     # The folder had another name at BEFORE.
     is_before = Path("attnimg/prove/child.py").exists()

@@ -15,8 +15,9 @@ from attnimg.api.choice import Choice, LoggedReport, Settings, in_use, log, sele
 from attnimg.backends import find_backend
 from attnimg.context import build_context
 from attnimg.errors import AttnimgError, PackingLeak, counted
-from attnimg.facts import Backend, Machine, Problem, Proof
+from attnimg.facts import Backend, Machine
 from attnimg.machine.kernel_cache import use_shipped_kernels
+from attnimg.run_facts import Problem, Proof
 from attnimg.task import gpu_text
 
 # A trainer's collator: it turns a list of examples, each with input_ids and labels, into a batch.

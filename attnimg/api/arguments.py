@@ -11,7 +11,8 @@ from typing import Any, get_args
 from attnimg import application
 from attnimg.config.attention import name_errors
 from attnimg.errors import AttnimgError
-from attnimg.facts import DType, LayerKind, Model, ModelClass
+from attnimg.facts import DType, LayerKind
+from attnimg.run_facts import Model, ModelClass
 from attnimg.selection import model_config, model_types
 from attnimg.selection import plan as planning
 from attnimg.selection.attention_shapes import read_attention_dropout, read_model

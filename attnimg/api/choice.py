@@ -22,8 +22,9 @@ from attnimg.api.arguments import (
 )
 from attnimg.context import build_context
 from attnimg.errors import AttnimgError
-from attnimg.facts import Finding, GroupChoice, LayerKind, Plan, Problem, Proof, RunContext, Verdict
+from attnimg.facts import Finding, LayerKind
 from attnimg.machine.kernel_cache import use_shipped_kernels
+from attnimg.run_facts import GroupChoice, Plan, Problem, Proof, RunContext, Verdict
 from attnimg.selection import known_bad
 from attnimg.selection import plan as planning
 from attnimg.task import Task, find_machine, gpu_text

@@ -8,7 +8,8 @@ from attnimg.application.registry import load_and_register
 from attnimg.backends import hub_repo_name
 from attnimg.backends._transformers import DIRECT
 from attnimg.errors import AttnimgError
-from attnimg.facts import Backend, LayerGroup, ModelClass
+from attnimg.facts import Backend
+from attnimg.run_facts import LayerGroup, ModelClass
 
 # Kind of attention -> the attribute of a model class that declares its support.
 # Source: transformers 5.22.2, modeling_utils.py, class PreTrainedModel.

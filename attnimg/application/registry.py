@@ -18,7 +18,8 @@ from attnimg.backends._transformers import (
     flash_name,
     load_flash,
 )
-from attnimg.facts import AttentionFunction, Backend, LayerGroup
+from attnimg.facts import AttentionFunction, Backend
+from attnimg.run_facts import LayerGroup
 
 # transformers' globals for the one loaded flash implementation; 5.17 does not have all of them.
 # Source: transformers 5.17.0 and 5.22.2, modeling_flash_attention_utils.py (2026-11-26).

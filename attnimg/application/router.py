@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from attnimg.backends._transformers import applied_form, attention_function
 from attnimg.errors import KernelError, set_backend
-from attnimg.facts import AttentionFunction, Backend, GroupChoice, LayerGroup, Needs, Plan
+from attnimg.facts import AttentionFunction, Backend, Needs
+from attnimg.run_facts import GroupChoice, LayerGroup, Plan
 
 ROUTER = "attnimg_router"
 

@@ -32,7 +32,8 @@ from attnimg.backends._loading import (
     unsupported_argument,
 )
 from attnimg.errors import AttnimgError
-from attnimg.facts import AttentionFunction, Backend, Geometry, LayerGroup
+from attnimg.facts import AttentionFunction, Backend
+from attnimg.run_facts import Geometry, LayerGroup
 
 if TYPE_CHECKING:
     from attnimg.backends._varlen import FlashKernel

@@ -12,8 +12,9 @@ from rich.text import Text
 
 from attnimg.cli import Styled, findings_text
 from attnimg.errors import counted, printable
-from attnimg.facts import Backend, Finding, LayerGroup, Machine, Model, Plan, Problem, Reason
+from attnimg.facts import Backend, Finding, Machine
 from attnimg.memory.report import MemoryReport, memory_line, size, values_text
+from attnimg.run_facts import LayerGroup, Model, Plan, Problem, Reason
 from attnimg.selection.run_findings import OtherLayers, describe_other_layers, other_layers
 
 if TYPE_CHECKING:

@@ -15,8 +15,9 @@ from attnimg.cli import json_line
 from attnimg.cli.check import checked_json
 from attnimg.config.schema import CheckResult, Config
 from attnimg.errors import AttnimgError
-from attnimg.facts import Arch, Finding, Machine, Model, Plan
+from attnimg.facts import Arch, Finding, Machine
 from attnimg.memory.report import MemoryReport, memory_dict, memory_warning, report_memory
+from attnimg.run_facts import Model, Plan
 from attnimg.selection.model_config import read_config
 from attnimg.selection.plan import plan_dict
 from attnimg.selection.run_findings import other_layers, quadratic_memory, run_findings

@@ -13,8 +13,9 @@ from attnimg.cli import as_text
 from attnimg.config.schema import CheckResult, Config
 from attnimg.config.without_effect import keys_without_effect
 from attnimg.errors import printable
-from attnimg.facts import Finding, Plan
+from attnimg.facts import Finding
 from attnimg.machine.kernel_cache import use_shipped_kernels
+from attnimg.run_facts import Plan
 from attnimg.task import Task, cpu_warnings, gpu_text, installed_machine, machine_warnings
 from attnimg.train import run
 from attnimg.train.distributed import StopFlag, Stopped, rank, require_group, stop_signals

@@ -13,9 +13,10 @@ from rich.table import Table
 from attnimg import config
 from attnimg.cli import as_text, json_line
 from attnimg.errors import AttnimgError
-from attnimg.facts import LayerGroup, Machine, Model, Problem, Proof
+from attnimg.facts import Machine
 from attnimg.machine.kernel_cache import use_shipped_kernels
 from attnimg.pipeline import prove_fitting
+from attnimg.run_facts import LayerGroup, Model, Problem, Proof
 from attnimg.selection.plan import training_dtype
 from attnimg.task import Task, gpu_text, installed_machine, read_task
 from attnimg.train.environment import require_parsable

@@ -24,7 +24,6 @@ from attnimg.config.attention import (
     replace_legacy_keys,
     variable_findings,
 )
-from attnimg.config.expert_kernels import expert_kernel_errors
 from attnimg.config.other_names import (
     EMPTY_IN_ENTRY_IS_UNSET,
     replace_batch_size,
@@ -283,7 +282,7 @@ def _missing_keys(values: dict[str, Any]) -> list[Finding]:
 
 def _other_keys(values: dict[str, Any], *, failed: set[str | None]) -> list[Finding]:
     """Return findings on keys that the schema does not have, unless they already have an error."""
-    found = list(expert_kernel_errors(values))
+    found = list(keys.expert_kernel_errors(values))
     for key, value in values.items():
         if key in failed or (key in Config.model_fields and key not in keys.IN_SCHEMA):
             continue

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from typing import Any, Literal
 
 from attnimg.config.attention import LEGACY
-from attnimg.config.schema import Config, DatasetSpec
+from attnimg.config.schema import Config, DatasetSpec, make_error
+from attnimg.facts import Finding
 
 # Computed from the backend; a config can't set them.
 COMPUTED = ("attn_supports_packing", "attn_uses_flash_lib", "attn_needs_dtype_cast")
 # Keys of the schema that are also in data/keys.toml, which refuses them after their own rules. That
 # file has no other key of the schema, so most configs can be checked without reading it.
 IN_SCHEMA = frozenset({"rl", "context_parallel_size", "scaling_softmax"})
+# Flag -> the value of expert_backend that means the same.
+_EXPERT_KERNELS = {"use_scattermoe": "scattermoe", "use_sonicmoe": "sonicmoe"}
 
 
 Answer = Literal["done-otherwise", "hint-not-used", "refused"]
@@ -106,6 +110,36 @@ def nearest_key(key: str, *, dataset: bool = False) -> str | None:
         if matches := get_close_matches(name, known, n=1, cutoff=0.75):
             return matches[0]
     return None
+
+
+def expert_kernel_errors(values: Mapping[str, Any]) -> Iterator[Finding]:
+    """Yield an error for each flag that contradicts expert_backend, or else the other flag.
+
+    They choose a kernel for mixtures of experts. attnimg uses none of them, but the author of a
+    config that axolotl refuses can't have trained with it. A flag that is false contradicts
+    nothing: expert_backend turns it on.
+    Source: axolotl 0.19.0, integrations/kernels/args.py, _canonicalize_expert_backend and
+    check_mutually_exclusive (2026-11-27).
+
+    Args:
+        values: the keys of the config, as they are written.
+    """
+    on = [flag for flag in _EXPERT_KERNELS if values.get(flag) in (True, 1)]
+    backend = values.get("expert_backend")
+    if backend is None:
+        if len(on) > 1:
+            why = f"found {on[0]} and {on[1]}, two kernels for the same layers; needed one of them"
+            yield make_error("bad-value", on[1], f"{on[1]} contradicts {on[0]}", why,
+                             f"keep {on[0]} or {on[1]}")  # fmt: skip
+        return
+    name = str(backend).lower()
+    for flag in on:
+        kernel = _EXPERT_KERNELS[flag]
+        if name in allowed_values("expert_backend") and name != kernel:
+            why = f"found expert_backend: {name} and {flag}: true, which means {kernel}; "
+            why += "axolotl refuses both together"
+            yield make_error("bad-value", flag, f"{flag} contradicts expert_backend", why,
+                             f"keep expert_backend or {flag}")  # fmt: skip
 
 
 @cache

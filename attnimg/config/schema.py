@@ -18,9 +18,11 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    GetCoreSchemaHandler,
     Strict,
     Tag,
 )
+from pydantic_core import CoreSchema
 
 from attnimg.config.weight_patterns import parse_weight_pattern
 from attnimg.facts import Finding, LayerKind
@@ -156,21 +158,37 @@ def _check_weight_pattern(text: str) -> str:
     return text
 
 
-Flag = Annotated[bool, Strict(), BeforeValidator(_to_bool)]
-Count = Annotated[int, BeforeValidator(_require_number), Field(ge=1, le=2**31 - 1)]
-Whole = Annotated[int, BeforeValidator(_require_number), Field(ge=0, le=2**31 - 1)]
+class _Once:
+    """Let pydantic build the schema of a type once, not again for each key that has the type."""
+
+    def __init__(self) -> None:
+        self.schema: CoreSchema | None = None
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        if self.schema is None:
+            self.schema = handler(source)
+        return self.schema
+
+
+Flag = Annotated[bool, Strict(), BeforeValidator(_to_bool), _Once()]
+Count = Annotated[int, BeforeValidator(_require_number), Field(ge=1, le=2**31 - 1), _Once()]
+Whole = Annotated[int, BeforeValidator(_require_number), Field(ge=0, le=2**31 - 1), _Once()]
 # More rows than any batch has, but few enough to allocate lists of this length.
 Rows = Annotated[int, BeforeValidator(_require_number), Field(ge=1, le=2**20)]
 # More than the CPUs of the largest machines.
-Processes = Annotated[int, BeforeValidator(_require_number), Field(ge=1, le=1024)]
+Processes = Annotated[int, BeforeValidator(_require_number), Field(ge=1, le=1024), _Once()]
 Workers = Annotated[int, BeforeValidator(_require_number), Field(ge=0, le=1024)]
 Seed = Annotated[int, BeforeValidator(_require_number), Field(ge=0, le=2**32 - 1)]
 Number = Annotated[float, BeforeValidator(_require_number), Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, BeforeValidator(_require_number), Field(gt=0, allow_inf_nan=False)]
+Positive = Annotated[
+    float, BeforeValidator(_require_number), Field(gt=0, allow_inf_nan=False), _Once()
+]
 Beta = Annotated[float, BeforeValidator(_require_number), Field(ge=0, lt=1, allow_inf_nan=False)]
 Share = Annotated[float, BeforeValidator(_require_number), Field(ge=0, le=1, allow_inf_nan=False)]
 Below1 = Annotated[float, BeforeValidator(_require_number), Field(gt=0, lt=1)]
-Text = Annotated[str, Strict(), Field(min_length=1)]
+Text = Annotated[str, Strict(), Field(min_length=1), _Once()]
 PathText = Annotated[Text, AfterValidator(_check_path)]
 Texts = Annotated[list[Text], BeforeValidator(_to_list)]
 TrackerText = Annotated[Text | None, BeforeValidator(_unset_if_empty)]

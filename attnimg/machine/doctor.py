@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from attnimg.backends import all_backends, conflicting_variables, find_backend, runs_on
-from attnimg.facts import Machine, Reason
+from attnimg.facts import Machine
 from attnimg.machine.container import DOCKER
 from attnimg.machine.driver import driver_is_too_old, judge_driver
 from attnimg.machine.host import WORKING_FOLDER, Folder, Host
@@ -19,6 +19,7 @@ from attnimg.machine.kernel_cache import (
 )
 from attnimg.machine.network import judge_rdma
 from attnimg.machine.threads import count_threads, read_threads
+from attnimg.run_facts import Reason
 from attnimg.selection.gpus_and_images import ImageFacts
 
 Status = Literal["ok", "warn", "fail"]

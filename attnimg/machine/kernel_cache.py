@@ -34,10 +34,11 @@ from pathlib import Path
 
 from attnimg.backends import all_backends, conflicting_variables
 from attnimg.errors import AttnimgError, bad_manifest
-from attnimg.facts import Machine, Reason
+from attnimg.facts import Machine
 from attnimg.files import cache_folder, check_private, make_private_folder, read_data
 from attnimg.machine.fingerprint import ABSENT, fingerprint, triton_in_short
 from attnimg.machine.probe import this_machine
+from attnimg.run_facts import Reason
 
 FOLDER = Path("/opt/attnimg/fa4")
 TRITON_FOLDER = Path("/opt/attnimg/triton")

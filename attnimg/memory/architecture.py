@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from attnimg.facts import LayerGroup, Model
+from attnimg.run_facts import LayerGroup, Model
 from attnimg.selection.attention_shapes import language_model
 from attnimg.selection.model_config import LANGUAGE_PARTS
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from attnimg.config.schema import Config
-from attnimg.facts import Machine, Plan, Problem
+from attnimg.facts import Machine
 from attnimg.memory.activations import (
     evaluation_bytes,
     layer_bytes,
@@ -29,6 +29,7 @@ from attnimg.memory.settings import (
     trained_weights,
     trains_head,
 )
+from attnimg.run_facts import Plan, Problem
 from attnimg.selection.run_findings import device_memory, quadratic_memory
 
 EVALUATION, LOSS_CHECK = "evaluation", "loss check"

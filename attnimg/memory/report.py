@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from attnimg.config.schema import Config
-from attnimg.facts import Finding, Machine, Plan, Problem
+from attnimg.facts import Finding, Machine
 from attnimg.memory.architecture import read_architecture
 from attnimg.memory.changes import ConfigChange, find_changes
 from attnimg.memory.forecast import Forecast, forecast_memory
+from attnimg.run_facts import Plan, Problem
 from attnimg.selection.gpus_and_images import gpu_catalogue
 from attnimg.selection.run_findings import device_memory
 

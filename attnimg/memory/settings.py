@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from attnimg.config.schema import Config, offloading_mode
-from attnimg.facts import Backend, Machine, Problem
+from attnimg.facts import Backend, Machine
 from attnimg.memory.architecture import Architecture, Linear
+from attnimg.run_facts import Problem
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 # PEFT keeps the matrices of an adapter in float32 beside a base model in 16 bits.

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast, get_args
 
 from attnimg.errors import AttnimgError
-from attnimg.facts import DType, RunContext
+from attnimg.facts import DType
+from attnimg.run_facts import RunContext
 from attnimg.runs.folder import ADAPTER_CONFIG, CONFIG_BYTES, RunFolder, read_json
 from attnimg.selection.model_types import find_quantization, quantization_method
 from attnimg.train.checkpoint import flush, set_default_permissions, write_errors

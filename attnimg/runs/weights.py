@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from attnimg.errors import AttnimgError
-from attnimg.facts import RunContext
+from attnimg.run_facts import RunContext
 from attnimg.runs.folder import RunFolder
 from attnimg.train.lora import freeze_other_parts
 from attnimg.train.model import (

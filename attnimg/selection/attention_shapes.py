@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Literal
 
-from attnimg.facts import LayerGroup, Model
 from attnimg.files import read_data
+from attnimg.run_facts import LayerGroup, Model
 from attnimg.selection.model_config import LANGUAGE_PARTS, Fields
 from attnimg.selection.model_types import UNLISTED, hybrid_types
 

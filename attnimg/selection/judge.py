@@ -11,17 +11,8 @@ from dataclasses import replace
 
 from attnimg.backends import arch_code, arch_mismatch, conflicting_variables, local_kernel, runs_on
 from attnimg.errors import counted
-from attnimg.facts import (
-    Backend,
-    HeadDims,
-    LayerGroup,
-    LocalKernel,
-    Machine,
-    ModelClass,
-    Problem,
-    Reason,
-    Verdict,
-)
+from attnimg.facts import Backend, HeadDims, LocalKernel, Machine
+from attnimg.run_facts import LayerGroup, ModelClass, Problem, Reason, Verdict
 from attnimg.selection import known_bad
 
 _VARLEN, _DENSE = "flash_attn_varlen_func", "flash_attn_func"

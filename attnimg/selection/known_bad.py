@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnimg.errors import AttnimgError
-from attnimg.facts import Backend, KnownBad, Machine, Problem, Reason
+from attnimg.facts import Backend, Machine
 from attnimg.files import data_file, read_regular
+from attnimg.run_facts import KnownBad, Problem, Reason
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter

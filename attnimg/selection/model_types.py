@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-from attnimg.facts import Finding, ModelClass
+from attnimg.facts import Finding
 from attnimg.files import read_data
+from attnimg.run_facts import ModelClass
 from attnimg.selection.model_config import LANGUAGE_PARTS
 
 # The kind of layers that a model type has, but that its config lists in no known way.

@@ -16,22 +16,8 @@ from typing import Any
 from attnimg.backends import all_backends, find_backend
 from attnimg.config.attention import VARIABLE, name_errors
 from attnimg.errors import AttnimgError, counted, set_backend
-from attnimg.facts import (
-    Arch,
-    Backend,
-    DType,
-    Finding,
-    GroupChoice,
-    LayerGroup,
-    LayerKind,
-    Machine,
-    Plan,
-    Problem,
-    Rank,
-    Reason,
-    RequestedBy,
-    Verdict,
-)
+from attnimg.facts import Arch, Backend, DType, Finding, LayerKind, Machine, Rank, RequestedBy
+from attnimg.run_facts import GroupChoice, LayerGroup, Plan, Problem, Reason, Verdict
 from attnimg.selection.judge import judge, reason_against_registered
 from attnimg.selection.model_types import mask_refusal
 

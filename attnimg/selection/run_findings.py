@@ -22,7 +22,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from attnimg.errors import KernelError, counted, set_backend
-from attnimg.facts import Backend, Finding, LayerGroup, Machine, Model, Plan, Problem
+from attnimg.facts import Backend, Finding, Machine
+from attnimg.run_facts import LayerGroup, Model, Plan, Problem
 from attnimg.selection.gpus_and_images import gpu_catalogue
 from attnimg.selection.model_types import UNLISTED, other_layer_kinds
 from attnimg.selection.plan import mixing_error

@@ -16,7 +16,8 @@ from typing import Any
 from attnimg.config.optimizer_rules import SCHEDULER_NEEDS
 from attnimg.config.schema import Config, SaveStrategy, Strategy
 from attnimg.errors import bad_value
-from attnimg.facts import Machine, Plan, RunContext
+from attnimg.facts import Machine
+from attnimg.run_facts import Plan, RunContext
 from attnimg.train.experts import experts_in_use
 from attnimg.train.frozen import frozen_elements
 

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 from attnimg.application.router import call_shape
 from attnimg.errors import AttnimgError, KernelError, set_backend
-from attnimg.facts import Backend, CallCheck, LayerGroup, Plan, RunContext
+from attnimg.facts import Backend
+from attnimg.run_facts import CallCheck, LayerGroup, Plan, RunContext
 from attnimg.train.checkpoint import checkpoint_step, list_checkpoints, newest_checkpoint
 from attnimg.train.distributed import gather_objects, rank, world_size
 

@@ -6,17 +6,27 @@ There, a field that follows from changed ones keeps its value; here the config m
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
+import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
+from functools import cache
 from typing import Any
 
+from attnimg.application import find_model_class
 from attnimg.errors import AttnimgError, bad_value
-from attnimg.train.unread_fields import has_effect, unread_fields
 
 KEY = "model_config"
+
+# Modules of transformers that read fields of every model's configuration.
+_SHARED = (
+    "modeling_utils", "modeling_rope_utils", "modeling_layers", "masking_utils", "initialization",
+    "loss.loss_utils", "integrations.moe", "utils.generic",
+)  # fmt: skip
 
 
 def change_fields(
@@ -97,10 +107,60 @@ def _require_effect(
             raise _refused_field(name, why)
     deciding = {name: value for name, value in changes.items() if _is_kept(parameters, name)}
     new = [name for name, value in deciding.items() if current.get(name) != value]
-    for name in unread_fields(model_config, new):
-        if not has_effect(kind, {**given, **deciding}, name):
+    for name in _unread_fields(model_config, new):
+        if not _has_effect(kind, {**given, **deciding}, name):
             why = f"it would have no effect: {kind.__name__}'s model does not read it"
             raise _refused_field(name, why)
+
+
+def _unread_fields(model_config: Any, names: list[str]) -> list[str]:
+    """Return the names that do not occur in the code of the model's class.
+
+    Some fields only decide other ones, such as max_window_layers, which decides layer_types; others
+    are left over from earlier versions, such as Llama's pretraining_tp. None where transformers
+    does not have that code.
+    """
+    model_class = find_model_class(model_config)
+    if model_class is None or not model_class.__module__.startswith("transformers."):
+        return []
+    words = _words(model_class.__module__).union(*(_words(f"transformers.{m}") for m in _SHARED))
+    aliases = model_config.attribute_map.items()
+    return [
+        name
+        for name in names
+        if not words & {name, *(alias for alias, field in aliases if field == name)}
+    ]
+
+
+def _derived_values(model_config: Any) -> dict[str, Any]:
+    """Return the fields of a configuration, and the properties that its own class computes."""
+    from transformers import PreTrainedConfig
+
+    kind = type(model_config)
+    own = set(dir(kind)) - set(dir(PreTrainedConfig))
+    names = [name for name in own if isinstance(getattr(kind, name, None), property)]
+    found = {name: repr(getattr(model_config, name, None)) for name in names}
+    return {**found, **model_config.to_dict()}
+
+
+def _has_effect(kind: Any, fields: Mapping[str, Any], name: str) -> bool:
+    """Return whether a configuration without one of the fields differs in another one."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    others = {key: value for key, value in fields.items() if key != name}
+    with_it = _derived_values(kind.from_dict(dict(fields)))
+    try:
+        without = _derived_values(kind.from_dict(others))
+    except (StrictDataclassError, ValueError):  # the others need it
+        return True
+    return any(with_it[key] != without.get(key) for key in with_it if key != name)
+
+
+@cache
+def _words(module: str) -> frozenset[str]:
+    """Return the words in the source of a module."""
+    found = sys.modules.get(module) or importlib.import_module(module)
+    return frozenset(re.findall(r"\w+", inspect.getsource(found)))
 
 
 def _is_kept(parameters: Mapping[str, inspect.Parameter], name: str) -> bool:

@@ -24,10 +24,10 @@ from pathlib import Path
 
 from attnimg.config.schema import Config, trackers
 from attnimg.errors import AttnimgError
-from attnimg.facts import Problem
 from attnimg.machine.container import can_write
 from attnimg.machine.threads import read_threads
 from attnimg.redact import redact
+from attnimg.run_facts import Problem
 
 _TRUE = frozenset({"y", "yes", "t", "true", "on", "1"})
 

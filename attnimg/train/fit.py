@@ -16,8 +16,8 @@ from rich.console import Console
 
 from attnimg.config.schema import Config, trains_preferences
 from attnimg.errors import AttnimgError, counted, memory_errors
-from attnimg.facts import RunContext
 from attnimg.redact import redact
+from attnimg.run_facts import RunContext
 from attnimg.train import records
 from attnimg.train.arguments import (
     Schedule,

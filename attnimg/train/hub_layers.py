@@ -12,7 +12,7 @@ from typing import Any
 
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError, bad_value
-from attnimg.facts import Finding, HubLayer, LayersTask, LocalKernel, Machine, Problem
+from attnimg.facts import Finding, LocalKernel, Machine
 from attnimg.files import CachedHasher, cache_folder
 from attnimg.hub_layers import (
     OFF,
@@ -22,6 +22,7 @@ from attnimg.hub_layers import (
     layers_left,
     replace_layers,
 )
+from attnimg.run_facts import HubLayer, LayersTask, Problem
 from attnimg.train.layers import is_transformers_model, layers_task, list_types
 
 _SAME = "the model's own layers compute the same"

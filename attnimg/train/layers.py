@@ -14,16 +14,8 @@ from typing import Any
 from attnimg import liger
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
-from attnimg.facts import (
-    Finding,
-    HubLayer,
-    LayerOp,
-    LayersTask,
-    Machine,
-    OptimizerTask,
-    Problem,
-    Proof,
-)
+from attnimg.facts import Finding, LayerOp, Machine
+from attnimg.run_facts import HubLayer, LayersTask, OptimizerTask, Problem, Proof
 from attnimg.selection.model_config import LANGUAGE_PARTS
 
 # Key -> the op that it requests; liger_swiglu is the older name.

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError, bad_value, counted, out_of_memory_error
-from attnimg.facts import DType, RunContext
+from attnimg.facts import DType
+from attnimg.run_facts import RunContext
 from attnimg.selection.model_config import LANGUAGE_PARTS
 from attnimg.selection.model_types import (
     find_quantization,

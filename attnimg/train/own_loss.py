@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from attnimg.errors import AttnimgError, exception_text, out_of_memory_error
-from attnimg.facts import RunContext
+from attnimg.run_facts import RunContext
 from attnimg.train.distributed import any_rank
 from attnimg.train.loss import (
     AUX_LOSS_COEFFICIENTS,

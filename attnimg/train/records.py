@@ -22,8 +22,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
-from attnimg.facts import Backend, Machine, Plan, Proof, RunContext
+from attnimg.facts import Backend, Machine
 from attnimg.machine.threads import THREAD_VARIABLES
+from attnimg.run_facts import Plan, Proof, RunContext
 from attnimg.selection.gpus_and_images import image_record
 from attnimg.train.checkpoint import replace_text, write_errors
 

@@ -18,7 +18,7 @@ import yaml
 
 from attnimg.config.schema import Config, DatasetSpec, is_chat
 from attnimg.errors import AttnimgError, KernelError, set_backend
-from attnimg.facts import RunContext
+from attnimg.run_facts import RunContext
 from attnimg.train import checkpoint as checkpoints
 from attnimg.train.distributed import world_size
 from attnimg.train.lora import find_targets

@@ -18,8 +18,8 @@ from torch.utils.data import Sampler
 
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
-from attnimg.facts import RunContext
 from attnimg.layout import lay_out
+from attnimg.run_facts import RunContext
 
 if TYPE_CHECKING:
     import pyarrow

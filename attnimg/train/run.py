@@ -19,10 +19,11 @@ from attnimg.config import check_values
 from attnimg.config.schema import Config, dataset_entries, has_reference
 from attnimg.context import describe_context
 from attnimg.errors import counted
-from attnimg.facts import Finding, LayersTask, Machine, Plan
+from attnimg.facts import Finding, Machine
 from attnimg.files import read_regular
 from attnimg.memory.report import memory_line, memory_warning, report_memory
 from attnimg.pipeline import Report, Selected, kernel_hashes, select, select_verify_apply
+from attnimg.run_facts import LayersTask, Plan
 from attnimg.selection.model_config import missing_folder
 from attnimg.selection.plan import plan_dict
 from attnimg.task import Task, build_task, model_file, read_model_config

@@ -7,21 +7,22 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import distributions
 from typing import Any
 
 from attnimg.config.schema import Config, dataset_entries, is_chat
-from attnimg.errors import AttnimgError, counted
+from attnimg.errors import AttnimgError, bad_value, counted
 from attnimg.train.data import choose_chat_template
 from attnimg.train.lora import untrained_embeddings
 from attnimg.train.model import find_class, load_model_config, load_without_weights
-from attnimg.train.renamed_tokens import rename_tokens
 from attnimg.train.rows import NO_LOSS
 
 # Number of documents in which to look for the token that ends an answer.
 DOCUMENTS = 100
+
+_RENAMED = "added_tokens_overrides"
 
 
 def load_tokenizer(config: Config, *, log: Callable[[str], None]) -> Any:
@@ -43,7 +44,7 @@ def load_tokenizer(config: Config, *, log: Callable[[str], None]) -> Any:
         return _load_mistral(config, source)
     tokenizer = _load(config, source)
     if config.added_tokens_overrides:
-        rename_tokens(tokenizer, config.added_tokens_overrides)
+        _rename_tokens(tokenizer, config.added_tokens_overrides)
     if config.tokenizer_legacy is not None and not hasattr(tokenizer, "legacy"):
         kind = type(tokenizer).__name__
         log(f"warning: tokenizer_legacy has no effect: {kind} has no such setting")
@@ -143,6 +144,56 @@ def _load_mistral(config: Config, source: str) -> Any:
     arguments = {"revision": config.revision_of_model} if config.revision_of_model else {}
     with _tokenizer_errors(config, source):
         return MistralCommonBackend.from_pretrained(source, mode="finetuning", **arguments)
+
+
+def _rename_tokens(tokenizer: Any, names: Mapping[int, str]) -> None:
+    """Rename added tokens of a tokenizer; their ids stay the same.
+
+    Source: axolotl 0.19.0, loaders/tokenizer.py, modify_tokenizer_files (2026-11-27)
+
+    Args:
+        tokenizer: a fast tokenizer of transformers.
+        names: id of a token -> its new name.
+
+    Raises:
+        AttnimgError: code bad-value.
+    """
+    from tokenizers import Tokenizer
+
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    added = {entry["id"]: entry for entry in state["added_tokens"]}
+    special = {str(token) for token in tokenizer.special_tokens_map.values()}
+    vocabulary = state["model"].get("vocab")
+    for number, name in names.items():
+        old = added[number]["content"] if number in added else None
+        if old is None or old in special:
+            raise _not_free(number, old, [n for n in added if added[n]["content"] not in special])
+        if name != old and name in tokenizer.get_vocab():
+            raise bad_value(
+                _RENAMED,
+                f"{_RENAMED}: the tokenizer has a token {name!r} already",
+                why=f"found it as {tokenizer.convert_tokens_to_ids(name)}; needed a new name",
+                do=f"write another name for {number} in {_RENAMED}",
+            )
+        added[number]["content"] = name
+        if isinstance(vocabulary, dict) and vocabulary.get(old) == number:
+            vocabulary[name] = vocabulary.pop(old)
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
+
+
+def _not_free(number: int, old: str | None, free: list[int]) -> AttnimgError:
+    found = (
+        "no added token with that id"
+        if old is None
+        else f"{old!r}, which is used as a special token"
+    )
+    shown = f"{min(free)} to {max(free)}" if free else "none"
+    return bad_value(
+        _RENAMED,
+        f"{_RENAMED}: token {number} can't be renamed",
+        why=f"found {found}; added tokens that can be renamed: {shown}",
+        do=f"correct or remove {number} in {_RENAMED}",
+    )
 
 
 def _require_single_tokens(tokenizer: Any, eot_tokens: list[str]) -> None:

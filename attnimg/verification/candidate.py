@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 
 from attnimg.errors import exception_text
-from attnimg.facts import AttentionFunction, Backend, Figure, Geometry, Pattern, Reason
+from attnimg.facts import AttentionFunction, Backend, Pattern
+from attnimg.run_facts import Figure, Geometry, Reason
 from attnimg.verification.calls import (
     Probe,
     Result,

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, get_args
 
-from attnimg.facts import Backend, Geometry
+from attnimg.facts import Backend
+from attnimg.run_facts import Geometry
 
 # Three letters are the layouts of q, k and v: by heads, by tokens, part of a tensor of more heads.
 Layout = Literal[

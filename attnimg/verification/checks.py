@@ -24,7 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attnimg.facts import Backend, DType, Figure, Reason
+from attnimg.facts import Backend, DType
+from attnimg.run_facts import Figure, Reason
 from attnimg.verification.calls import Probe, Result, each_row
 from attnimg.verification.cases import Case, Scores
 from attnimg.verification.reference import difference_beyond_ulp

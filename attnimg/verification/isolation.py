@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from attnimg.context import describe_context
 from attnimg.errors import AttnimgError, PackingLeak, out_of_memory_error, set_backend
-from attnimg.facts import DType, RunContext
+from attnimg.facts import DType
 from attnimg.layout import PackedLayout, lay_out
+from attnimg.run_facts import RunContext
 
 # A collator: rows of documents, int64 (length,) each, to the arguments of the model.
 Collate = Callable[[list[list[Tensor]]], dict[str, Any]]

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from attnimg.facts import LayersTask
 from attnimg.liger import Replaced, ReplacedFunction
+from attnimg.run_facts import LayersTask
 
 # Experts that are proven together; a layer may have hundreds, all of one size, and GBs in float64.
 EXPERTS = 3

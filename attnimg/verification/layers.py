@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from attnimg import hub_layers, liger
-from attnimg.facts import Figure, LayersTask, Reason
+from attnimg.run_facts import Figure, LayersTask, Reason
 from attnimg.verification.layer_calls import LayerCall, LayerInputs, Layout, Tiling, run_calls, tile
 from attnimg.verification.layer_subjects import Form, Subject, build_model, list_subjects
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from attnimg.facts import Figure, OptimizerTask, Reason
+from attnimg.run_facts import Figure, OptimizerTask, Reason
 from attnimg.verification.layers import TaskResult
 
 # Bits of the states -> how far the sum of ten updates may be from the exact one, as a share of it,

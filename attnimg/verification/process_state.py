@@ -45,8 +45,8 @@ from torch import Tensor
 from torch.nn.modules import module
 
 from attnimg.errors import signal_name
-from attnimg.facts import Reason
 from attnimg.loaded_code import LoadedCode
+from attnimg.run_facts import Reason
 
 # Calls per round, and rounds. They follow hundreds of probes, which have filled all caches.
 CALLS, ROUNDS = 6, 3

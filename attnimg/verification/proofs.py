@@ -14,16 +14,9 @@ from pathlib import Path
 from attnimg.backends import kernel_variables, local_kernel
 from attnimg.backends._loading import hub_folder
 from attnimg.context import build_context
-from attnimg.facts import (
-    Backend,
-    Geometry,
-    LayerGroup,
-    Machine,
-    Problem,
-    Proof,
-    RunContext,
-)
+from attnimg.facts import Backend, Machine
 from attnimg.files import CachedHasher, cache_folder, read_checked, write_checked
+from attnimg.run_facts import Geometry, LayerGroup, Problem, Proof, RunContext
 from attnimg.selection.judge import with_effective_windows
 from attnimg.verification.runner import Candidate, proof_from_json, run
 

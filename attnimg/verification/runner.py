@@ -24,8 +24,8 @@ from typing import IO, Any, NamedTuple
 from attnimg.backends import find_backend
 from attnimg.cgroup import memory_limit, oom_kills
 from attnimg.errors import signal_name
-from attnimg.facts import Figure, Geometry, LayersTask, OptimizerTask, Proof, Reason
 from attnimg.machine.threads import proof_settings
+from attnimg.run_facts import Figure, Geometry, LayersTask, OptimizerTask, Proof, Reason
 from attnimg.verification.training_conditions import is_compiled
 
 # Seconds that one candidate may compute and sleep, without waiting for a CPU. On a GPU some kernels

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from attnimg.backends._varlen import AttentionCall, read_call
 from attnimg.errors import AttnimgError
-from attnimg.facts import AttentionFunction, Backend, CallCheck, DType, Figure, Reason, RunContext
+from attnimg.facts import AttentionFunction, Backend, DType
+from attnimg.run_facts import CallCheck, Figure, Reason, RunContext
 from attnimg.verification.blocks import (
     NotComparable,
     RowAttention,

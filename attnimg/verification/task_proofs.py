@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from attnimg.facts import LayersTask, OptimizerTask, Proof
 from attnimg.files import CachedHasher
+from attnimg.run_facts import LayersTask, OptimizerTask, Proof
 from attnimg.verification.proofs import Setting, proof_key, read, versions_of, write
 from attnimg.verification.runner import Candidate, run
 

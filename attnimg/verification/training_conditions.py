@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from attnimg.facts import AttentionFunction, Backend, Geometry, Pattern
+from attnimg.facts import AttentionFunction, Backend, Pattern
+from attnimg.run_facts import Geometry
 from attnimg.verification.blocks import Span, block_reference
 from attnimg.verification.calls import (
     ALL,

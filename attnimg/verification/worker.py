@@ -22,7 +22,7 @@ from typing import Any, TextIO
 
 from attnimg.backends import find_backend
 from attnimg.errors import AttnimgError
-from attnimg.facts import Geometry, HubLayer, LayersTask, OptimizerTask, Proof, Reason
+from attnimg.run_facts import Geometry, HubLayer, LayersTask, OptimizerTask, Proof, Reason
 from attnimg.verification.cases import full_row_length, longest_document
 
 

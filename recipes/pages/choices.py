@@ -17,7 +17,8 @@ from itertools import groupby
 from typing import Any
 
 from attnimg.backends import all_backends
-from attnimg.facts import Finding, KnownBad, Machine, Model, Plan, Problem, Rank
+from attnimg.facts import Finding, Machine, Rank
+from attnimg.run_facts import KnownBad, Model, Plan, Problem
 from attnimg.selection import known_bad, plan
 from attnimg.selection.attention_shapes import read_model
 from attnimg.selection.gpus_and_images import (

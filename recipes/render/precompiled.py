@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from attnimg.backends import find_backend
-from attnimg.facts import LayerGroup
+from attnimg.run_facts import LayerGroup
 from attnimg.selection.gpus_and_images import arch_from_name
 from attnimg.selection.judge import layer_reasons
 from recipes.archs import device_name

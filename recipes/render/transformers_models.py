@@ -13,7 +13,7 @@ from functools import cache
 from importlib import metadata
 from typing import Any
 
-from attnimg.facts import ModelClass
+from attnimg.run_facts import ModelClass
 from attnimg.selection.model_types import CausalTypes, PositionTable
 
 # Attend to later tokens, which no mapping of transformers shows; found by `make families`.

@@ -12,7 +12,7 @@ from generated import DAMAGES, Damage, held_against
 from hypothesis import strategies as st
 
 from attnimg.backends import find_backend
-from attnimg.facts import Figure, Proof
+from attnimg.run_facts import Figure, Proof
 from attnimg.verification import proofs as cache
 
 FIGURE = Figure(quantity="dq", error=1e-7, allowed=1e-6, case="17 tokens")

@@ -16,7 +16,7 @@ from generated import SECONDS
 from run_facts import a_geometry
 from served_kernels import serve
 
-from attnimg.facts import Geometry, Proof
+from attnimg.run_facts import Geometry, Proof
 from attnimg.verification.runner import Candidate, run
 
 SOURCE = Path(__file__).parents[1] / "fixtures/wrong_kernels/variants.py"

@@ -24,7 +24,7 @@ EXAMPLE = yaml.safe_load((ROOT / "examples/trainer/axolotl.yaml").read_text(enco
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class AxolotlRun:
     """A finished command of axolotl."""
 
     code: int
@@ -94,12 +94,12 @@ def example(model: Path, kept: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def axolotl(kept: Path) -> Callable[..., Run]:
+def axolotl(kept: Path) -> Callable[..., AxolotlRun]:
     """Return a function that runs a command of axolotl on a config."""
 
     def run(
         command: str, folder: Path, config: dict[str, Any], env: dict[str, str] | None = None
-    ) -> Run:
+    ) -> AxolotlRun:
         folder.mkdir(exist_ok=True)
         file = folder / "config.yaml"
         file.write_text(yaml.safe_dump(config | {"output_dir": str(folder / "out")}))
@@ -112,6 +112,6 @@ def axolotl(kept: Path) -> Callable[..., Run]:
                 "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
             } | (env or {}),
         )  # fmt: skip
-        return Run(done.returncode, done.stdout, folder / "out")
+        return AxolotlRun(done.returncode, done.stdout, folder / "out")
 
     return run

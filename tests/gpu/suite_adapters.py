@@ -8,9 +8,10 @@ from typing import Any
 from attnimg.backends import all_backends, find_backend
 from attnimg.context import build_context
 from attnimg.context import is_padding_free as is_padding_free
-from attnimg.facts import Backend, LayerGroup, Machine, Model, Problem, Proof
+from attnimg.facts import Backend, Machine
 from attnimg.machine import probe
 from attnimg.machine.kernel_cache import shipped_kernels, use_shipped_kernels
+from attnimg.run_facts import LayerGroup, Model, Problem, Proof
 from attnimg.selection import plan
 from attnimg.task import distributions
 from attnimg.verification import proofs

@@ -10,7 +10,7 @@ from typing import Any
 import suite_adapters as adapters
 
 from attnimg import liger
-from attnimg.facts import LayersTask, OptimizerTask, Proof
+from attnimg.run_facts import LayersTask, OptimizerTask, Proof
 from attnimg.verification.proofs import Setting
 from attnimg.verification.task_proofs import package_of, prove_tasks, task_name
 

@@ -21,8 +21,8 @@ from tiny_models import tiny_model
 from attnimg import application
 from attnimg.backends import all_backends, find_backend
 from attnimg.backends._transformers import attention_function
-from attnimg.facts import LayerGroup, Model
 from attnimg.machine import probe
+from attnimg.run_facts import LayerGroup, Model
 from attnimg.selection.plan import choose
 from attnimg.task import distributions
 from attnimg.train.rows import PackedCollator, PaddedCollator

@@ -13,8 +13,9 @@ import torch
 from run_facts import a_problem
 
 from attnimg.backends import all_backends, find_backend
-from attnimg.facts import LayerGroup, Machine, Model
+from attnimg.facts import Machine
 from attnimg.machine import probe
+from attnimg.run_facts import LayerGroup, Model
 from attnimg.selection import plan
 from attnimg.task import distributions
 from attnimg.verification.proofs import Setting, prove

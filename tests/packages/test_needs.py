@@ -14,7 +14,8 @@ import pytest
 from packages import constants, function, read
 
 from attnimg.backends import find_backend
-from attnimg.facts import LayerGroup, Needs
+from attnimg.facts import Needs
+from attnimg.run_facts import LayerGroup
 from attnimg.selection.judge import layer_reasons
 
 FLASH_API = "csrc/flash_attn/flash_api.cpp"

@@ -26,7 +26,8 @@ from attnimg.config import check_values
 from attnimg.config.keys import key_answers
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
-from attnimg.facts import Arch, Finding, LocalKernel, Machine, Model, Plan
+from attnimg.facts import Arch, Finding, LocalKernel, Machine
+from attnimg.run_facts import Model, Plan
 from attnimg.selection.attention_shapes import read_model
 from attnimg.selection.gpus_and_images import parse_gpu
 from attnimg.selection.model_config import read_config

@@ -15,7 +15,7 @@ from tiny_models import tiny_model
 from attnimg import application
 from attnimg.backends import all_backends, find_backend
 from attnimg.errors import AttnimgError
-from attnimg.facts import GroupChoice, LayerGroup, Plan, Verdict
+from attnimg.run_facts import GroupChoice, LayerGroup, Plan, Verdict
 from attnimg.train.rows import PackedCollator, PaddedCollator
 from attnimg.verification.isolation import check_isolation
 from attnimg.verification.reference import attend, shifted_keys

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -366,7 +367,10 @@ def test_explain_refuses_an_image_that_does_not_start_there(
 
 
 def test_check_imports_nothing_that_it_can_do_without() -> None:
-    heavy = ["rich", "typer", "torch", "transformers", "attnimg.selection", "attnimg.train"]
+    heavy = [
+        "rich", "typer", "torch", "transformers", "attnimg.selection", "attnimg.train",
+        "attnimg.run_facts",
+    ]  # fmt: skip
     code = (
         "import sys; from attnimg.__main__ import run; code = run(['check', 'x.yaml']); "
         f"print(code, [name for name in {heavy} if name in sys.modules])"
@@ -374,6 +378,24 @@ def test_check_imports_nothing_that_it_can_do_without() -> None:
     write("x.yaml", GOOD + "attn_implementation: sdpa\nsample_packing: true\n")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "0 []"
+
+
+def test_check_does_not_load_the_plugins_of_pydantic(tmp_path: Path) -> None:
+    info = tmp_path / "plugin-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: plugin\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[pydantic]\nplugin = plugin:PLUGIN\n")
+    (tmp_path / "plugin.py").write_text("print('the plugin is loaded')\nraise SystemExit\n")
+    paths = [str(tmp_path), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    command = [sys.executable, "-m", "attnimg", "check", write("x.yaml", GOOD)]
+    # "" is what a user sets who wants the plugins.
+    for more, says in (
+        ({}, "ok  x.yaml  auto  "),
+        ({"PYDANTIC_DISABLE_PLUGINS": ""}, "the plugin is loaded"),
+    ):
+        done = subprocess.run(command, env=environment | more, capture_output=True, text=True)
+        assert done.stdout.splitlines()[0] == says, done.stderr
 
 
 def test_options_may_stand_between_files(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from attnimg import pipeline
-from attnimg.facts import Proof, Reason
+from attnimg.run_facts import Proof, Reason
 from attnimg.train.check import _not_writable
 from attnimg.verification import runner
 

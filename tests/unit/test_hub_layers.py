@@ -15,8 +15,9 @@ from tiny_models import tiny_model
 from attnimg.config import check_values
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
-from attnimg.facts import Arch, HubLayer, LocalKernel, Machine, Problem
+from attnimg.facts import Arch, LocalKernel, Machine
 from attnimg.hub_layers import find_hub_layer, known_layers, layers_left, replace_layers
+from attnimg.run_facts import HubLayer, Problem
 from attnimg.selection.model_types import read_causal_types
 from attnimg.train import hub_layers
 from attnimg.train.base_model import judge_base_model

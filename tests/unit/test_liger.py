@@ -17,8 +17,9 @@ from attnimg import liger
 from attnimg.config import check_values
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
-from attnimg.facts import Arch, LayersTask, Machine, OptimizerTask, Problem, Reason
-from attnimg.facts import Proof as OneProof
+from attnimg.facts import Arch, Machine
+from attnimg.run_facts import LayersTask, OptimizerTask, Problem, Reason
+from attnimg.run_facts import Proof as OneProof
 from attnimg.train import layers
 from attnimg.verification import task_proofs
 

@@ -10,7 +10,8 @@ from run_facts import a_problem
 from attnimg.application import plan_backend
 from attnimg.application.router import Router, Shape
 from attnimg.errors import AttnimgError
-from attnimg.facts import DType, LayerGroup, Machine, Model, Plan, Reason
+from attnimg.facts import DType, Machine
+from attnimg.run_facts import LayerGroup, Model, Plan, Reason
 from attnimg.selection.gpus_and_images import parse_gpu
 from attnimg.selection.plan import choose, rule_out
 

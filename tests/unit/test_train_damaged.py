@@ -17,7 +17,7 @@ import pytest
 
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
-from attnimg.facts import RunContext
+from attnimg.run_facts import RunContext
 from attnimg.train import fit
 from attnimg.train.check import check_output_dir
 from attnimg.train.checkpoint import FileHasher, ResumePoint, write_manifest

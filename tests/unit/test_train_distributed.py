@@ -8,7 +8,7 @@ import pytest
 
 from attnimg.backends import find_backend
 from attnimg.errors import AttnimgError
-from attnimg.facts import Plan, Verdict
+from attnimg.run_facts import Plan, Verdict
 from attnimg.train import distributed
 from attnimg.train.run import _comparable_plan
 

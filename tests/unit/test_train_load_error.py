@@ -10,7 +10,7 @@ from tiny_run import make_model
 
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
-from attnimg.facts import RunContext
+from attnimg.run_facts import RunContext
 from attnimg.train.model import load_model, load_model_config
 from attnimg.train.tokenizer import load_tokenizer
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from attnimg.errors import AttnimgError
-from attnimg.facts import RunContext
+from attnimg.run_facts import RunContext
 from attnimg.train.loss import SEARCHED_ROWS, LossCheck
 from attnimg.train.own_loss import check_loss
 from attnimg.train.preferences.data import split_row

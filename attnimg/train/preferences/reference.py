@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from attnimg.config.schema import Config, has_reference
-from attnimg.facts import RunContext
+from attnimg.run_facts import RunContext
 from attnimg.train.model import load_model
 
 if TYPE_CHECKING:

@@ -636,7 +636,7 @@ NEEDS = {
         _no_match, resolve_targets _unknown_names
     """,
     "added tokens": """
-        _not_free bad_value, rename_tokens _not_free, rename_tokens bad_value
+        _not_free bad_value, _rename_tokens _not_free, _rename_tokens bad_value
     """,
     "a saved adapter": """
         _find_folder bad-model, _read_settings _unreadable, _require_adaptable_loss bad_value,

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from attnimg.config.schema import Config, DatasetSpec
 from attnimg.errors import AttnimgError
-from attnimg.facts import RunContext
+from attnimg.run_facts import RunContext
 from attnimg.train.data import find_sources, load_documents
 from attnimg.train.data.chat import ChatEncoder
 from attnimg.train.data.conversations import parse_turns

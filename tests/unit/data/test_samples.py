@@ -24,7 +24,7 @@ from attnimg.cli.samples_text import (
 )
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
-from attnimg.facts import RunContext
+from attnimg.run_facts import RunContext
 from attnimg.train.data import load_documents
 from attnimg.train.preprocess import Preprocessed, prepare_data
 from attnimg.train.rows import make_rows, pack_dataset
@@ -346,7 +346,7 @@ def test_the_answers_of_a_pair_are_shown_separately(
     assert (tmp_path / "a.html").read_text().count("<article>") == 2
 
 
-class Page(HTMLParser):
+class HtmlPage(HTMLParser):
     """The elements, attributes and text of a page, as a browser reads them."""
 
     def __init__(self, text: str) -> None:
@@ -382,7 +382,7 @@ def test_a_page_has_the_text_and_nothing_of_it_is_markup(
     write_page(file, prepared, name="<u>.yaml", samples=found, seed=0,
                row=choose_row(prepared, seed=0, limit=99))  # fmt: skip
     text = file.read_text(encoding="utf-8")
-    page = Page(text)
+    page = HtmlPage(text)
     assert page.tags.isdisjoint({"script", "img", "svg", "link", "iframe", "form", "base"})
     assert not [name for name in page.names if name.startswith("on")]
     assert page.names.isdisjoint({"src", "href", "action"})

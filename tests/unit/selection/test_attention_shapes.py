@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 
 from attnimg.errors import AttnimgError
-from attnimg.facts import LayerGroup
+from attnimg.run_facts import LayerGroup
 from attnimg.selection.attention_shapes import read_families, read_model
 from attnimg.selection.model_config import read_config
 

@@ -11,7 +11,8 @@ import pytest
 from run_facts import a_context, a_problem
 
 from attnimg.config import check_values
-from attnimg.facts import LayerGroup, LocalKernel, Machine, Model, Problem, Verdict
+from attnimg.facts import LocalKernel, Machine
+from attnimg.run_facts import LayerGroup, Model, Problem, Verdict
 from attnimg.selection.gpus_and_images import parse_gpu
 from attnimg.selection.judge import with_effective_windows
 from attnimg.selection.plan import choose

@@ -11,7 +11,8 @@ from run_facts import a_problem
 
 from attnimg.backends import all_backends, find_backend
 from attnimg.errors import AttnimgError
-from attnimg.facts import LayerGroup, Machine, Model, Problem
+from attnimg.facts import Machine
+from attnimg.run_facts import LayerGroup, Model, Problem
 from attnimg.selection import known_bad, plan
 from attnimg.selection.gpus_and_images import parse_gpu
 

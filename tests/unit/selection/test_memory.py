@@ -11,7 +11,8 @@ from run_facts import a_problem
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from attnimg.__main__ import run as attnimg
-from attnimg.facts import Arch, DType, LayerGroup, Machine, Model, Problem
+from attnimg.facts import Arch, DType, Machine
+from attnimg.run_facts import LayerGroup, Model, Problem
 from attnimg.selection.plan import choose
 from attnimg.selection.run_findings import WARN_FROM, memory_warning, quadratic_memory
 

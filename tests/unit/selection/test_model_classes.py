@@ -14,7 +14,7 @@ from run_facts import a_problem
 from attnimg.__main__ import run as attnimg
 from attnimg.backends import find_backend
 from attnimg.config.schema import Config
-from attnimg.facts import LayerGroup, Model, ModelClass
+from attnimg.run_facts import LayerGroup, Model, ModelClass
 from attnimg.selection.attention_shapes import read_model
 from attnimg.selection.gpus_and_images import image_for, machine_with, parse_gpu
 from attnimg.selection.judge import reason_against_class

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from attnimg.errors import AttnimgError
-from attnimg.facts import LayerGroup
+from attnimg.run_facts import LayerGroup
 from attnimg.selection.attention_shapes import read_attention_dropout, read_model
 from attnimg.selection.model_config import find_config, missing_folder, read_config
 

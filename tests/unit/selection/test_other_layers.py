@@ -12,7 +12,8 @@ from run_facts import a_problem
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from attnimg.__main__ import run as attnimg
-from attnimg.facts import Arch, Machine, Model
+from attnimg.facts import Arch, Machine
+from attnimg.run_facts import Model
 from attnimg.selection.attention_shapes import read_model
 from attnimg.selection.run_findings import check_other_layers, other_layer_kinds, other_layers
 from attnimg.task import distributions

@@ -13,15 +13,8 @@ import pytest
 from run_facts import a_problem
 
 from attnimg.backends import all_backends, find_backend
-from attnimg.facts import (
-    DType,
-    LayerGroup,
-    LocalKernel,
-    Machine,
-    Model,
-    Plan,
-    Reason,
-)
+from attnimg.facts import DType, LocalKernel, Machine
+from attnimg.run_facts import LayerGroup, Model, Plan, Reason
 from attnimg.selection import known_bad
 from attnimg.selection.gpus_and_images import gpu_catalogue, parse_gpu
 from attnimg.selection.judge import reasons_against

@@ -8,7 +8,8 @@ import pytest
 from run_facts import a_problem
 
 from attnimg.errors import AttnimgError
-from attnimg.facts import LayerGroup, Machine, Model, Reason
+from attnimg.facts import Machine
+from attnimg.run_facts import LayerGroup, Model, Reason
 from attnimg.selection.gpus_and_images import image_for, machine_with, parse_gpu
 from attnimg.selection.plan import choose, rule_out
 

@@ -15,7 +15,8 @@ from attnimg import application
 from attnimg.backends import find_backend
 from attnimg.backends._transformers import applied_form, attention_function
 from attnimg.backends._varlen import FlashKernel
-from attnimg.facts import Backend, Geometry, LayerGroup, Proof
+from attnimg.facts import Backend
+from attnimg.run_facts import Geometry, LayerGroup, Proof
 
 FLASH_4 = "kernels-community/flash-attn4"
 STAND_IN = Path(__file__).parents[2] / "fixtures/flash_attn2"

@@ -10,7 +10,8 @@ import torch
 from run_facts import a_context, a_geometry, a_problem
 
 from attnimg.backends import find_backend
-from attnimg.facts import Backend, Geometry, LayerGroup, Model
+from attnimg.facts import Backend
+from attnimg.run_facts import Geometry, LayerGroup, Model
 from attnimg.verification.calls import draw_inputs
 from attnimg.verification.cases import (
     CPU,

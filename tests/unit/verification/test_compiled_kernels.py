@@ -7,7 +7,8 @@ import torch
 from run_facts import a_geometry
 
 from attnimg.backends import find_backend
-from attnimg.facts import Backend, Geometry
+from attnimg.facts import Backend
+from attnimg.run_facts import Geometry
 from attnimg.verification.cases import EDGES, Case, choose_budget, list_cases, reduce_shapes
 from attnimg.verification.runner import COMPILING_S, TIMEOUT_S, Candidate, time_limits
 from attnimg.verification.training_conditions import (

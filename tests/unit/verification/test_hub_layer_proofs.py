@@ -11,9 +11,10 @@ import pytest
 from served_kernels import serve
 from tiny_models import tiny_config
 
-from attnimg.facts import Arch, DType, HubLayer, LayersTask, LocalKernel, Machine
+from attnimg.facts import Arch, DType, LocalKernel, Machine
 from attnimg.files import CachedHasher
 from attnimg.hub_layers import find_hub_layer, known_layers
+from attnimg.run_facts import HubLayer, LayersTask
 from attnimg.verification.layers import TaskResult, prove_layers
 from attnimg.verification.proofs import Setting
 from attnimg.verification.task_proofs import prove_tasks

@@ -13,7 +13,8 @@ from liger_in_torch import WRONG, in_torch
 from tiny_models import tiny_config
 
 from attnimg import liger
-from attnimg.facts import Arch, DType, LayersTask, Machine
+from attnimg.facts import Arch, DType, Machine
+from attnimg.run_facts import LayersTask
 from attnimg.verification.layers import TaskResult, prove_layers
 from attnimg.verification.proofs import Setting
 from attnimg.verification.task_proofs import prove_tasks

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from attnimg.facts import Arch, DType, Machine, OptimizerTask
+from attnimg.facts import Arch, DType, Machine
+from attnimg.run_facts import OptimizerTask
 from attnimg.verification import optimizers
 from attnimg.verification.layers import TaskResult
 from attnimg.verification.optimizers import prove_optimizer

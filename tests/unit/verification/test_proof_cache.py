@@ -15,8 +15,9 @@ import pytest
 from run_facts import a_geometry
 
 from attnimg.backends import find_backend
-from attnimg.facts import Arch, Figure, Machine, Proof, Reason
+from attnimg.facts import Arch, Machine
 from attnimg.files import write_private
+from attnimg.run_facts import Figure, Proof, Reason
 from attnimg.verification import proofs as cache
 from attnimg.verification.runner import Candidate
 

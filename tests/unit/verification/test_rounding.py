@@ -15,7 +15,8 @@ from run_facts import a_geometry
 from attnimg.backends import find_backend
 from attnimg.backends._transformers import attention_function
 from attnimg.backends._varlen import FlashKernel
-from attnimg.facts import AttentionFunction, Backend, Geometry
+from attnimg.facts import AttentionFunction, Backend
+from attnimg.run_facts import Geometry
 from attnimg.verification.calls import Probe, call, draw_inputs, each_row
 from attnimg.verification.candidate import prove_geometry
 from attnimg.verification.cases import CPU, Case, list_cases

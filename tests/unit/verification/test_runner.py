@@ -9,7 +9,7 @@ import pytest
 from run_facts import a_geometry
 from served_kernels import serve
 
-from attnimg.facts import Proof
+from attnimg.run_facts import Proof
 from attnimg.verification.runner import Candidate, _message, run
 
 SOURCES = Path(__file__).parents[2] / "fixtures/wrong_kernels"

@@ -13,7 +13,8 @@ from run_facts import a_context
 from torch.nn.attention.flex_attention import create_block_mask
 
 from attnimg.backends import find_backend
-from attnimg.facts import Backend, CallCheck
+from attnimg.facts import Backend
+from attnimg.run_facts import CallCheck
 from attnimg.train.attention_check import AttentionCheck
 from attnimg.verification import blocks, running_check
 from attnimg.verification.blocks import NotComparable, choose_documents, read_mask_spans

@@ -14,7 +14,7 @@ import pytest
 from run_facts import a_geometry
 from served_kernels import serve
 
-from attnimg.facts import Proof
+from attnimg.run_facts import Proof
 from attnimg.verification.runner import Candidate, Limits, Watchdog, counted_time, read_usage, run
 
 SMALL = a_geometry(heads=2, kv_heads=1, head_dim_qk=16, head_dim_v=16, sequence_len=64)

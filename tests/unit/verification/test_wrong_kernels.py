@@ -16,7 +16,7 @@ import pytest
 from run_facts import a_geometry
 from served_kernels import SLY, WRONG, serve
 
-from attnimg.facts import Geometry, Proof
+from attnimg.run_facts import Geometry, Proof
 from attnimg.verification.runner import Candidate, run
 
 PACKED = a_geometry(
