@@ -7,6 +7,7 @@ torch's own kernel for int4 weights on a CPU.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +123,10 @@ def test_int4_weights_are_those_of_torch_s_int4_kernel(base: Path, group_size: i
     assert off(unrounded, wanted) > 0.06
 
 
-@pytest.mark.parametrize("settings", [WEIGHTS, {**INPUTS, "quantize_embedding": True}])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("settings", "precision"),
+    [(WEIGHTS, "float32"), ({**INPUTS, "quantize_embedding": True}, "bfloat16")],
+)
 def test_a_run_saves_ordinary_weights(
     base: Path, tmp_path: Path, settings: dict[str, Any], precision: str
 ) -> None:
@@ -148,22 +151,20 @@ def test_the_rounding_begins_after_the_steps_without_it(base: Path, tmp_path: Pa
     keys: dict[str, Any] = {"val_set_size": 0.1, "eval_steps": 1}
     found = {}
     for name, qat in (("without", None), ("from the first step", INPUTS),
-                      ("from step 4", {**INPUTS, "fake_quant_after_n_steps": 3}),
-                      ("never", {**INPUTS, "fake_quant_after_n_steps": 6})):  # fmt: skip
-        tiny_run.run(base, tmp_path / name, qat=qat, **keys)
+                      ("from step 3", {**INPUTS, "fake_quant_after_n_steps": 2}),
+                      ("never", {**INPUTS, "fake_quant_after_n_steps": 4})):  # fmt: skip
+        tiny_run.run(base, tmp_path / name, qat=qat, max_steps=4, **keys)
         lines = tiny_run.lines(tmp_path / name)
         found[name] = [line.get("loss", line.get("eval_loss")) for line in lines]
     assert found["never"] == found["without"]
     # Lines alternate: the loss of a step, and the evaluation after it.
-    assert found["from step 4"][:6] == found["without"][:6]
-    assert all(a != b for a, b in zip(found["from step 4"][6:], found["without"][6:], strict=True))
+    assert found["from step 3"][:4] == found["without"][:4]
+    assert all(a != b for a, b in zip(found["from step 3"][4:], found["without"][4:], strict=True))
     assert found["from the first step"][0] != found["without"][0]
 
 
-@pytest.mark.parametrize("first", [0, 2, 3, 5])
+@pytest.mark.parametrize("first", [2, 3])
 def test_a_resumed_run_ends_with_the_same_weights(base: Path, tmp_path: Path, first: int) -> None:
-    import shutil
-
     keys = {"qat": {**INPUTS, "fake_quant_after_n_steps": first}, "save_steps": 3}
     tiny_run.run(base, tmp_path / "whole", **keys)
     shutil.copytree(tmp_path / "whole", tmp_path / "half")
