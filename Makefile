@@ -72,12 +72,15 @@ test/mistral: .venv/ready ## Read Mistral's tokenizers with mistral-common, and 
 	PYTHONPATH=build/mistral $(BIN)/pytest tests/unit/data/test_chat_mistral.py \
 	  tests/unit/config/test_json_schema.py
 
-axolotl-examples: .venv/ready ## Check axolotl's examples, and train 20 of them on tiny models; downloads 4 MB; 3 minutes
+test/qat: .venv/ready build/qat/ready ## Train with qat, and compare with models that torchao quantizes; downloads 8 MB into build/qat; 2 minutes
+	PYTHONPATH=build/qat/packages $(BIN)/pytest tests/qat
+
+axolotl-examples: .venv/ready build/qat/ready ## Check axolotl's examples, and train 20 of them on tiny models; downloads 4 MB; 3 minutes
 	@mkdir -p build/axolotl-source
 	$(BIN)/pip download -q --disable-pip-version-check -d build/axolotl-source --no-deps --no-binary axolotl \
 	  --no-build-isolation axolotl==0.19.0
 	tar xzf build/axolotl-source/axolotl-0.19.0.tar.gz -C build/axolotl-source --strip-components 1
-	PYTHONPATH=.:tests/fixtures:tests/train $(BIN)/python tests/train/axolotl_examples.py build/axolotl-source/examples
+	PYTHONPATH=.:tests/fixtures:tests/train:build/qat/packages $(BIN)/python tests/train/axolotl_examples.py build/axolotl-source/examples
 
 test/axolotl: build/axolotl/ready ## Train with axolotl and attnimg's plugin, and run the API on axolotl's transformers, 10 minutes
 	PYTHONPATH=. build/axolotl/bin/pytest -p no:anyio --ignore tests/unit/api/test_types.py \
@@ -408,6 +411,15 @@ build/axolotl/ready: requirements/torch.txt requirements/axolotl.txt pyproject.t
 	@build/axolotl/bin/pip install -qq --disable-pip-version-check --require-hashes --no-deps -r requirements/axolotl.txt
 	@build/axolotl/bin/pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@echo "axolotl: installed $$(grep -oE '^(axolotl|transformers|trl|peft|kernels|datasets|accelerate)==[^ ]*' requirements/axolotl.txt | paste -sd ' '), $$(du -sh build/axolotl | cut -f1)"
+	@touch $@
+
+# The torchao of the images, beside .venv.
+build/qat/ready: recipes/kernels/torchao.toml
+	@echo "qat: installing torchao into build/qat, 10 seconds"
+	@mkdir -p build/qat
+	@sed -n 's/^source = "\(.*\)"/\1 \\/p; s/^sha256 = "\(.*\)".*/  --hash=sha256:\1/p' $< >build/qat/torchao.txt
+	@$(BIN)/pip install -q --disable-pip-version-check --upgrade --no-deps --require-hashes --target build/qat/packages \
+	  -r build/qat/torchao.txt
 	@touch $@
 
 build/nvcc/ready: tests/gates/compiler.py requirements/images/toolchain-2.14.1-cu130.txt

@@ -388,6 +388,23 @@ class OptimizerTask:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class QatTask:
+    """The rounding of a later quantization that training simulates, to be proven.
+
+    Attributes:
+        activation_dtype: of the inputs of linear layers, "int8"; None where they are not rounded.
+        group_size: numbers of a weight, which has 4 bits, that share a scale.
+        embeddings: whether embeddings are rounded too.
+        dtype: the precision of the run.
+    """
+
+    activation_dtype: Literal["int8"] | None
+    group_size: int
+    embeddings: bool
+    dtype: DType
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CallCheck:
     """The comparison of one attention call of a training step with the reference.
 

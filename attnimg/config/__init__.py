@@ -37,6 +37,7 @@ from attnimg.config.schema import (
     CheckResult,
     Config,
     DatasetSpec,
+    Qat,
     SpecialToken,
     make_error,
     make_warning,
@@ -54,8 +55,8 @@ _MEMORY = "gradient_checkpointing: true, a smaller micro_batch_size or adapter: 
 # The values in pydantic's message, quoted if they are text.
 _VALUES = re.compile(r"'([^']*)'|(\d+)")
 _DATASET_LISTS = ("datasets", "pretraining_dataset", "test_datasets")
-# Keys of a dataset entry, and of special_tokens.
-_NULLABLE = DatasetSpec.model_fields.keys() | set(get_args(SpecialToken))
+# Keys of a dataset entry, of special_tokens, and of qat.
+_NULLABLE = DatasetSpec.model_fields.keys() | set(get_args(SpecialToken)) | {"weight_dtype"}
 
 
 def check_file(
@@ -217,6 +218,11 @@ def _schema_error(item: Any, *, flag: bool) -> Finding:
         key = f"{top}[{rest[0]}]" + (f".{rest[1]}" if len(rest) > 1 else "")
         if len(rest) > 3:  # type, the kind of type, and a key of the prompt
             key += f".{rest[3]}"
+    elif top == "qat" and rest:
+        key = f"qat.{rest[0]}"
+        if item["type"] == "extra_forbidden":
+            why = f"qat has {', '.join(Qat.model_fields)}"
+            return make_error("unknown-key", key, f"{key} is not a known key", why, f"remove {key}")
     if item["type"] == "extra_forbidden":
         name = str(rest[-1])
         answer = keys.dataset_key_answers().get(name)
@@ -421,7 +427,7 @@ def _flags(name: Any, backend: Backend | None, *, bad: bool) -> dict[str, Any]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Return a value without nulls in dataset entries and special_tokens: null means absent.
+    """Return a value without nulls in dataset entries, special_tokens and qat: null means absent.
 
     So does a text without characters, in the keys of a dataset entry that axolotl tests by their
     truth.

@@ -34,6 +34,7 @@ from attnimg.config.other_names import (
     OTHER_NAMES,
     ZERO_IS_UNSET,
 )
+from attnimg.config.qat_rules import IMPLEMENTED
 from attnimg.config.rules import BNB_VALUES
 from attnimg.config.schema import (
     DATASET_TYPES,
@@ -81,6 +82,7 @@ def config_schema() -> Schema:
         if key not in COMPUTED
     }
     _add_names(known)
+    _add_qat(parts["Qat"])
     _add_unset(known)
     for key in ("base_model", "learning_rate"):
         known[key] = _without_null(known[key])
@@ -179,6 +181,15 @@ def _add_names(known: dict[str, Schema]) -> None:
         "properties": {name: {"enum": [*values]} for name, values in BNB_VALUES.items()},
         "additionalProperties": False,
     }
+
+
+def _add_qat(qat: Schema) -> None:
+    """Add the pairs that qat simulates: the first have no activation_dtype."""
+    properties = {key: _nullable(value) for key, value in qat["properties"].items()}
+    inputs = [inputs for inputs, _ in IMPLEMENTED]
+    properties["activation_dtype"] = {"enum": [*inputs[1:], None]}
+    properties["weight_dtype"] = {"enum": list(dict.fromkeys(weight for _, weight in IMPLEMENTED))}
+    qat |= {"properties": properties, "required": ["weight_dtype"]}
 
 
 def _other_keys(known: Mapping[str, Schema]) -> dict[str, Schema]:

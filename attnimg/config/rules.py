@@ -1,9 +1,9 @@
 """Check the values of a config: find those that `train` would refuse.
 
 Only the config is read. Rules on datasets are in dataset_rules.py, on optimizer and learning rate
-in optimizer_rules.py, on attention in attention.py, types and ranges in schema.py, keys without
-effect in without_effect.py; `train` checks what depends on files, the model, the machine or
-installed packages.
+in optimizer_rules.py, on qat in qat_rules.py, on attention in attention.py, types and ranges in
+schema.py, keys without effect in without_effect.py; `train` checks what depends on files, the
+model, the machine or installed packages.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator
 from attnimg.config.dataset_rules import DATASET_RULES, DATASETS, Rule, bad_value
 from attnimg.config.optimizer_rules import OPTIMIZER_RULES
 from attnimg.config.preference_rules import PREFERENCE_RULES
+from attnimg.config.qat_rules import QAT_RULES
 from attnimg.config.schema import (
     BnbArgument,
     Config,
@@ -364,6 +365,7 @@ _RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (_offloading, ("gradient_checkpointing", "activation_offloading")),
     *DATASET_RULES,
     *PREFERENCE_RULES,
+    *QAT_RULES,
     (_accelerator, ("accelerator_config",)),
     (_trackers, ()),
 )

@@ -419,6 +419,26 @@ class RateGroup(BaseModel):
     lr: Annotated[Positive, BeforeValidator(_to_learning_rate)]
 
 
+class Qat(BaseModel):
+    """The mapping under `qat`: the rounding of a later quantization that training simulates.
+
+    Attributes:
+        activation_dtype: of the inputs of linear layers; None leaves them as they are.
+        weight_dtype: of weights; axolotl's default, int8, has no fake quantizer in torchao.
+        quantize_embedding: whether embeddings are rounded too.
+        group_size: numbers of a weight that share a scale.
+        fake_quant_after_n_steps: steps that are trained without rounding.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    activation_dtype: Text | None = None
+    weight_dtype: Text = "int8"
+    quantize_embedding: Flag | None = None
+    group_size: Annotated[Count, Field(ge=2)] = 32
+    fake_quant_after_n_steps: Whole | None = None
+
+
 class Config(BaseModel):
     """The validated config of a run, with defaults and without legacy keys."""
 
@@ -530,6 +550,7 @@ class Config(BaseModel):
     bnb_config_kwargs: dict[BnbArgument, Any] | None = None
     model_quantization_config: Literal["Mxfp4Config", "FineGrainedFP8Config"] | None = None
     model_quantization_config_kwargs: dict[Text, Any] | None = None
+    qat: Qat | None = None
     gradient_checkpointing: Literal["offload", "offload_disk"] | Flag | None = None
     gradient_checkpointing_kwargs: dict[str, Any] | None = None
     activation_offloading: Literal["legacy", "disk", "hidden_states"] | Flag | None = None

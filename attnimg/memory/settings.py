@@ -19,7 +19,7 @@ ADAPTER_BYTES = 4
 _UNKNOWN = (
     "unfrozen_parameters", "lora_target_parameters", "lora_rank_pattern",
     "peft_layers_to_transform", "quantize_moe_experts", "model_type", "model_quantization_config",
-    "batch_flattening", "rl", "lora_model_dir", "optim_args", "use_kernels",
+    "batch_flattening", "rl", "lora_model_dir", "optim_args", "use_kernels", "qat",
 )  # fmt: skip
 EMBEDDINGS = ("embed_tokens", "lm_head")
 # The largest size of a batch's logits in float32 for which a run keeps them. A backward pass needs

@@ -138,11 +138,13 @@ def evaluate(
     Raises:
         AttnimgError: there is no evaluation data (missing-key), or what training raises.
     """
+    from attnimg.train.check import require_package_of_qat
     from attnimg.train.environment import silence_libraries
 
-    config = target.config.model_copy(update=WITHOUT_TRAINING)
+    config = _with_rounding(target).model_copy(update=WITHOUT_TRAINING)
     if not config.test_datasets and not config.val_set_size:
         raise _nothing_to_evaluate(target)
+    require_package_of_qat(config, machine)
     silence_libraries()
     with ExitStack() as undo:
         undo.enter_context(application.restore_registries())
@@ -168,6 +170,20 @@ def evaluate(
                 parts, target.run, make_session=make_session, report=report, advance=advance
             )
         return _evaluate_parts(make_session, parts, report=report, advance=advance)
+
+
+def _with_rounding(target: EvaluationTarget) -> Config:
+    """Return the config whose qat rounds weights as at the end of the run, or not at all."""
+    config, run = target.config, target.run
+    if config.qat is None or run is None:
+        return config
+    name, receipt = run.folder.name, run.receipt or {}
+    steps = receipt.get("metrics", {}).get("steps") or 0
+    if name.startswith("checkpoint-") and name[11:].isdigit():
+        steps = int(name[11:])
+    rounded = steps > (config.qat.fake_quant_after_n_steps or 0)
+    qat = config.qat.model_copy(update={"fake_quant_after_n_steps": None}) if rounded else None
+    return config.model_copy(update={"qat": qat})
 
 
 def _other_method(written: Config, run: RunFolder) -> AttnimgError:
@@ -229,6 +245,10 @@ def _load_weights(
             context=selected.context, needs_dtype_cast=selected.backend.needs_dtype_cast,
             trainable=True, log=log,
         )  # fmt: skip
+        if config.qat:
+            from attnimg.train.qat import simulate_quantization
+
+            log(f"qat: {simulate_quantization(model, config.qat, dtype=selected.context.dtype)}")
     if not hasattr(model, "peft_config"):
         vectors = [weight for weight in model.parameters() if weight.ndim == 1]
         for weight in model.parameters() if vectors else ():

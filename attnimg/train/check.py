@@ -112,6 +112,7 @@ def check_limits(config: Config, machine: Machine) -> None:
             later or silently be replaced by another.
     """
     _check_optimizer(config, machine)
+    require_package_of_qat(config, machine)
     _check_processes(config)
     _check_address_space()
     _check_shared_memory(config)
@@ -164,6 +165,22 @@ def _check_optimizer(config: Config, machine: Machine) -> None:
             do=f"pip install {needs}, or set optimizer: adamw_8bit",
             code="not-installed",
             key="optimizer",
+        )
+
+
+def require_package_of_qat(config: Config, machine: Machine) -> None:
+    """Raise for qat without torchao.
+
+    Raises:
+        AttnimgError: code not-installed.
+    """
+    if config.qat and not _is_installed(machine, "torchao"):
+        raise AttnimgError(
+            "qat needs torchao",
+            why="torchao is not installed",
+            do="pip install torchao, or remove qat",
+            code="not-installed",
+            key="qat",
         )
 
 

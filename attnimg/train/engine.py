@@ -438,6 +438,8 @@ class Engine(RunTrainer, LossTrainer):
         super().__init__(
             session,
             small_logits=keeps_logits(session.config, vocabulary),
+            # TRL's head reads the weight of the output layer, which qat rounds in the layer's call.
+            own_head=session.config.qat is not None,
             with_scores=bool(active_trackers(session.config)),
             **options,
         )

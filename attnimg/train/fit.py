@@ -406,6 +406,11 @@ def build_engine(
     else:
         engine = Engine(session, args=SFTConfig(**arguments), **options)
     engine.remove_callback(PrinterCallback)
+    if config.qat:
+        from attnimg.train.qat import QatCallback
+
+        done = session.resume.step if session.resume else 0
+        engine.add_callback(QatCallback(session.model, config, done=done))
     for callback in callbacks:  # before RunCallback, which may evaluate when training begins
         callback.attach(engine)
     engine.add_callback(RunCallback(engine, view, on_ready))

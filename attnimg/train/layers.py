@@ -1,4 +1,4 @@
-"""Use Liger's fused layers and optimizers with quantized states in a run, once they are proven.
+"""Use Liger's layers, optimizers with quantized states and qat in a run, once they are proven.
 
 Whether Liger has them for the model is known from config.json; they are proven before the model is
 loaded. On a CPU, where Liger's kernels can't run, the model's own layers do.
@@ -15,8 +15,9 @@ from attnimg import liger
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import Finding, LayerOp, Machine
-from attnimg.run_facts import HubLayer, LayersTask, OptimizerTask, Problem, Proof
+from attnimg.run_facts import HubLayer, LayersTask, OptimizerTask, Problem, Proof, QatTask
 from attnimg.selection.model_config import LANGUAGE_PARTS
+from attnimg.verification.task_proofs import Task
 
 # Key -> the op that it requests; liger_swiglu is the older name.
 # Source: axolotl 0.19.0, integrations/liger/args.py, check_deprecated_swiglu (2026-11-27)
@@ -124,7 +125,7 @@ def list_types(raw: Mapping[str, Any]) -> list[str]:
 
 def list_tasks(
     config: Config, problem: Problem, machine: Machine, *, build: Callable[[], Any]
-) -> list[LayersTask | OptimizerTask]:
+) -> list[Task]:
     """Return what a run has to prove besides its attention and the layers of hub kernels.
 
     Args:
@@ -137,7 +138,7 @@ def list_tasks(
         AttnimgError: Liger is requested for a model that is not transformers' own, or can't be
             built without weights (code liger-unknown-model).
     """
-    tasks: list[LayersTask | OptimizerTask] = []
+    tasks: list[Task] = []
     if requested_ops(config) and _runs_on(machine):
         model = build()
         if not is_transformers_model(model) or model.config.model_type not in liger.known_types():
@@ -164,6 +165,10 @@ def list_tasks(
                 epsilon=_EPSILON if config.adam_epsilon is None else config.adam_epsilon,
             )
         )
+    if config.qat:
+        from attnimg.train.qat import qat_task
+
+        tasks.append(qat_task(config.qat, dtype=problem.dtype))
     return tasks
 
 
@@ -194,12 +199,12 @@ def layers_task(
 
 def prove_run(
     config: Config,
-    tasks: Sequence[LayersTask | OptimizerTask],
+    tasks: Sequence[Task],
     *,
     machine: Machine,
     log: Callable[[str], None],
 ) -> tuple[Proof, ...]:
-    """Prove the layers and the optimizer of a run, and log the results.
+    """Prove the layers, the optimizer and the rounding of a run, and log the results.
 
     Raises:
         AttnimgError: one is wrong, with the code of the first reason.
@@ -216,11 +221,14 @@ def prove_run(
             log(describe_proof(proof))
             continue
         key = _key_of(task, config)
-        do = "set optimizer: adamw_torch_fused" if key == "optimizer" else f"set {key}: false"
+        do = {"optimizer": "set optimizer: adamw_torch_fused", "qat": "remove qat"}.get(
+            key, f"set {key}: false"
+        )
         found = "\n".join(f"found {reason.code}: {reason.text}" for reason in proof.reasons[:3])
-        exact = "the updates of exact states" if key == "optimizer" else (
-            "the outputs and gradients of the model's own layers"
-        )  # fmt: skip
+        exact = {
+            "optimizer": "the updates of exact states",
+            "qat": "the outputs of the quantized layers, and gradients that pass through rounding",
+        }.get(key, "the outputs and gradients of the model's own layers")
         publisher = package_of(task)
         kernel = proof.backend if key == "use_kernels" else f"{proof.backend} of {publisher}"
         raise AttnimgError(
@@ -234,10 +242,12 @@ def prove_run(
     return tuple(proofs)
 
 
-def _key_of(task: LayersTask | OptimizerTask, config: Config) -> str:
+def _key_of(task: Task, config: Config) -> str:
     """Return the key of the config that requests what a task proves."""
     if isinstance(task, OptimizerTask):
         return "optimizer"
+    if isinstance(task, QatTask):
+        return "qat"
     if task.hub is not None:
         return "use_kernels"
     return next(key for key, op in KEYS.items() if op == task.op and getattr(config, key))

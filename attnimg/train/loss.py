@@ -29,6 +29,7 @@ class LossTrainer(SFTTrainer):  # type: ignore[misc]  # TRL's types are not foll
 
     Args:
         small_logits: whether the logits of every batch are small, so that they are kept.
+        own_head: whether the model's own logits are needed though they may be large.
         with_scores: whether entropy and accuracy are computed from small logits, for trackers.
         options: arguments of SFTTrainer.
 
@@ -40,8 +41,10 @@ class LossTrainer(SFTTrainer):  # type: ignore[misc]  # TRL's types are not foll
         observe: called with each batch and the output of the head; None where nothing is observed.
     """
 
-    def __init__(self, *, small_logits: bool, with_scores: bool, **options: Any) -> None:
-        self.own_head = self.small_logits = small_logits
+    def __init__(
+        self, *, small_logits: bool, own_head: bool, with_scores: bool, **options: Any
+    ) -> None:
+        self.small_logits, self.own_head = small_logits, small_logits or own_head
         self.with_scores = with_scores
         self.observe: Callable[[Any, Any], None] | None = None
         config = options["model"].config.get_text_config()
@@ -360,7 +363,7 @@ def loss_check_text(check: LossCheck) -> str:
     raised = ""
     if check.own_loss_raised:
         raised = f"; compared by its logits, since its own loss raised {check.own_loss_raised}"
-    if check.head == "own" and not check.small_logits:
+    if check.head == "own" and not check.small_logits and check.why:
         return (
             f"warning: loss: TRL's chunked head is not used: {check.why}; the loss is computed "
             f"from the model's own logits, which needs more memory{raised}"
@@ -371,7 +374,7 @@ def loss_check_text(check: LossCheck) -> str:
         f"{check.tokens} tokens ({check.seconds:.1f} s)"
         + (
             ""
-            if check.output_layer or check.small_logits
+            if check.output_layer or check.head == "own"
             else "; its output layer alone could not be compared"
         )
         + raised

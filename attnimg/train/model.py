@@ -99,6 +99,12 @@ def load_model(
     require_trained_weights(model)
     if replace_layers is not None:
         replace_layers(model)
+    if config.qat:
+        from attnimg.train.qat import simulate_quantization  # imports transformers
+
+        rounded = simulate_quantization(model, config.qat, dtype=context.dtype)
+        if log is not None:
+            log(f"qat: {rounded}")
     loaded = add_adapter(model, config) if config.adapter else model
     if config.adapter and config.lora_model_dir:
         load_saved_weights(loaded, config)
@@ -151,13 +157,18 @@ def _check_without_weights(config: Config, *, log: Callable[[str], None] | None)
     Raises:
         AttnimgError: code bad-value.
     """
-    if not (config.adapter or config.experts_implementation or config.unfrozen_parameters):
+    keys = (config.adapter, config.experts_implementation, config.unfrozen_parameters, config.qat)
+    if not any(keys):
         return
     if (shape := load_without_weights(config)) is None:
         return
     require_experts(shape, config)
     if config.unfrozen_parameters:
         freeze_except(shape, config.unfrozen_parameters)
+    if config.qat:
+        from attnimg.train.qat import require_fitting_layers  # imports transformers
+
+        require_fitting_layers(shape, config.qat)
     if config.quantize_moe_experts and log is not None and not has_fused_experts(shape):
         kind = type(shape).__name__
         log(f"warning: quantize_moe_experts has no effect: {kind} has no fused experts")

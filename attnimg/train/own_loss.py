@@ -65,8 +65,8 @@ def check_loss(engine: Any, rows: Rows, *, context: RunContext, sharded: bool) -
             (loss-differs), or the model raises (model-raised); exit code 1.
     """
     began = time.monotonic()
-    small = engine.own_head
-    without = LossCheck(head="own" if small else "chunked", small_logits=small, compared=False)
+    head = "own" if engine.own_head else "chunked"
+    without = LossCheck(head=head, small_logits=engine.small_logits, compared=False)
     if sharded:
         return replace(without, why="FSDP or DeepSpeed shards the weights")
     vocabulary = getattr(engine.model.config.get_text_config(), "vocab_size", None) or 2**18
@@ -118,13 +118,13 @@ class _LossComparison:
             return replace(self.without, why="the model's own loss is NaN or inf")
         on_data = Comparison(model=model, trainer=trainer, tolerance=tolerance, raised=raised)
         layer = None
-        if trainer is not None and not self.without.small_logits:
+        if trainer is not None and self.without.head == "chunked":
             layer = compare_output_layer(self.engine, self.inputs)
         found = replace(
             self.without, compared=True, tokens=tokens, on_data=on_data, output_layer=layer,
             own_loss_raised=self.own_loss_raised,
         )  # fmt: skip
-        if self.without.small_logits:
+        if self.without.head == "own":
             if any_rank(found.ratio > 1):
                 trainer = self.require_equal(model, tolerance)
             return replace(found, on_data=replace(on_data, trainer=trainer), own_head=trainer)

@@ -55,7 +55,7 @@ BY_VALUE = frozenset(
         "lora_target_parameters", "overrides_of_model_config", "tokenizer_legacy",
         "tokenizer_use_mistral_common", "resize_token_embeddings_to_32x",
         "mean_resizing_embeddings", "shrink_embeddings", "reinit_weights",
-        "unfrozen_parameters", "quantize_moe_experts", "bnb_config_kwargs",
+        "unfrozen_parameters", "quantize_moe_experts", "bnb_config_kwargs", "qat",
         "early_stopping_patience", "load_best_model_at_end",
         "fsdp", "fsdp_config", "fsdp_version", "deepspeed", "rl", "context_parallel_size",
         "rl_beta", "dpo_loss_type", "dpo_loss_weights", "dpo_label_smoothing", "dpo_use_weighting",

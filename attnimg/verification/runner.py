@@ -25,7 +25,7 @@ from attnimg.backends import find_backend
 from attnimg.cgroup import memory_limit, oom_kills
 from attnimg.errors import signal_name
 from attnimg.machine.threads import proof_settings
-from attnimg.run_facts import Figure, Geometry, LayersTask, OptimizerTask, Proof, Reason
+from attnimg.run_facts import Figure, Geometry, LayersTask, OptimizerTask, Proof, QatTask, Reason
 from attnimg.verification.training_conditions import is_compiled
 
 # Seconds that one candidate may compute and sleep, without waiting for a CPU. On a GPU some kernels
@@ -62,14 +62,15 @@ class Candidate:
         geometries: the geometries that it is proven on.
         trusted: whether the user allows code from the hub to run.
         routed: whether it is one of several that a router calls.
-        task: what is proven instead of a backend: layers or an optimizer; `backend` is its name.
+        task: what is proven instead of a backend: layers, an optimizer or fake quantizers;
+            `backend` is its name.
     """
 
     backend: str
     geometries: tuple[Geometry, ...]
     trusted: bool = False
     routed: bool = False
-    task: LayersTask | OptimizerTask | None = None
+    task: LayersTask | OptimizerTask | QatTask | None = None
 
 
 def run(

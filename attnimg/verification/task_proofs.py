@@ -1,4 +1,4 @@
-"""Prove the layers and the optimizer of a run, or read their proofs from the cache."""
+"""Prove layers, optimizer and fake quantizers of a run, or read their proofs from the cache."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from attnimg.files import CachedHasher
-from attnimg.run_facts import LayersTask, OptimizerTask, Proof
+from attnimg.run_facts import LayersTask, OptimizerTask, Proof, QatTask
 from attnimg.verification.proofs import Setting, proof_key, read, versions_of, write
 from attnimg.verification.runner import Candidate, run
 
-Task = LayersTask | OptimizerTask
+Task = LayersTask | OptimizerTask | QatTask
 
 # Prefixes of the environment variables that choose among kernels, or run them in an interpreter.
 _VARIABLES = ("LIGER_", "TRITON_INTERPRET", "DISABLE_KERNEL_MAPPING", "USE_HUB_KERNELS")
@@ -22,7 +22,7 @@ def prove_tasks(
     """Prove tasks in a child process.
 
     Args:
-        tasks: layers and optimizers.
+        tasks: layers, optimizers and fake quantizers.
         setting: the machine, the environment and the cache.
         log: called with each progress line, and with notes on unusable files of the cache.
 
@@ -50,9 +50,11 @@ def prove_tasks(
 
 
 def task_name(task: Task) -> str:
-    """Return the name of a task: the key "liger_rms_norm", the optimizer, or the hub's layer."""
+    """Return the name of a task: a key such as "liger_rms_norm", the optimizer, the hub's layer."""
     if isinstance(task, OptimizerTask):
         return task.optimizer
+    if isinstance(task, QatTask):
+        return "qat"
     return f"{task.hub.repo}:{task.hub.layer}" if task.hub else f"liger_{task.op}"
 
 
@@ -60,6 +62,8 @@ def package_of(task: Task) -> str:
     """Return the distribution, or the hub's kernel, whose code a task proves."""
     if isinstance(task, LayersTask):
         return task.hub.repo if task.hub else "liger-kernel"
+    if isinstance(task, QatTask):
+        return "torchao"
     return "torchao" if task.optimizer.startswith("adamw_torch_") else "bitsandbytes"
 
 

@@ -22,7 +22,7 @@ from typing import Any, TextIO
 
 from attnimg.backends import find_backend
 from attnimg.errors import AttnimgError
-from attnimg.run_facts import Geometry, HubLayer, LayersTask, OptimizerTask, Proof, Reason
+from attnimg.run_facts import Geometry, HubLayer, LayersTask, OptimizerTask, Proof, QatTask, Reason
 from attnimg.verification.cases import full_row_length, longest_document
 
 
@@ -160,13 +160,14 @@ def prove_candidate(
 
 
 def prove_task(candidate: dict[str, Any], *, device: str, report: TextIO) -> Proof:
-    """Prove layers or an optimizer; an exception of their code becomes a reason.
+    """Prove layers, an optimizer or fake quantizers; an exception of their code becomes a reason.
 
     A kernel of the hub, whose code may be anybody's, must not change the process either.
     """
     import torch
 
     from attnimg.hub_layers import load_layer
+    from attnimg.verification.fake_quantizers import prove_fake_quantizers
     from attnimg.verification.layers import TaskResult, prove_layers
     from attnimg.verification.optimizers import prove_optimizer
     from attnimg.verification.process_state import (
@@ -202,6 +203,8 @@ def prove_task(candidate: dict[str, Any], *, device: str, report: TextIO) -> Pro
             task = LayersTask(**{**values, "hub": hub})
             found = prove_layers(task, device=device, on_case=on_case)
             require_unchanged()
+        elif "group_size" in values:
+            found = prove_fake_quantizers(QatTask(**values), device=device, on_case=on_case)
         else:
             found = prove_optimizer(OptimizerTask(**values), device=device, on_case=on_case)
     # SystemExit as well, as in prove_candidate: the child must report it and go on.

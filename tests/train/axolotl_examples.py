@@ -166,6 +166,10 @@ def shrink(values: Values, folder: Path) -> tuple[Values, list[str]]:
     if kept.get("chat_template_jinja"):
         kept.pop("chat_template_jinja")
         removed.append("chat_template_jinja")
+    if kept.get("qat"):
+        # Groups that divide the widths, and rounding before the last step.
+        begins = min(2, kept["qat"].get("fake_quant_after_n_steps") or 0)
+        kept["qat"] = {**kept["qat"], "group_size": 32, "fake_quant_after_n_steps": begins}
     small = {key: value for key, value in SIZES.items() if key != "sequence_len"}
     small["sequence_len"] = min(SIZES["sequence_len"], kept.get("sequence_len", 512))
     return {

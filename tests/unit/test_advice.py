@@ -352,6 +352,17 @@ CASES: dict[str, Case] = {
         "accelerator_config": {"split_batches": True}}),
     "float16 without loss scaling": Case(code="unsupported-key", values={
         "float16": True, "bf16": False}),
+    "a rounding that is not simulated": Case(code="bad-value", options=2, values={
+        "qat": {"weight_dtype": "nvfp4", "activation_dtype": "nvfp4", "group_size": 16}}),
+    "weights that int8 inputs do not fit": Case(code="bad-value", options=2, values={
+        "qat": {"activation_dtype": "int8"}}),
+    "an unknown key of qat": Case(code="unknown-key", values={
+        "qat": {"weight_dtype": "int4", "groups": 8}}),
+    "qat of an adapter": Case(code="bad-value", options=2, values={
+        "qat": {"weight_dtype": "int4"}, "adapter": "lora"}),
+    "qat of preferences": Case(code="bad-value", options=2, values={
+        "qat": {"weight_dtype": "int4"}, "rl": "orpo"},
+        entry={"type": "chat_template.argilla"}),
     "quantized experts that are sharded": Case(code="bad-value", options=2, values={
         "adapter": "qlora", "quantize_moe_experts": True, "fsdp": ["full_shard"]}),
     "weights beside an adapter": Case(code="bad-value", values={
@@ -402,7 +413,7 @@ CASES: dict[str, Case] = {
        for key in ("ring_attn_func", "rope_scaling", "use_trackio", "use_onebitllms", "trl",
                    "fp8", "gpu_count", "curriculum_sampling", "relora_steps", "generate_samples",
                    "adam_beta3", "use_ray", "dataloader_drop_last", "use_pose", "device", "gptq",
-                   "overrides_of_model_kwargs", "qat", "peft_trainable_token_indices",
+                   "overrides_of_model_kwargs", "peft_trainable_token_indices",
                    "lisa_n_layers", "role_boundaries", "sample_packing_sequentially",
                    "merge_lora", "scaling_softmax_factor", "dp_shard_size", "profiler_steps")},
     "a plugin of axolotl": Case(code="unsupported-key", values={"plugins": ["my.Plugin"]}),
@@ -474,6 +485,8 @@ CASES: dict[str, Case] = {
         "fsdp": ["full_shard"], "fsdp_config": {"a": 1}}),
     "deepspeed on a CPU": Case(code="deepspeed-needs-gpu", machine=CPU,
                                values={"deepspeed": "a.json"}),
+    "qat without torchao": Case(code="not-installed", machine=H100,
+                                values={"qat": {"weight_dtype": "int4"}}),
     "torchao's optimizer": Case(code="not-installed", machine=H100,
                                 values={"optimizer": "adamw_torch_8bit"}),
     **{f"{name} on a CPU": Case(code="bad-value", machine=CPU, values={"optimizer": name})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import liger_kernel
 import pytest
 from liger_in_torch import in_torch
 from tiny_models import tiny_model
@@ -53,6 +55,21 @@ def test_check_accepts_axolotl_s_keys() -> None:
     found = check_values({**RUN, "liger_rms_norm_gated": True}, file="x.yaml")
     assert ([e.code for e in found.errors], [w.code for w in found.warnings]) == (
         [], ["hint-not-used"])  # fmt: skip
+
+
+def test_liger_has_no_gated_norm() -> None:
+    """As data/keys.toml says of liger_rms_norm_gated; axolotl's kernel for Qwen3.5 is its own."""
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    functions = set(MODEL_TYPE_TO_APPLY_LIGER_FN.values())
+    names = {name for function in functions for name in inspect.signature(function).parameters}
+    assert "rms_norm" in names
+    assert not [name for name in names if "gate" in name]
+    (folder,) = {Path(found).parent for found in [inspect.getfile(liger_kernel)]}
+    classes = [line for path in folder.rglob("*.py") for line in path.read_text().splitlines()
+               if line.startswith("class ") and "Norm" in line]  # fmt: skip
+    assert classes
+    assert not [line for line in classes if "Gated" in line]
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ OTHER = {
     "resize_token_embeddings_to_32x": True, "mean_resizing_embeddings": True,
     "shrink_embeddings": True, "reinit_weights": True, "unfrozen_parameters": ["^lm_head"],
     "tokenizer_use_mistral_common": True, "quantize_moe_experts": True,
-    "bnb_config_kwargs": {"bnb_4bit_quant_type": "fp4"},
+    "bnb_config_kwargs": {"bnb_4bit_quant_type": "fp4"}, "qat": {"weight_dtype": "int4"},
     "early_stopping_patience": 2, "fsdp": ["full_shard"], "fsdp_config": {"x": 1},
     "fsdp_version": 2,
     "deepspeed": {"zero": 1}, "rl": "dpo", "rl_beta": 0.5, "dpo_loss_type": ["robust"],

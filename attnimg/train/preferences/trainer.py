@@ -65,13 +65,14 @@ class ReferenceTrainer(PreferenceTrainer):
 
     Attributes:
         own_head: whether `loss_terms` uses the model's own logits, not TRL's head.
+        small_logits: whether that is because they are small: never here.
         aux_coefficient: the weight of the auxiliary loss in the model's own loss; None without one.
     """
 
     def __init__(self, session: Session, **options: Any) -> None:
         model = options["model"]
         config = model.config.get_text_config()
-        self.own_head = False
+        self.own_head = self.small_logits = False
         self.aux_coefficient = (
             aux_loss_coefficient(model) if getattr(config, "output_router_logits", None) else None
         )

@@ -632,6 +632,7 @@ NEEDS = {
         weights-not-finite, require_known_weights _quantization_error x2,
         require_modules_to_save _unknown_names, require_trainable AttnimgError,
         require_trained_tokens _untrained_error, require_trained_weights bad_value,
+        require_fitting_layers bad_value x4,
         resolve_parameters _unknown_names, resolve_parameters bad_value, resolve_targets
         _no_match, resolve_targets _unknown_names
     """,
@@ -703,7 +704,8 @@ NEEDS = {
         _quantization_error, _try_checkpointing bad_value, _try_schedule bad_value,
         check_limits not-installed, create_optimizer_with_rates bad_value, find_class
         bad_value, judge_hub_layers not-installed, judge_layers not-installed,
-        require_package not-installed, require_versions trainer-not-installed
+        require_package not-installed, require_package_of_qat not-installed, require_versions
+        trainer-not-installed
     """,
     "a server and its login": """
         _require_mlflow_server unavailable, _require_wandb_login tracker-unavailable,
@@ -729,7 +731,8 @@ NEEDS = {
         kernel-wrong-at-run, check_log_probs loss-differs, compute_likelihood
         _loss_differs_error, prove_run AttnimgError, replace_by_hub_layers not-applied,
         replace_proven_layers not-applied, require_equal _loss_differs_error, require_equal
-        _model_raised_error, run _model_raised_error, write_errors AttnimgError
+        _model_raised_error, run _model_raised_error, simulate_quantization not-applied,
+        write_errors AttnimgError
     """,
 }
 
