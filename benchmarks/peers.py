@@ -61,15 +61,19 @@ CONFIG: dict[str, Any] = {
     "attn_implementation": "sdpa", "output_dir": "out", "val_set_size": 0,
 }  # fmt: skip
 
-# Runs in the trainer's process: notes the CPU time after each optimizer step, and how many tokens
-# the model's embedding saw in it.
+# Runs in the trainer's process: notes the CPU time after the steps NOTED, and how many tokens the
+# model's embedding saw in each step.
 MEASURE = """
 import json, os, resource, sys
-import torch
+import psutil, torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 def cpu():
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(u.ru_utime + u.ru_stime for u in used)
+    total = sum(u.ru_utime + u.ru_stime for u in used)
+    # RUSAGE_CHILDREN has only processes that have ended: not the worker of a data loader.
+    for child in psutil.Process().children(recursive=True):
+        total += sum(child.cpu_times()[:4])
+    return total
 seen, steps = [0], []
 embed = torch.nn.Embedding.forward
 def counted(self, ids):
@@ -77,7 +81,7 @@ def counted(self, ids):
     return embed(self, ids)
 torch.nn.Embedding.forward = counted
 def note(*_):
-    steps.append((cpu(), seen[0]))
+    steps.append((cpu() if len(steps) + 1 in NOTED else None, seen[0]))
     seen[0] = 0
 register_optimizer_step_post_hook(note)
 def finish():
@@ -230,7 +234,8 @@ def run_once(name: str, folder: Path, kept: Path, *, evaluate: bool) -> dict[str
     (place / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     python = str(AXOLOTL) if name == "axolotl" else sys.executable
     script = {"axolotl": RUN_AXOLOTL, "TRL": RUN_TRL}.get(name, RUN_ATTNIMG)
-    script = script.replace("SEQUENCE", str(SEQUENCE)).replace("SHARED", repr(SHARED))
+    for word, value in (("SEQUENCE", SEQUENCE), ("SHARED", SHARED), ("NOTED", (1, WARM, STEPS))):
+        script = script.replace(word, repr(value))
     figures = place / "figures.json"
     environment = os.environ | {
         "ATTNIMG_CACHE": str(cache), "PEERS_FIGURES": str(figures), "CUDA_VISIBLE_DEVICES": "",

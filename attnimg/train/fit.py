@@ -5,6 +5,7 @@ documents -> rows -> engine -> own loss compared -> steps -> final model, loss.p
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext, suppress
@@ -40,6 +41,7 @@ from attnimg.train.distributed import (
 )
 from attnimg.train.environment import silence_libraries
 from attnimg.train.experts import experts_in_use
+from attnimg.train.freed_memory import keep_freed_memory
 from attnimg.train.intact import find_damage
 from attnimg.train.model_files import save_final_model
 from attnimg.train.records import (
@@ -155,7 +157,8 @@ def fit(
         Stopped: a stop was requested; a checkpoint is written.
     """
     silence_libraries()
-    join_group(cpu=run.machine.arch.vendor == "cpu", timeout_s=config.ddp_timeout)
+    on_cpu = run.machine.arch.vendor == "cpu"
+    join_group(cpu=on_cpu, timeout_s=config.ddp_timeout)
     folder = Path(config.output_dir).expanduser()
     train, evaluation = _make_rows(config, documents, run=run, tokenizer=tokenizer)
     identity = build_identity(
@@ -193,7 +196,8 @@ def fit(
     with output_dir_lock(folder) if rank() == 0 else nullcontext():
         if rank() == 0:
             prepare_output_dir(folder, resume, console=console)
-        return _run_with_receipt(session, documents.figures)
+        with keep_freed_memory(os.environ, cpu=on_cpu):
+            return _run_with_receipt(session, documents.figures)
 
 
 def _make_rows(

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from attnimg.errors import AttnimgError
+from attnimg.train import fit
+from attnimg.train.freed_memory import keep_freed_memory
 
 sys.path.append(str(Path(__file__).parents[1] / "fixtures"))
 from tiny_run import lines, losses, make_model, run
@@ -67,6 +71,22 @@ def test_the_adapter_learns_and_loads_with_plain_peft(
 def test_bfloat16_trains(tiny: Path, tmp_path: Path, keys: dict[str, Any]) -> None:
     run(tiny, tmp_path, engine={"precision": "bfloat16"}, **{"bf16": True, **keys})
     assert losses(tmp_path)[-1] < losses(tmp_path)[0] - 0.5
+
+
+def test_a_run_on_a_cpu_keeps_freed_memory(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_cpu: list[bool] = []
+
+    @contextmanager
+    def noted(environ: Mapping[str, str], *, cpu: bool) -> Iterator[None]:
+        on_cpu.append(cpu)
+        with keep_freed_memory(environ, cpu=cpu):
+            yield
+
+    monkeypatch.setattr(fit, "keep_freed_memory", noted)
+    run(tiny, tmp_path, max_steps=2)
+    assert on_cpu == [True]
 
 
 def test_metrics_and_receipt_tell_the_run(tiny: Path, tmp_path: Path) -> None:
