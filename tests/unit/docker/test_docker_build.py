@@ -185,6 +185,18 @@ def test_images_with_one_lock_file_have_equal_inputs_up_to_the_stack() -> None:
     assert {len(values) for values in given.values()} == {1}
 
 
+@pytest.mark.parametrize("name", ["torch", "toolchain", "unpruned"])
+def test_a_stage_installs_the_torch_wheel_that_no_package_index_has(name: str) -> None:
+    (install,) = re.findall(r"^/install/install.sh .*-r /torch.txt.*", stage(name), re.MULTILINE)
+    assert "--find-links /torch-wheel " in install
+    assert "from=torch-wheel,target=/torch-wheel" in stage(name)
+
+
+def test_no_other_stage_installs_torch() -> None:
+    text = (ROOT / "docker/Dockerfile").read_text(encoding="utf-8")
+    assert len(re.findall("-r /torch.txt", text)) == 3
+
+
 SHARED = ("python", "torch", "stack")
 
 
