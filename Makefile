@@ -135,6 +135,10 @@ bench/cpu-limits: .venv/ready ## Compare attnimg:cpu with OLD=IMAGE under CPU li
 	  "found no OLD" "make $@ OLD=attnimg-old:cpu, an image that an earlier commit built" >&2; exit 2; }
 	PYTHONPATH=. $(BIN)/python benchmarks/cpu_limits.py "$(OLD)"
 
+.PHONY: bench/spins
+bench/spins: .venv/ready ## Compare how long OpenMP's threads wait for one another: tokens/s, alone and with neighbours; 10 minutes
+	PYTHONPATH=. $(BIN)/python benchmarks/spins.py
+
 bench/own-loss: .venv/ready ## Count false alarms and misses of the loss comparison; 15 minutes
 	$(BIN)/python benchmarks/own_loss.py
 

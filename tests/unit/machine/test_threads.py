@@ -48,7 +48,7 @@ def cpus(monkeypatch: pytest.MonkeyPatch) -> None:
         ({}, {"OMP_NUM_THREADS": "8", "GOMP_SPINCOUNT": "3000"}),
         ({"OMP_NUM_THREADS": "8"}, {"GOMP_SPINCOUNT": "3000"}),
         ({"OMP_NUM_THREADS": "7"}, {"GOMP_SPINCOUNT": "3000"}),
-        ({"OMP_NUM_THREADS": "6"}, {}),
+        ({"OMP_NUM_THREADS": "6"}, {"GOMP_SPINCOUNT": "30000"}),
         # train refuses these, and doctor warns.
         ({"OMP_NUM_THREADS": "x"}, {"GOMP_SPINCOUNT": "3000"}),
         ({"OMP_NUM_THREADS": "9" * 5000}, {"GOMP_SPINCOUNT": "3000"}),
@@ -58,7 +58,7 @@ def cpus(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"MKL_NUM_THREADS": ""}, {"OMP_NUM_THREADS": "8", "GOMP_SPINCOUNT": "3000"}),
         ({"MKL_NUM_THREADS": "x"}, {"OMP_NUM_THREADS": "8", "GOMP_SPINCOUNT": "3000"}),
         ({"OMP_THREAD_LIMIT": "64"}, {"OMP_NUM_THREADS": "8", "GOMP_SPINCOUNT": "3000"}),
-        ({"OMP_THREAD_LIMIT": "2"}, {"OMP_NUM_THREADS": "2"}),
+        ({"OMP_THREAD_LIMIT": "2"}, {"OMP_NUM_THREADS": "2", "GOMP_SPINCOUNT": "30000"}),
         ({"OMP_WAIT_POLICY": "active"}, {"OMP_NUM_THREADS": "8"}),
         ({"GOMP_SPINCOUNT": "1"}, {"OMP_NUM_THREADS": "8"}),
         ({"GOMP_SPINCOUNT": ""}, {"OMP_NUM_THREADS": "8", "GOMP_SPINCOUNT": "3000"}),
@@ -67,7 +67,7 @@ def cpus(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"KMP_INIT_AT_FORK": "0"}, {"OMP_NUM_THREADS": "8", "GOMP_SPINCOUNT": "3000"}),
         ({"KMP_HW_SUBSET": "1s,4c"}, {"GOMP_SPINCOUNT": "3000"}),
         ({"KMP_DUPLICATE_LIB_OK": "TRUE"}, {"OMP_NUM_THREADS": "8", "GOMP_SPINCOUNT": "3000"}),
-        ({"LOCAL_WORLD_SIZE": "4"}, {"OMP_NUM_THREADS": "2"}),
+        ({"LOCAL_WORLD_SIZE": "4"}, {"OMP_NUM_THREADS": "2", "GOMP_SPINCOUNT": "30000"}),
         ({"LOCAL_WORLD_SIZE": "x"}, {"OMP_NUM_THREADS": "8", "GOMP_SPINCOUNT": "3000"}),
         (
             {"LOCAL_WORLD_SIZE": "9" * 5000},
@@ -92,7 +92,8 @@ def test_what_another_process_of_attnimg_has_set_is_chosen_again(
     monkeypatch.setattr(threads, "cpu_load", lambda: 0.0)
     set_threads(worker)
     assert worker == {
-        "LOCAL_WORLD_SIZE": "4", "OMP_NUM_THREADS": "2", SET_HERE: "OMP_NUM_THREADS=2",
+        "LOCAL_WORLD_SIZE": "4", "OMP_NUM_THREADS": "2", "GOMP_SPINCOUNT": "30000",
+        SET_HERE: "OMP_NUM_THREADS=2 GOMP_SPINCOUNT=30000",
     }  # fmt: skip
     assert proof_settings(worker)["OMP_NUM_THREADS"] == "2"
     # What the user changes is the user's.
@@ -126,11 +127,12 @@ def test_a_mark_removes_nothing_else(mark: str) -> None:
 
 @pytest.mark.usefixtures("cpus")
 @pytest.mark.parametrize(
-    ("load", "bounded"), [(0.0, False), (0.2, False), (0.5, True), (2.0, True), (8.0, True)]
+    ("load", "spins"),
+    [(0.0, "30000"), (0.2, "30000"), (0.5, "3000"), (2.0, "3000"), (8.0, "3000")],
 )
-def test_threads_wait_as_by_default_on_an_idle_machine_alone(load: float, bounded: bool) -> None:
+def test_threads_never_wait_as_long_as_by_default(load: float, spins: str) -> None:
     settings = thread_settings({}, load=load)
-    assert ("GOMP_SPINCOUNT" in settings) == bounded
+    assert settings["GOMP_SPINCOUNT"] == spins
     assert settings["OMP_NUM_THREADS"] == "8", "the load decides no number"
 
 
@@ -206,7 +208,7 @@ def test_a_mask_of_one_cpu_gives_one_thread() -> None:
 
 
 @pytest.mark.parametrize(
-    ("variables", "spins"), [({}, str(threads.SPINS)), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")]
+    ("variables", "spins"), [({}, str(threads.SPINS_BUSY)), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")]
 )
 def test_torch_starts_with_these_variables(variables: dict[str, str], spins: str) -> None:
     """The library itself prints its settings, which it reads when torch loads it."""
