@@ -27,8 +27,9 @@ def make(folder: Path, *steps: int, files: tuple[str, ...] = ("optimizer.pt",)) 
     for step in steps:
         place = folder / f"checkpoint-{step}"
         place.mkdir(parents=True)
-        for name in ("trainer_state.json", "model.safetensors", *files):
-            (place / name).write_text(json.dumps({"global_step": step}))
+        states = ("trainer_state.json", "attnimg.json", "rng_state.json")
+        for name in (*states, "model.safetensors", *files):
+            (place / name).write_text(json.dumps({"global_step": step, "step": step}))
         with FileHasher() as hashes:
             write_manifest(place, hashes, step=step, processes=1)
 
