@@ -220,6 +220,7 @@ def test_errors_that_are_not_the_disk_s_pass_through(tmp_path: Path) -> None:
 
 def test_the_state_of_another_program_s_checkpoint_is_empty(tmp_path: Path) -> None:
     make(tmp_path, 1)
+    (tmp_path / "checkpoint-1" / "attnimg.json").unlink()
     assert checkpoints.read_run_state(tmp_path / "checkpoint-1") == {}
     (tmp_path / "checkpoint-1" / "attnimg.json").write_text(json.dumps({"tokens": 3}))
     assert checkpoints.read_run_state(tmp_path / "checkpoint-1") == {"tokens": 3}
