@@ -295,7 +295,7 @@ def _require_no_other_file(folder: Path, names: list[str]) -> None:
             raise _output_dir_error(
                 f"output_dir {folder} has a file in place of a checkpoint",
                 why=f"found {name}, which is not a folder; needed a name that the run can save to",
-                do=f"move {folder / name} away, or set another output_dir",
+                do="move it away, or set another output_dir",
             )
 
 

@@ -13,6 +13,7 @@ import re
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -224,20 +225,33 @@ def _open_store(deadline: float) -> Any:
             return None
         time.sleep(_POLL_S)
     wait = timedelta(seconds=max(1.0, deadline - time.monotonic()))
-    try:
-        return TCPStore(
-            host, port, world_size(), _hosts_store(), wait, wait_for_workers=False,
-            multi_tenant=True,
-        )  # fmt: skip
-    except RuntimeError as error:
-        raise AttnimgError(
-            f"the processes can't use {host}:{port}",
-            why=f"rank {rank()} found {str(error).splitlines()[0][:200]}\nneeded a port that only "
-            "rank 0 of this run listens on",
-            do="set MASTER_PORT to a free port, and give each process a RANK of its own",
-            code="bad-environment",
-            exit_code=1,
-        ) from error
+    found: list[Any] = []
+
+    def connect() -> None:
+        try:
+            found.append(
+                TCPStore(
+                    host, port, world_size(), _hosts_store(), wait, wait_for_workers=False,
+                    multi_tenant=True,
+                )
+            )  # fmt: skip
+        except RuntimeError as error:
+            found.append(error)
+
+    # In a thread: if another program listens there and never answers, torch waits forever.
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(wait.total_seconds() + _ANSWER_S)
+    if found and not isinstance(found[0], RuntimeError):
+        return found[0]
+    why = str(found[0]).splitlines()[0][:200] if found else "a program that does not answer"
+    raise AttnimgError(
+        f"the processes can't use {host}:{port}",
+        why=f"rank {rank()} found {why}\nneeded a port that only rank 0 of this run listens on",
+        do="set MASTER_PORT to a free port, and give each process a RANK of its own",
+        code="bad-environment",
+        exit_code=1,
+    )
 
 
 def _hosts_store() -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -149,3 +150,21 @@ def test_a_rank_that_never_comes_is_named_after_ddp_timeout(
     assert (codes[odd], codes[1 - odd]) == (3, 1), said
     assert f"rank {odd} of 2 did not answer" in said[1 - odd], said
     assert "ddp_timeout: 2 s" in said[1 - odd]
+
+
+def test_a_port_that_another_program_uses_is_named_on_both_ranks(
+    tmp_path: Path, model: Path
+) -> None:
+    """The program accepts connections, and answers none."""
+    pair = Pair(tmp_path, model, ddp_timeout=2)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        for own in pair.own:
+            own["MASTER_PORT"] = port
+        codes, said = pair.run()
+    assert codes == [1, 1], said
+    assert f"the processes can't use 127.0.0.1:{port}" in said[0], said
+    assert "address already in use" in said[0]
+    assert f"the processes can't use 127.0.0.1:{port}" in said[1], said

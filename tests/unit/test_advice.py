@@ -82,6 +82,8 @@ def whole_checkpoint() -> dict[str, bytes]:
         place.mkdir(parents=True)
         (place / "trainer_state.json").write_text('{"global_step": 2}')
         (place / "optimizer.pt").touch()
+        (place / "attnimg.json").write_text('{"step": 2}')
+        (place / "rng_state.json").write_text('{"step": 2}')
         with FileHasher() as hashes:
             write_manifest(place, hashes, step=2, processes=1)
         return {f"out/checkpoint-2/{path.name}": path.read_bytes() for path in place.iterdir()}

@@ -27,8 +27,9 @@ def make(folder: Path, *steps: int, files: tuple[str, ...] = ("optimizer.pt",)) 
     for step in steps:
         place = folder / f"checkpoint-{step}"
         place.mkdir(parents=True)
-        for name in ("trainer_state.json", "model.safetensors", *files):
-            (place / name).write_text(json.dumps({"global_step": step}))
+        states = ("trainer_state.json", "attnimg.json", "rng_state.json")
+        for name in (*states, "model.safetensors", *files):
+            (place / name).write_text(json.dumps({"global_step": step, "step": step}))
         with FileHasher() as hashes:
             write_manifest(place, hashes, step=step, processes=1)
 
@@ -219,6 +220,7 @@ def test_errors_that_are_not_the_disk_s_pass_through(tmp_path: Path) -> None:
 
 def test_the_state_of_another_program_s_checkpoint_is_empty(tmp_path: Path) -> None:
     make(tmp_path, 1)
+    (tmp_path / "checkpoint-1" / "attnimg.json").unlink()
     assert checkpoints.read_run_state(tmp_path / "checkpoint-1") == {}
     (tmp_path / "checkpoint-1" / "attnimg.json").write_text(json.dumps({"tokens": 3}))
     assert checkpoints.read_run_state(tmp_path / "checkpoint-1") == {"tokens": 3}

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from attnimg.config.schema import Config, is_chat, is_text, trains_preferences, type_name
 from attnimg.errors import AttnimgError, counted
-from attnimg.files import NotPrivate, check_private
+from attnimg.files import NotPrivate, check_private, read_regular
 from attnimg.train.data.chat_mistral import describe_tokenizer
 from attnimg.train.data.chat_templates import choose_chat_template
 from attnimg.train.data.records import (
@@ -391,6 +391,9 @@ def place_text(place: Place) -> str:
 PACKAGES = ("datasets", "jinja2", "pyarrow", "tokenizers", "transformers")
 DOCUMENTS, FIGURES = "documents.arrow", "figures.json"
 
+# FIGURES has a few numbers, and warnings.
+_FIGURES_BYTES = 16 << 20
+
 Write = Callable[["pyarrow.RecordBatch"], object]
 Prepared = tuple[SourceFigures, tuple[str, ...]]
 
@@ -540,7 +543,7 @@ def _load_cached(folder: Path, key: str) -> tuple[Dataset, Prepared]:
     for name in (FIGURES, DOCUMENTS):
         _check_private(folder / name, stat.S_ISREG)
     try:
-        cached = json.loads((folder / FIGURES).read_bytes())
+        cached = json.loads(read_regular(folder / FIGURES, at_most=_FIGURES_BYTES))
         facts = cached["facts"]
         undamaged = cached["sha256"] == _text_digest(facts)
         undamaged = undamaged and facts["documents"] == _digest(documents)

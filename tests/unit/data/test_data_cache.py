@@ -99,6 +99,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no documents": (lambda f: (f / "documents.arrow").unlink(), "documents.arrow cannot be read"),
     "no figures": (lambda f: (f / "figures.json").unlink(), "figures.json cannot be read"),
     "empty figures": (lambda f: (f / "figures.json").write_text(""), "damaged"),
+    "endless figures": (lambda f: os.truncate(f / "figures.json", 1 << 36), "damaged"),
     "figures of another kind": (lambda f: (f / "figures.json").write_text("[1]"), "damaged"),
     "figures too deep": (lambda f: (f / "figures.json").write_text("[" * 50_000), "damaged"),
     "figures that are no text": (lambda f: (f / "figures.json").write_bytes(b"\xff\0"), "damaged"),
