@@ -181,12 +181,12 @@ def load_and_register(
 def _load_and_register(backend: Backend, *, trusted: bool) -> str:
     name = backend.applied_as or backend.name
     if backend.load_function is not None:
-        with only_own_code(name):
+        with only_own_code(backend.name):
             function = attention_function(backend, trusted=trusted)
         register(name, function)
     elif backend.family is not None or backend.hub_repo is not None:
         loaded = flash_name(backend)
-        with only_own_code(name):
+        with only_own_code(backend.name):
             load_flash(loaded, trusted=trusted)
         if name == backend.hub_repo:
             # transformers loads the path again, so it needs the revision of kernels.lock.

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from attnimg import application
 from attnimg.config import check_values
 from attnimg.config.schema import Config, dataset_entries, has_reference
 from attnimg.context import describe_context
-from attnimg.errors import counted
+from attnimg.errors import AttnimgError, counted, set_backend
 from attnimg.facts import Finding, Machine
 from attnimg.files import read_regular
 from attnimg.memory.report import memory_line, memory_warning, report_memory
@@ -89,10 +89,25 @@ def train(config: Config, machine: Machine, *, report: TrainReport, stop: StopFl
     if rank() == 0:
         require_trackers(config)
         require_hub(config)
-    with application.restore_registries():
+    with application.restore_registries(), _exits_as_errors():
         task, plan = with_model_config(config, task, plan, report)
         _forecast_memory(config, task, plan, report)
         return fit_selected(config, task, plan, report=report, stop=stop, resume=resume)
+
+
+@contextmanager
+def _exits_as_errors() -> Iterator[None]:
+    """Raise where foreign code calls sys.exit(): with 0, the run would seem to have succeeded."""
+    try:
+        yield
+    except SystemExit as error:
+        raise AttnimgError(
+            "code that the run loaded ended it",
+            why=f"found SystemExit({error.code!r:.60}) from a kernel, a model or a package",
+            do=set_backend("eager"),
+            code="exited",
+            exit_code=1,
+        ) from error
 
 
 def read_checked_task(config: Config, machine: Machine, report: TrainReport) -> Task:

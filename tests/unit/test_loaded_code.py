@@ -95,7 +95,7 @@ def test_a_kernel_that_replaces_code_of_the_run_is_refused_where_the_run_loads_i
     assert wrong is not None
     assert right is not None
     assert load_and_register(right, trusted=True)
-    with pytest.raises(KernelError, match="changes the process that it runs in") as caught:
+    with pytest.raises(KernelError, match="loaded/wrong-0 changes the process that it") as caught:
         load_and_register(wrong, trusted=True)
     assert caught.value.code == "process-state"
     assert "modeling_llama.LlamaRMSNorm: forward was replaced" in caught.value.why
