@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from conftest import GID, UID, Run, faults, losses, mounted
-from runtimes import SEEN, WRITE, write_driver
+from runtimes import WRITE, image_for_the_gpu, seen, write_driver
 
 USER = f"--user={UID}:{GID}"
 READ_ONLY = ("--read-only", "--network=none")
@@ -26,11 +26,11 @@ KUBERNETES = (USER, *READ_ONLY, "--env=KUBERNETES_SERVICE_HOST=10.0.0.1")
 
 
 @pytest.fixture(scope="module")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a driver's files, which report an H100."""
+def driver(image: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a driver's files, which report a GPU of the image; an H100 for cpu."""
     if shutil.which("gcc") is None:
         pytest.skip("no gcc, which compiles the library of a driver without a GPU")
-    return write_driver(tmp_path_factory.mktemp("driver"))
+    return write_driver(tmp_path_factory.mktemp("driver"), image)
 
 
 def mount(driver: Path, **places: str) -> tuple[str, ...]:
@@ -76,14 +76,14 @@ BASE_PATH = "/opt/venv/bin:/usr/bin:/bin"
     ],
 )  # fmt: skip
 def test_the_gpu_is_seen(
-    docker: Run, driver: Path, places: dict[str, str], options: tuple[str, ...]
+    docker: Run, image: str, driver: Path, places: dict[str, str], options: tuple[str, ...]
 ) -> None:
     whole = (f"--volume={driver}:/usr/local/nvidia:ro",) if "gke" in options else ()
     options = (*mount(driver, **places), *whole, *(o for o in options if o != "gke"))
     done = docker("doctor", options=options)
-    assert SEEN in done.stdout, done.stdout + done.stderr
+    assert seen(image) in done.stdout, done.stdout + done.stderr
     assert faults(done.stdout) == []
-    assert "attnimg:hopper" in done.stdout
+    assert f"attnimg:{image_for_the_gpu(image)}" in done.stdout
 
 
 def test_a_driver_without_its_compute_part_is_reported(docker: Run, driver: Path) -> None:
