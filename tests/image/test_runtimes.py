@@ -215,12 +215,14 @@ def test_tini_does_not_complain_where_it_is_not_process_1(
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_exec_and_healthcheck_see_what_the_entrypoint_chose(image: str, tmp_path: Path) -> None:
+def test_exec_and_healthcheck_see_what_the_entrypoint_chose(
+    image: str, driver: Path, tmp_path: Path
+) -> None:
     tmp_path.chmod(0o777)
     show = ("python", "-c", "import json, os; print(json.dumps(dict(os.environ)))")
     start = ["docker", "run", "--detach", USER, "--read-only", f"--volume={tmp_path}:/workspace",
-             "--health-interval=1s", "--health-start-period=0s", image,
-             "bash", "-c", f"{show[0]} -c '{show[2]}' >own.json; sleep 60"]  # fmt: skip
+             "--health-interval=1s", "--health-start-period=0s", *mount(driver, **SYSTEM), image,
+             "bash", "-c", f"{show[0]} -c '{show[2]}' >own.json; sleep 300"]  # fmt: skip
     name = subprocess.run(start, capture_output=True, text=True, check=True).stdout.strip()
     try:
         state = "{{.State.Health.Status}} {{json .State.Health.Log}}"
@@ -234,14 +236,14 @@ def test_exec_and_healthcheck_see_what_the_entrypoint_chose(image: str, tmp_path
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     finally:
         subprocess.run(["docker", "rm", "--force", name], capture_output=True, check=True)
-    own, seen = json.loads((tmp_path / "own.json").read_text()), json.loads(done.stdout)
+    own, inside = json.loads((tmp_path / "own.json").read_text()), json.loads(done.stdout)
     assert own["HF_HOME"] == f"/workspace/.cache/huggingface-{UID}"
     # bash sets the first four; the others depend on the load, which the entrypoint measures.
     differing = {"SHLVL", "OLDPWD", "_", "PWD", "GOMP_SPINCOUNT", "ATTNIMG_THREADS"}
     assert {k: v for k, v in own.items() if k not in differing} == {
-        k: v for k, v in seen.items() if k not in differing
+        k: v for k, v in inside.items() if k not in differing
     }
-    assert int(seen["OMP_NUM_THREADS"]) >= 1
+    assert int(inside["OMP_NUM_THREADS"]) >= 1
     assert health.startswith("healthy"), health
 
 
