@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import GID, UID, faults
-from runtimes import SEEN, WRITE, write_driver
+from runtimes import WRITE, seen, write_driver
 
 USER = f"--user={UID}:{GID}"
 Podman = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -64,16 +64,16 @@ def test_every_folder_is_writable(podman: Podman, options: tuple[str, ...], base
     assert all(folder.startswith(f"{base}/") for folder in json.loads(done.stdout).values())
 
 
-def test_the_gpu_is_seen(podman: Podman, tmp_path: Path) -> None:
+def test_the_gpu_is_seen(podman: Podman, image: str, tmp_path: Path) -> None:
     # Where --device nvidia.com/gpu=all mounts the files of a CDI specification.
-    driver = write_driver(tmp_path / "driver")
+    driver = write_driver(tmp_path / "driver", image)
     places = {
         driver / "bin" / "nvidia-smi": "/usr/bin/nvidia-smi",
         driver / "lib64" / "libcuda.so.1": "/usr/lib/x86_64-linux-gnu/libcuda.so.1",
     }
     mounts = tuple(f"--volume={file}:{place}:ro" for file, place in places.items())
     done = podman("doctor", options=mounts)
-    assert SEEN in done.stdout, done.stdout + done.stderr
+    assert seen(image) in done.stdout, done.stdout + done.stderr
     assert faults(done.stdout) == []
     without = podman("doctor", options=mounts[:1])
     assert "programs can't load the driver's library" in without.stdout

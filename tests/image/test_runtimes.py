@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from conftest import GID, UID, Run, faults, losses, mounted
-from runtimes import SEEN, WRITE, write_driver
+from runtimes import WRITE, image_for_the_gpu, seen, write_driver
 
 USER = f"--user={UID}:{GID}"
 READ_ONLY = ("--read-only", "--network=none")
@@ -26,11 +26,11 @@ KUBERNETES = (USER, *READ_ONLY, "--env=KUBERNETES_SERVICE_HOST=10.0.0.1")
 
 
 @pytest.fixture(scope="module")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a driver's files, which report an H100."""
+def driver(image: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a driver's files, which report a GPU of the image; an H100 for cpu."""
     if shutil.which("gcc") is None:
         pytest.skip("no gcc, which compiles the library of a driver without a GPU")
-    return write_driver(tmp_path_factory.mktemp("driver"))
+    return write_driver(tmp_path_factory.mktemp("driver"), image)
 
 
 def mount(driver: Path, **places: str) -> tuple[str, ...]:
@@ -76,14 +76,14 @@ BASE_PATH = "/opt/venv/bin:/usr/bin:/bin"
     ],
 )  # fmt: skip
 def test_the_gpu_is_seen(
-    docker: Run, driver: Path, places: dict[str, str], options: tuple[str, ...]
+    docker: Run, image: str, driver: Path, places: dict[str, str], options: tuple[str, ...]
 ) -> None:
     whole = (f"--volume={driver}:/usr/local/nvidia:ro",) if "gke" in options else ()
     options = (*mount(driver, **places), *whole, *(o for o in options if o != "gke"))
     done = docker("doctor", options=options)
-    assert SEEN in done.stdout, done.stdout + done.stderr
+    assert seen(image) in done.stdout, done.stdout + done.stderr
     assert faults(done.stdout) == []
-    assert "attnimg:hopper" in done.stdout
+    assert f"attnimg:{image_for_the_gpu(image)}" in done.stdout
 
 
 def test_a_driver_without_its_compute_part_is_reported(docker: Run, driver: Path) -> None:
@@ -215,12 +215,14 @@ def test_tini_does_not_complain_where_it_is_not_process_1(
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_exec_and_healthcheck_see_what_the_entrypoint_chose(image: str, tmp_path: Path) -> None:
+def test_exec_and_healthcheck_see_what_the_entrypoint_chose(
+    image: str, driver: Path, tmp_path: Path
+) -> None:
     tmp_path.chmod(0o777)
     show = ("python", "-c", "import json, os; print(json.dumps(dict(os.environ)))")
     start = ["docker", "run", "--detach", USER, "--read-only", f"--volume={tmp_path}:/workspace",
-             "--health-interval=1s", "--health-start-period=0s", image,
-             "bash", "-c", f"{show[0]} -c '{show[2]}' >own.json; sleep 60"]  # fmt: skip
+             "--health-interval=1s", "--health-start-period=0s", *mount(driver, **SYSTEM), image,
+             "bash", "-c", f"{show[0]} -c '{show[2]}' >own.json; sleep 300"]  # fmt: skip
     name = subprocess.run(start, capture_output=True, text=True, check=True).stdout.strip()
     try:
         state = "{{.State.Health.Status}} {{json .State.Health.Log}}"
@@ -234,14 +236,14 @@ def test_exec_and_healthcheck_see_what_the_entrypoint_chose(image: str, tmp_path
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     finally:
         subprocess.run(["docker", "rm", "--force", name], capture_output=True, check=True)
-    own, seen = json.loads((tmp_path / "own.json").read_text()), json.loads(done.stdout)
+    own, inside = json.loads((tmp_path / "own.json").read_text()), json.loads(done.stdout)
     assert own["HF_HOME"] == f"/workspace/.cache/huggingface-{UID}"
     # bash sets the first four; the others depend on the load, which the entrypoint measures.
     differing = {"SHLVL", "OLDPWD", "_", "PWD", "GOMP_SPINCOUNT", "ATTNIMG_THREADS"}
     assert {k: v for k, v in own.items() if k not in differing} == {
-        k: v for k, v in seen.items() if k not in differing
+        k: v for k, v in inside.items() if k not in differing
     }
-    assert int(seen["OMP_NUM_THREADS"]) >= 1
+    assert int(inside["OMP_NUM_THREADS"]) >= 1
     assert health.startswith("healthy"), health
 
 
