@@ -115,13 +115,13 @@ def prove(run: list[Any]) -> None:
     import transformers.integrations.flash_attention
     import transformers.modeling_utils  # noqa: F401 - imported before the measurement
 
-    from attnimg.run_facts import Geometry
-
-    # The folder had another name at BEFORE.
+    # The modules had other names at BEFORE.
     is_before = Path("attnimg/prove/child.py").exists()
     worker: Any = importlib.import_module(
         "attnimg.prove.child" if is_before else "attnimg.verification.worker"
     )
+    facts: Any = importlib.import_module("attnimg.facts" if is_before else "attnimg.run_facts")
+    geometry_class = facts.Geometry
     backend, dtype, packing = run
     torch.set_num_threads(1)
     values: dict[str, Any] = {
@@ -130,8 +130,8 @@ def prove(run: list[Any]) -> None:
         "dropout": 0.0, "sequence_len": SEQUENCE_LEN, "dense": True, "deterministic": False,
         "rows": ROWS, "autocast": False, "every_length": False,
     }  # fmt: skip
-    known = inspect.signature(Geometry).parameters
-    geometry = Geometry(**{name: value for name, value in values.items() if name in known})
+    known = inspect.signature(geometry_class).parameters
+    geometry = geometry_class(**{name: value for name, value in values.items() if name in known})
     candidate = {
         "backend": backend, "geometries": [asdict(geometry)], "trusted": False, "routed": False
     }  # fmt: skip
