@@ -168,7 +168,7 @@ def make_small(tmp_path_factory: pytest.TempPathFactory, registry: LocalRegistry
                 revision=REVISION, created=MOMENT, builder=find_builder({}), warnings=["a test"],
             ),
             "vex": vex(
-                RECIPES.cves, sbom=sbom, repository=(repository or registry.repository).repository,
+                RECIPES.cves, sbom=sbom, repository=(repository or registry.repository).name,
                 digest=digest, author="a test", moment=MOMENT,
             ),
         }  # fmt: skip
