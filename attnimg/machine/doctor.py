@@ -189,7 +189,7 @@ def _compare_with_manifest(host: Host, image: ImageFacts) -> Iterator[Check]:
         what = f"changed since attnimg:{image.name} was built: {', '.join(differ.values())}"
         do = (
             "run attnimg selftest, which tests whether they still work together; the image's "
-            "versions: pip install -c /etc/pip/tested.txt"
+            f"versions: pip install -c /etc/pip/tested.txt {' '.join(differ)}"
         )
         yield Check("packages", "warn", what, do)
     if not fixed and not differ:
