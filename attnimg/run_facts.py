@@ -404,6 +404,10 @@ class QatTask:
     dtype: DType
 
 
+# What is proven beside attention.
+ProvenTask = LayersTask | OptimizerTask | QatTask
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CallCheck:
     """The comparison of one attention call of a training step with the reference.

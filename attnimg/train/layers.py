@@ -15,9 +15,16 @@ from attnimg import liger
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import Finding, LayerOp, Machine
-from attnimg.run_facts import HubLayer, LayersTask, OptimizerTask, Problem, Proof, QatTask
+from attnimg.run_facts import (
+    HubLayer,
+    LayersTask,
+    OptimizerTask,
+    Problem,
+    Proof,
+    ProvenTask,
+    QatTask,
+)
 from attnimg.selection.model_config import LANGUAGE_PARTS
-from attnimg.verification.task_proofs import Task
 
 # Key -> the op that it requests; liger_swiglu is the older name.
 # Source: axolotl 0.19.0, integrations/liger/args.py, check_deprecated_swiglu (2026-11-27)
@@ -125,7 +132,7 @@ def list_types(raw: Mapping[str, Any]) -> list[str]:
 
 def list_tasks(
     config: Config, problem: Problem, machine: Machine, *, build: Callable[[], Any]
-) -> list[Task]:
+) -> list[ProvenTask]:
     """Return what a run has to prove besides its attention and the layers of hub kernels.
 
     Args:
@@ -138,7 +145,7 @@ def list_tasks(
         AttnimgError: Liger is requested for a model that is not transformers' own, or can't be
             built without weights (code liger-unknown-model).
     """
-    tasks: list[Task] = []
+    tasks: list[ProvenTask] = []
     if requested_ops(config) and _runs_on(machine):
         model = build()
         if not is_transformers_model(model) or model.config.model_type not in liger.known_types():
@@ -199,7 +206,7 @@ def layers_task(
 
 def prove_run(
     config: Config,
-    tasks: Sequence[Task],
+    tasks: Sequence[ProvenTask],
     *,
     machine: Machine,
     log: Callable[[str], None],
@@ -242,7 +249,7 @@ def prove_run(
     return tuple(proofs)
 
 
-def _key_of(task: Task, config: Config) -> str:
+def _key_of(task: ProvenTask, config: Config) -> str:
     """Return the key of the config that requests what a task proves."""
     if isinstance(task, OptimizerTask):
         return "optimizer"

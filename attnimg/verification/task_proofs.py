@@ -6,18 +6,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from attnimg.files import CachedHasher
-from attnimg.run_facts import LayersTask, OptimizerTask, Proof, QatTask
+from attnimg.run_facts import LayersTask, OptimizerTask, Proof, ProvenTask, QatTask
 from attnimg.verification.proofs import Setting, proof_key, read, versions_of, write
 from attnimg.verification.runner import Candidate, run
-
-Task = LayersTask | OptimizerTask | QatTask
 
 # Prefixes of the environment variables that choose among kernels, or run them in an interpreter.
 _VARIABLES = ("LIGER_", "TRITON_INTERPRET", "DISABLE_KERNEL_MAPPING", "USE_HUB_KERNELS")
 
 
 def prove_tasks(
-    tasks: Sequence[Task], *, setting: Setting, log: Callable[[str], None]
+    tasks: Sequence[ProvenTask], *, setting: Setting, log: Callable[[str], None]
 ) -> list[Proof]:
     """Prove tasks in a child process.
 
@@ -49,7 +47,7 @@ def prove_tasks(
     return [proofs[place] for place in range(len(tasks))]
 
 
-def task_name(task: Task) -> str:
+def task_name(task: ProvenTask) -> str:
     """Return the name of a task: a key such as "liger_rms_norm", the optimizer, the hub's layer."""
     if isinstance(task, OptimizerTask):
         return task.optimizer
@@ -58,7 +56,7 @@ def task_name(task: Task) -> str:
     return f"{task.hub.repo}:{task.hub.layer}" if task.hub else f"liger_{task.op}"
 
 
-def package_of(task: Task) -> str:
+def package_of(task: ProvenTask) -> str:
     """Return the distribution, or the hub's kernel, whose code a task proves."""
     if isinstance(task, LayersTask):
         return task.hub.repo if task.hub else "liger-kernel"

@@ -683,6 +683,7 @@ NEEDS = {
         _require_checkpoint _no_checkpoint, _require_files bad_model, _require_shards
         bad_model x2, _require_weights bad_model, _require_writable _output_dir_error,
         _require_writable _not_writable, _not_writable _output_dir_error,
+        _require_no_other_file _output_dir_error,
         _resume_from_named _not_empty, _resume_from_named damaged_error, _resume_from_named
         output-dir-not-empty, _resume_from_newest damaged_error, _resume_point
         _no_checkpoint, _unreadable bad_file, _unreadable file-missing, bad_model bad-model,
@@ -714,7 +715,8 @@ NEEDS = {
         hub_unavailable x4, unavailable tracker-unavailable
     """,
     "environment": """
-        _check_address_space bad-environment, _require_context context-differs,
+        _check_address_space bad-environment, _open_store bad-environment,
+        _require_context context-differs,
         environment_error bad-environment, require_agreement bad-environment, require_group
         bad-environment, require_parsable bad-environment
     """,
@@ -724,7 +726,7 @@ NEEDS = {
         lost_rank_errors _lost_rank_error, require_same_on_all_ranks rank-mismatch
     """,
     "the run": """
-        _get_grad_norm _not_finite_error, _high_loss_error loss-too-high,
+        _exits_as_errors exited, _get_grad_norm _not_finite_error, _high_loss_error loss-too-high,
         _loss_differs_error loss-differs, _maybe_log_save_evaluate _high_loss_error,
         _model_raised_error model-raised, _not_finite_error not-finite, _record_results
         _wrong_kernel_error, _run_engine out-of-memory, _wrong_kernel_error
