@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from attnimg.backends._varlen import FlashKernel
 from attnimg.facts import Backend
 from attnimg.verification import candidate
 from attnimg.verification.calls import Probe, Result, call, draw_inputs
-from attnimg.verification.candidate import Findings, prove_geometry
+from attnimg.verification.candidate import EXTRA_CALLS, Findings, prove_geometry
 from attnimg.verification.cases import CPU, Case, list_cases
 from attnimg.verification.checks import Fault, check_isolated
 from attnimg.verification.reference import TILE, difference_beyond_ulp, sum_order_bounds
@@ -168,6 +170,28 @@ def test_isolation_is_judged_by_how_far_gradients_move_by_themselves(
     )
     assert [fault.reason.code for fault in faults] == ([] if isolated else ["packing-not-isolated"])
     assert all(fault.noise_sensitive for fault in faults)
+
+
+@pytest.mark.parametrize("share", [0.1, 1 / 3, 0.5])
+def test_an_element_that_moves_in_some_calls_is_taken_for_noise(share: float) -> None:
+    draws = random.Random(0)
+    check = partial(
+        check_isolated,
+        _packed_case("float32"),
+        unchanged=torch.tensor([[True, False]]),
+        noise={"dk": torch.full((1, 2, 1, 1), 1e-5)},
+    )
+
+    def repeat(times: int) -> list[Result]:
+        return Calls(*(1 + 1e-6 * (draws.random() < share) for _ in range(times))).results
+
+    refused = 0
+    for _ in range(2000):
+        before, after = repeat(2), repeat(1)
+        if any(check(before=before, after=after)):
+            before, after = before + repeat(EXTRA_CALLS), after + repeat(EXTRA_CALLS)
+            refused += any(check(before=before, after=after))
+    assert refused == 0
 
 
 NOISE = Fault("nondeterministic", "noise", noise_sensitive=True)
