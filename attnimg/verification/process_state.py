@@ -8,8 +8,9 @@ the working directory or a signal handler, or leave files open after each call. 
   directory, umask, signals, timers, limits (for torch's random numbers, see is_rewound);
 - the functions of torch that models call are not replaced, nor is code of any loaded module by
   that of another package (see loaded_code.py);
-- standard input, output and error stay the same files, and no folder of modules is put before
-  others;
+- standard input, output and error stay the same files, and no folder of modules or import hook is
+  put before others;
+- no module of Python, numpy or torch is removed or takes the place of another;
 - existing environment variables keep their values, and none that other software reads is added. A
   library may set variables of its own on import or in its first calls;
 - no filter silences all warnings, and existing filters stay;
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import faulthandler
 import gc
 import inspect
 import locale
@@ -87,10 +89,15 @@ class ProcessState:
     """The state of the process when the object was created."""
 
     def __init__(self) -> None:
-        self._settings = _settings()
+        # First, since it imports transformers, which sets up logging.
         self._functions = _functions()
+        self._settings = _settings()
         self._code = LoadedCode()
         self._folders = list(sys.path)
+        self._hooks = list(sys.meta_path)
+        self._modules = {
+            name: loaded for name, loaded in sys.modules.items() if _is_shared_module(name)
+        }
         self._environment = _environment()
         self._filters = list(warnings.filters)
         self._counts: dict[str, int] | None = None
@@ -109,15 +116,23 @@ class ProcessState:
             *_replaced(self._functions),
             *self._environment_changes(),
             *self._filter_changes(),
-            *(["sys.path: entries were removed or put first"] if self._has_other_folders() else []),
+            *self._import_changes(),
         ]
 
     def replaced_code(self) -> list[str]:
         """Return the code of loaded modules that code of another package replaced."""
         return self._code.replaced()
 
-    def _has_other_folders(self) -> bool:
-        return sys.path[: len(self._folders)] != self._folders
+    def _import_changes(self) -> Iterator[str]:
+        if sys.path[: len(self._folders)] != self._folders:
+            yield "sys.path: entries were removed or put first"
+        # setuptools puts a hook first when it is imported, as compilers of kernels do.
+        hooks = [x for x in sys.meta_path if x in self._hooks or not _is_of_setuptools(x)]
+        if hooks[: len(self._hooks)] != self._hooks:
+            yield "sys.meta_path: a hook was removed or put first"
+        for name, loaded in self._modules.items():
+            if sys.modules.get(name) is not loaded:
+                yield f"sys.modules: {name} was removed or replaced"
 
     def count_changes(self) -> list[str]:
         """Return the counts that grew by more than MAX_MORE since the first call of this method."""
@@ -212,7 +227,13 @@ def _settings() -> dict[str, Any]:
             sys.getprofile(),
         ),
         "output of Python": (sys.stdout, sys.stderr, print),
-        "logging": logging.root.manager.disable,
+        "logging": (
+            logging.root.manager.disable,
+            logging.getLogger("transformers").getEffectiveLevel(),
+        ),
+        "arguments of Python": list(sys.argv),
+        "handler of crashes": faulthandler.is_enabled(),
+        "file that signals write to": _wakeup_file(),
         "locale": locale.setlocale(locale.LC_ALL),
         "timeout of sockets": (socket.getdefaulttimeout(),),
         "standard input, output and error": [_file(number) for number in range(3)],
@@ -238,6 +259,26 @@ def _settings() -> dict[str, Any]:
     for number in sorted(signal.valid_signals()):
         found[f"signal handler of {signal_name(number)}"] = signal.getsignal(number)
     return found
+
+
+def _wakeup_file() -> int:
+    """Return the descriptor that each signal writes to; -1 for none, or outside the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        return -1
+    # Python only returns it when it sets another.
+    number = signal.set_wakeup_fd(-1)
+    if number != -1:
+        signal.set_wakeup_fd(number)
+    return number
+
+
+def _is_shared_module(name: str) -> bool:
+    package = name.partition(".")[0]
+    return package in sys.stdlib_module_names or package in ("numpy", "torch")
+
+
+def _is_of_setuptools(hook: object) -> bool:
+    return type(hook).__module__.startswith(("_distutils_hack", "setuptools"))
 
 
 def _environment() -> dict[str, str]:
@@ -438,6 +479,9 @@ def _torch_settings() -> dict[str, Any]:
             (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
             for kind in ("cpu", "cuda")
         ),
+        "printing of tensors": vars(torch._tensor_str.PRINT_OPTS).copy(),
+        "filling of new tensors": torch.utils.deterministic.fill_uninitialized_memory,
+        "torch.compile": _compiles(),
         "cache of autocast": torch.is_autocast_cache_enabled(),
         "sharing of tensors": torch.multiprocessing.get_sharing_strategy(),
         "threads of torch": (torch.get_num_threads(), torch.get_num_interop_threads()),
@@ -457,6 +501,13 @@ def _precision() -> tuple[str, ...]:
             torch.backends.mkldnn.matmul,
         )
         return tuple(str(getattr(part, "fp32_precision", None)) for part in parts)
+
+
+def _compiles() -> bool:
+    """Return whether torch.compile compiles; torch reads the variable when it is first used."""
+    config = sys.modules.get("torch._dynamo.config")
+    disabled = os.environ.get("TORCH_COMPILE_DISABLE", "0") == "1"
+    return not (disabled if config is None else config.disable)
 
 
 def _flushes_denormals() -> bool:
