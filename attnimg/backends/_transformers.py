@@ -271,7 +271,7 @@ def flash_name(backend: Backend) -> str:
     )
 
 
-def load_flash(name: str, *, trusted: bool = False) -> None:
+def load_flash(name: str, *, trusted: bool) -> None:
     """Load a flash implementation as the one that transformers uses.
 
     Args:
