@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -43,10 +43,9 @@ CACHES = {
 # apptainer 917d665, action_script.sh (read 2026-11-27).
 DRIVER_PROGRAMS = ("/usr/local/nvidia/bin",)
 DRIVER_LIBRARIES = ("/usr/local/nvidia/lib64", "/usr/local/nvidia/lib", "/.singularity.d/libs")
-# NVIDIA's runtimes mount it here, and run ldconfig.
-_SYSTEM_LIBRARIES = (
-    "/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/lib",
-)  # fmt: skip
+# Folders that the dynamic linker searches on Debian and on other distributions, below the root.
+# NVIDIA's runtimes mount the driver's libraries there, and run ldconfig.
+LIBRARY_FOLDERS = ("usr/lib/x86_64-linux-gnu", "usr/lib/aarch64-linux-gnu", "usr/lib64", "usr/lib")
 LIBCUDA = "libcuda.so.1"
 
 
@@ -294,12 +293,12 @@ def library_path(environment: Mapping[str, str], *, root: Path = Path("/")) -> s
         root: the root of the file system.
     """
 
-    def having(folders: Iterator[str] | tuple[str, ...] | list[str]) -> list[str]:
+    def having(folders: Iterable[str]) -> list[str]:
         # os.path, as Path.exists raises in a folder that this user can't read.
         return [name for name in folders if os.path.exists(root / name.lstrip("/") / LIBCUDA)]  # noqa: PTH110
 
     listed = [name for name in environment.get("LD_LIBRARY_PATH", "").split(":") if name]
-    if having(listed) or having(_SYSTEM_LIBRARIES):
+    if having(listed) or having(LIBRARY_FOLDERS):
         return None
     found = having(DRIVER_LIBRARIES)
     return ":".join([*listed, *found]) if found else None

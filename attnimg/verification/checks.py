@@ -17,7 +17,7 @@ the bounds (tests/fixtures/noisy_kernels, docs/measured/proof-noise.json).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -465,6 +465,25 @@ def root_mean_square(value: Tensor) -> float:
 def largest(value: Tensor) -> float:
     """Return the largest absolute value; 0 for an empty tensor."""
     return value.abs().max().item() if value.numel() else 0.0
+
+
+def worst_figures(figures: Iterable[Figure]) -> list[Figure]:
+    """Return, for each quantity, the figure that is closest to its bound or exceeds it most."""
+    worst: dict[str, Figure] = {}
+    for figure in figures:
+        known = worst.get(figure.quantity)
+        if known is None or margin(figure) > margin(known):
+            worst[figure.quantity] = figure
+    return list(worst.values())
+
+
+def margin(figure: Figure) -> float:
+    """Return the error as a share of the bound, or their difference in decibels; inf for NaN."""
+    if math.isnan(figure.error):
+        return math.inf
+    if figure.error < 0 or figure.allowed <= 0:  # decibels
+        return figure.error - figure.allowed
+    return figure.error / figure.allowed
 
 
 # A kernel may be noisier than float32 sums, such as one with sums in bfloat16. The differences of
