@@ -14,6 +14,7 @@ from pathlib import Path
 
 from attnimg.backends import kernel_variables, local_kernel
 from attnimg.backends._loading import hub_folder
+from attnimg.backends.flash_attention_2 import DENSE
 from attnimg.context import build_context
 from attnimg.facts import Backend, Machine
 from attnimg.files import CachedHasher, cache_folder, read_checked, write_checked
@@ -375,4 +376,4 @@ def list_geometries(
 def has_dense_function(backend: Backend, machine: Machine) -> bool:
     """Return whether a backend takes rows of one document: some have only a varlen function."""
     local = local_kernel(backend, machine)
-    return local is None or local.exports is None or "flash_attn_func" in local.exports
+    return local is None or local.exports is None or DENSE in local.exports
