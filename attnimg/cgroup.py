@@ -101,7 +101,7 @@ def _groups(controller: _Controller, root: Path) -> Iterator[_Group]:
 def _own_groups(controller: _Controller, root: Path) -> dict[int, PurePosixPath]:
     """Return this process's group in each version, of lines like 4:cpu,cpuacct:/docker/ab."""
     found = {}
-    for line in _lines(root / "proc/self/cgroup"):
+    for line in read_lines(root / "proc/self/cgroup"):
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         if path.startswith("/"):
@@ -118,7 +118,7 @@ def _mounts(controller: _Controller, root: Path) -> Iterator[tuple[int, PurePosi
     Source: proc_pid_mountinfo(5): fields 4 and 5 are the top and the place, and after the hyphen
     stand the type, the source and the options of the file system (man-pages 6.9, 2026-11-27).
     """
-    for line in _lines(root / "proc/self/mountinfo"):
+    for line in read_lines(root / "proc/self/mountinfo"):
         before, _, after = line.partition(" - ")
         places, kinds = before.split(" "), after.split(" ")
         if len(places) < 6 or len(kinds) < 3:
@@ -130,7 +130,8 @@ def _mounts(controller: _Controller, root: Path) -> Iterator[tuple[int, PurePosi
             yield 1 if is_v1 else 2, PurePosixPath(top), root / place.lstrip("/")
 
 
-def _lines(path: Path) -> list[str]:
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a text file; none if it can't be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

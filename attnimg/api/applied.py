@@ -15,7 +15,7 @@ from attnimg.api.choice import Choice, LoggedReport, Settings, in_use, log, sele
 from attnimg.backends import find_backend
 from attnimg.context import build_context
 from attnimg.errors import AttnimgError, PackingLeak, counted
-from attnimg.facts import Backend, Machine
+from attnimg.facts import Machine
 from attnimg.machine.kernel_cache import use_shipped_kernels
 from attnimg.run_facts import Problem, Proof
 from attnimg.task import gpu_text
@@ -246,7 +246,8 @@ def check_packing(model: Any, *, collator: Collator | None = None) -> None:
         context = replace(choice._context, packing=True)
     else:
         facts = read_facts(model)
-        known = find_backend(implementation.removeprefix("kernels:"))
+        backend = find_backend(implementation.removeprefix("kernels:")) or find_backend("sdpa")
+        assert backend is not None, "sdpa is known"
         problem = Problem(
             model=facts.model,
             dtype=facts.weights or "float32",
@@ -258,7 +259,7 @@ def check_packing(model: Any, *, collator: Collator | None = None) -> None:
             rows=1,
             autocast=False,
         )
-        context = build_context(problem, known or _sdpa())
+        context = build_context(problem, backend)
     proof = check_isolation(
         model,
         implementation=implementation,
@@ -385,9 +386,3 @@ def _require_boundaries(batch: Mapping[str, Any], collator: str, *, documents: i
         code="packing-not-isolated",
         key="collator",
     )
-
-
-def _sdpa() -> Backend:
-    found = find_backend("sdpa")
-    assert found is not None
-    return found

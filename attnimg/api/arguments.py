@@ -71,10 +71,18 @@ def require_counts(**counts: int | None) -> None:
 
 
 def require_flags(**flags: object) -> None:
-    """Raise unless each is True or False."""
+    """Raise unless each is True or False, or None for autocast."""
     for key, flag in flags.items():
-        if not isinstance(flag, bool):
+        if not isinstance(flag, bool) and not (flag is None and key == "autocast"):
             raise _bad_value(key, "is neither True nor False", flag, "True")
+
+
+def require_names(**names: object) -> None:
+    """Raise unless each is a string, or None."""
+    for key, name in names.items():
+        if name is not None and not isinstance(name, str):
+            example = {"on": '"h100"', "image": '"hopper"'}[key]
+            raise _bad_value(key, "is not a string", name, example)
 
 
 def _bad_value(key: str, what: str, found: object, example: str) -> AttnimgError:

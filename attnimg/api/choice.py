@@ -19,6 +19,7 @@ from attnimg.api.arguments import (
     require_counts,
     require_flags,
     require_kinds,
+    require_names,
 )
 from attnimg.context import build_context
 from attnimg.errors import AttnimgError
@@ -295,10 +296,12 @@ def select(
     require_flags(
         packing=packing,
         strict=strict,
+        autocast=autocast,
         compiled=compiled,
         checkpointing=checkpointing,
         trust_remote_code=trust_remote_code,
     )
+    require_names(on=on, image=image)
     machine, _ = find_machine(on, image)
     facts = read_facts(model)
     precision = read_dtype(dtype, facts, machine.arch)

@@ -38,7 +38,6 @@ _FLASH_SLOT = (
 # that C code has set.
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-
 # Names that attnimg itself registers start with this.
 _OWN = "attnimg_"
 
@@ -227,7 +226,7 @@ def keep_process_settings() -> Iterator[None]:
     """
     handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    directory = os.open(".", os.O_RDONLY | os.O_DIRECTORY)
+    directory = os.open(".", os.O_PATH | os.O_DIRECTORY)  # which this user need not read
     umask = os.umask(0o077)
     os.umask(umask)
     try:

@@ -31,6 +31,7 @@ from attnimg.backends._loading import (
     locked_revision,
     unsupported_argument,
 )
+from attnimg.backends.flash_attention_2 import DENSE, VARLEN
 from attnimg.errors import AttnimgError
 from attnimg.facts import AttentionFunction, Backend
 from attnimg.run_facts import Geometry, LayerGroup
@@ -231,8 +232,8 @@ def flash_kernel(backend: Backend, *, trusted: bool) -> FlashKernel:
         module = load_hub_kernel(name, trusted=trusted)
     return FlashKernel(
         backend=backend.name,
-        dense=getattr(module, "flash_attn_func", None),
-        varlen=getattr(module, "flash_attn_varlen_func", None),
+        dense=getattr(module, DENSE, None),
+        varlen=getattr(module, VARLEN, None),
         unpadded_v=backend.unpadded_v,
     )
 
@@ -271,7 +272,7 @@ def flash_name(backend: Backend) -> str:
     )
 
 
-def load_flash(name: str, *, trusted: bool = False) -> None:
+def load_flash(name: str, *, trusted: bool) -> None:
     """Load a flash implementation as the one that transformers uses.
 
     Args:

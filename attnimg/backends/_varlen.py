@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from attnimg.backends._loading import kernel_error, unsupported_argument
+from attnimg.backends.flash_attention_2 import ARGUMENTS
 from attnimg.facts import AttentionFunction
 
 # Arguments that models pass through and that do not change what attention computes.
@@ -32,13 +33,6 @@ _HARMLESS = frozenset(
         "seq_idx", "shift_labels", "skip_logits", "use_cache", "use_return_dict",
     }
 )  # fmt: skip
-# Name of an argument here -> its names in flash-attn 2 and 3, vLLM's flash-attn 3, flash-attn 4.
-_FLASH_ARGUMENTS = {
-    "dropout": ("dropout_p",),
-    "window": ("window_size",),
-    "softcap": ("softcap",),
-    "sinks": ("s_aux", "learnable_sink"),
-}
 DenseKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -382,9 +376,7 @@ class FlashKernel:
         assert function is not None
         parameters = _arguments_of(function)
         features = {
-            ours
-            for ours, theirs in _FLASH_ARGUMENTS.items()
-            if any(name in parameters for name in theirs)
+            ours for ours, theirs in ARGUMENTS.items() if any(name in parameters for name in theirs)
         }
         call = read_call(self.backend, *layer_and_tensors, features=features, **arguments)
         options = _options(call, parameters)
@@ -451,7 +443,7 @@ def _options(call: AttentionCall, parameters: frozenset[str]) -> dict[str, Any]:
     if call.dropout:
         options["dropout_p"] = call.dropout
     if call.sinks is not None:
-        name = next(name for name in _FLASH_ARGUMENTS["sinks"] if name in parameters)
+        name = next(name for name in ARGUMENTS["sinks"] if name in parameters)
         options[name] = call.sinks.to(call.q.dtype)
     if "deterministic" in parameters and os.environ.get("FLASH_ATTENTION_DETERMINISTIC") == "1":
         options["deterministic"] = True

@@ -6,6 +6,16 @@ cap without dropout) and 829-830 (backward); setup.py (AMD targets). Read 2026-1
 
 from attnimg.facts import Backend, HeadDims, Needs, Variant
 
+# The names of FlashAttention's functions, in all versions and in kernels of the hub.
+DENSE, VARLEN = "flash_attn_func", "flash_attn_varlen_func"
+# Feature -> the names of its argument in flash-attn 2 and 3, vLLM's flash-attn 3, flash-attn 4.
+ARGUMENTS = {
+    "window": ("window_size",),
+    "softcap": ("softcap",),
+    "sinks": ("s_aux", "learnable_sink"),
+    "dropout": ("dropout_p",),
+}
+
 # One wheel has both sets; the variable is read at import.
 # Source: flash_attn_interface.py:11-16 (2026-11-25).
 _TRITON = Variant(name="Triton", variables={"FLASH_ATTENTION_TRITON_AMD_ENABLE": "TRUE"})

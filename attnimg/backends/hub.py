@@ -14,13 +14,15 @@ from functools import cache, partial
 
 from attnimg.backends._loading import kernel_error, load_hub_kernel
 from attnimg.backends.flash_attention_2 import BACKEND as FLASH_2
+from attnimg.backends.flash_attention_2 import DENSE, VARLEN
 from attnimg.backends.flash_attention_3 import BACKEND as FLASH_3
+from attnimg.backends.sage import DENSE as SAGE
+from attnimg.backends.sage import VARLEN as SAGE_VARLEN
 from attnimg.backends.sage import sage_attention
 from attnimg.errors import set_backend
 from attnimg.facts import AttentionFunction, Backend, HeadDims, Needs, Packing
 
 _KERNELS = (("kernels", "0.17.2", "not-installed"),)
-_DENSE, _VARLEN, _SAGE = "flash_attn_func", "flash_attn_varlen_func", "sageattn"
 _SAGE_REPO = "kernels-community/sage-attention"
 _FLASH = frozenset({"kernels-community/flash-attn2", "kernels-community/flash-attn3"})
 _REVIEWED = {
@@ -95,7 +97,7 @@ def hub_attention(name: str, *, trusted: bool = False) -> AttentionFunction:
     from attnimg.backends._varlen import FlashKernel
 
     module = load_hub_kernel(name, trusted=trusted)
-    known = {entry: getattr(module, entry, None) for entry in (_VARLEN, _DENSE, _SAGE)}
+    known = {entry: getattr(module, entry, None) for entry in (VARLEN, DENSE, SAGE)}
     exported = [entry for entry, function in known.items() if callable(function)]
     entry = name.partition(":")[2] or next(iter(exported), "")
     function = getattr(module, entry, None)
@@ -105,15 +107,14 @@ def hub_attention(name: str, *, trusted: bool = False) -> AttentionFunction:
         )
         raise kernel_error(
             f"{name} exports no such attention function",
-            why=f"found {exports or 'nothing'}; "
-            f"needed {entry or f'{_VARLEN}, {_DENSE} or {_SAGE}'}",
+            why=f"found {exports or 'nothing'}; needed {entry or f'{VARLEN}, {DENSE} or {SAGE}'}",
             do=f"name a function after a colon, org/name:function, or {set_backend('sdpa')}",
             code="not-a-kernel",
         )
-    if entry in (_VARLEN, _DENSE):
-        return FlashKernel(backend=name, dense=known[_DENSE], varlen=known[_VARLEN])
-    if entry == _SAGE:
-        varlen = getattr(module, "sageattn_varlen", None)
+    if entry in (VARLEN, DENSE):
+        return FlashKernel(backend=name, dense=known[DENSE], varlen=known[VARLEN])
+    if entry == SAGE:
+        varlen = getattr(module, SAGE_VARLEN, None)
         return sage_attention(name, dense=function, varlen=varlen)
     parameters = list(inspect.signature(function).parameters)
     if parameters[:1] == ["module"]:  # transformers' attention interface

@@ -176,7 +176,7 @@ def _attend_in_groups(
     v: Tensor,
     *,
     shifted: bool,
-    kernel: GroupKernel | None = None,
+    kernel: GroupKernel | None,
 ) -> Tensor:
     """Return attention within groups, (B, heads, P, V); q, k, v (B, heads, P, D)."""
     from torch import cat

@@ -19,13 +19,16 @@ if TYPE_CHECKING:
 
     from attnimg.backends._varlen import AttentionCall, PackedTokens
 
+# The names of its functions.
+DENSE, VARLEN = "sageattn", "sageattn_varlen"
+
 
 def _load() -> AttentionFunction:
     from attnimg.backends._loading import import_kernel
 
     package = import_kernel("sageattention", backend="sage", package="sageattention")
-    varlen = getattr(package, "sageattn_varlen", None)
-    return sage_attention("sage", dense=package.sageattn, varlen=varlen)
+    varlen = getattr(package, VARLEN, None)
+    return sage_attention("sage", dense=getattr(package, DENSE), varlen=varlen)
 
 
 def sage_attention(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -43,10 +43,9 @@ CACHES = {
 # apptainer 917d665, action_script.sh (read 2026-11-27).
 DRIVER_PROGRAMS = ("/usr/local/nvidia/bin",)
 DRIVER_LIBRARIES = ("/usr/local/nvidia/lib64", "/usr/local/nvidia/lib", "/.singularity.d/libs")
-# NVIDIA's runtimes mount it here, and run ldconfig.
-_SYSTEM_LIBRARIES = (
-    "/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/lib",
-)  # fmt: skip
+# Folders that the dynamic linker searches on Debian and on other distributions, below the root.
+# NVIDIA's runtimes mount the driver's libraries there, and run ldconfig.
+LIBRARY_FOLDERS = ("usr/lib/x86_64-linux-gnu", "usr/lib/aarch64-linux-gnu", "usr/lib64", "usr/lib")
 LIBCUDA = "libcuda.so.1"
 
 
@@ -181,10 +180,8 @@ def why_unusable(base: Path, uid: int) -> str | None:
 
 def can_write(path: Path) -> bool:
     """Return whether this user can write to a folder, or create it."""
-    nearest = path.absolute()
     try:
-        while not _exists(nearest) and nearest != nearest.parent:
-            nearest = nearest.parent
+        nearest = nearest_existing(path)
         longest = os.pathconf(nearest, "PC_NAME_MAX")
         missing = path.absolute().relative_to(nearest).parts
         return (
@@ -196,13 +193,20 @@ def can_write(path: Path) -> bool:
         return False
 
 
-def _exists(path: Path) -> bool:
-    """Return whether there is a file or a link; os.path.lexists hides names that are too long."""
-    try:
-        path.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
+def nearest_existing(path: Path) -> Path:
+    """Return a path, or the nearest folder above it that exists.
+
+    Raises:
+        OSError: a name that is too long, or a folder that this user can't read.
+    """
+    nearest = path.absolute()
+    while True:
+        try:
+            nearest.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            nearest = nearest.parent
+        else:
+            return nearest
 
 
 def replaced_cache(environment: Mapping[str, str]) -> str | None:
@@ -289,12 +293,12 @@ def library_path(environment: Mapping[str, str], *, root: Path = Path("/")) -> s
         root: the root of the file system.
     """
 
-    def having(folders: Iterator[str] | tuple[str, ...] | list[str]) -> list[str]:
+    def having(folders: Iterable[str]) -> list[str]:
         # os.path, as Path.exists raises in a folder that this user can't read.
         return [name for name in folders if os.path.exists(root / name.lstrip("/") / LIBCUDA)]  # noqa: PTH110
 
     listed = [name for name in environment.get("LD_LIBRARY_PATH", "").split(":") if name]
-    if having(listed) or having(_SYSTEM_LIBRARIES):
+    if having(listed) or having(LIBRARY_FOLDERS):
         return None
     found = having(DRIVER_LIBRARIES)
     return ":".join([*listed, *found]) if found else None
@@ -307,7 +311,7 @@ def apply(*, create: bool) -> FolderSettings:
         create: create all folders, so that only this user can write to them; otherwise only a
             temporary folder, as the programs that use the others create them.
     """
-    settings = choose_folders(os.environ, uid=os.geteuid(), working_folder=_working_folder())
+    settings = choose_folders(os.environ, uid=os.geteuid(), working_folder=working_folder())
     os.environ.update(settings.variables)
     for folder in settings.folders:
         if create or str(folder) == os.environ.get("TMPDIR"):
@@ -321,10 +325,11 @@ def apply(*, create: bool) -> FolderSettings:
     return settings
 
 
-def _working_folder() -> Path:
+def working_folder() -> Path:
+    """Return the current folder, or / if it was removed or can't be read."""
     try:
         return Path.cwd()
-    except OSError:  # it was removed, or this user can't read it
+    except OSError:
         return Path("/")
 
 
@@ -360,7 +365,7 @@ def require_folders(environment: Mapping[str, str]) -> None:
 def unusable_folders(environment: Mapping[str, str]) -> tuple[str, ...]:
     """Return why each folder can't be used; empty if one can."""
     uid = os.geteuid()
-    tried = choose_folders(environment, uid=uid, working_folder=_working_folder()).tried
+    tried = choose_folders(environment, uid=uid, working_folder=working_folder()).tried
     return tuple(f"{path} {why_unusable(path, uid)} for user {uid}" for path in tried)
 
 

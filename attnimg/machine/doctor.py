@@ -362,13 +362,12 @@ def _check_folder(folder: Folder, host: Host) -> Check:
     free = f"{folder.free_bytes / _GIB:.1f} GiB free"
     if folder.free_bytes >= _DISK_WARN:
         return Check("folder", "ok", f"writable, {free}")
-    if folder.role != WORKING_FOLDER:
-        # How much a run needs depends on its model: for one from a folder, almost nothing.
-        status: Status = "fail" if folder.free_bytes < _CACHE_FAIL else "warn"
-        what = f"{free}, a model from the hub may need more"
-        return Check("disk", status, what, "mount a larger volume there")
-    status = "fail" if folder.free_bytes < _DISK_FAIL else "warn"
-    what = f"{free}, a checkpoint may need more"
+    # How much of a cache a run needs depends on its model: for one from a folder, almost nothing.
+    needed, least = "a model from the hub", _CACHE_FAIL
+    if folder.role == WORKING_FOLDER:
+        needed, least = "a checkpoint", _DISK_FAIL
+    status: Status = "fail" if folder.free_bytes < least else "warn"
+    what = f"{free}, {needed} may need more"
     return Check("disk", status, what, "mount a larger volume there")
 
 

@@ -21,8 +21,10 @@ from attnimg.machine.container import (
     can_write,
     find_driver_program,
     find_runtime,
+    nearest_existing,
     replaced_cache,
     unusable_folders,
+    working_folder,
 )
 from attnimg.machine.kernel_cache import ShippedKernels, shipped_kernels, shipped_triton
 from attnimg.machine.network import Rdma, read_rdma
@@ -107,7 +109,7 @@ class Host:
     threads: str | None = None
 
 
-def this_host(*, shm: Path = Path("/dev/shm")) -> Host:
+def this_host() -> Host:
     """Return the state of this host, without importing packages or writing files."""
     distributions = {_name_and_version(dist): dist for dist in metadata.distributions()}
     # Of two versions in several folders of sys.path, the first is imported.
@@ -121,7 +123,7 @@ def this_host(*, shm: Path = Path("/dev/shm")) -> Host:
     cute = "flash_attn/cute/"
     owners = [name for (name, _), d in distributions.items() if read_record(d, under=cute)]
     home = os.environ.get("HOME", "")
-    user = None
+    shm, user = Path("/dev/shm"), None
     with suppress(KeyError, OSError):  # OSError from Python 3.13 on
         user = getpass.getuser()
     return Host(
@@ -185,13 +187,14 @@ def _reason_against_added() -> str:
 
 
 def _shadows(folders: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    existing = dict.fromkeys(Path(folder or ".").resolve() for folder in folders)
-    names = {
-        folder: {path.name for path in folder.iterdir()} for folder in existing if folder.is_dir()
-    }
+    names: dict[str, list[str]] = {}
+    for folder in folders:
+        with suppress(OSError):  # no folder, or one that this user can't read
+            place = Path(folder or ".").resolve()
+            names[str(place)] = [path.name for path in place.iterdir()]
     found = {
         package: tuple(
-            str(folder)
+            folder
             for folder, inside in names.items()
             if any(name == package or name.startswith(f"{package}.") for name in inside)
         )
@@ -203,16 +206,9 @@ def _shadows(folders: Iterable[str]) -> dict[str, tuple[str, ...]]:
 def _folders(home: str) -> Iterator[Folder]:
     # The caches' defaults are under HOME.
     paths = {name: os.environ[name] for name in CACHES if name in os.environ}
-    for role, path in {"HOME": home, **paths, WORKING_FOLDER: str(Path.cwd())}.items():
-        # The folder, or its nearest parent that exists.
-        nearest = Path(path or "/nonexistent").absolute()
-        # os.path, as Path.exists raises for a name that is too long.
-        while not os.path.exists(nearest) and nearest != nearest.parent:  # noqa: PTH110
-            nearest = nearest.parent
-        is_folder = nearest.is_dir()
-        yield Folder(
-            role=role,
-            path=path,
-            writable=can_write(Path(path or "/nonexistent")),
-            free_bytes=shutil.disk_usage(nearest).free if is_folder else None,
-        )
+    for role, path in {"HOME": home, **paths, WORKING_FOLDER: str(working_folder())}.items():
+        folder, free_bytes = Path(path or "/nonexistent"), None
+        with suppress(OSError):
+            free_bytes = shutil.disk_usage(nearest_existing(folder)).free
+        writable = can_write(folder)
+        yield Folder(role=role, path=path, writable=writable, free_bytes=free_bytes)

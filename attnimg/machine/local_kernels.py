@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from attnimg.backends.flash_attention_2 import VARLEN
 from attnimg.errors import AttnimgError
 from attnimg.facts import LocalKernel, Vendor
 from attnimg.files import read_regular
@@ -233,7 +234,7 @@ def _exports(variant: Path, *, name: str) -> tuple[frozenset[str] | None, frozen
         node = pending.pop()
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             names.add(node.name)
-            if node.name == "flash_attn_varlen_func":
+            if node.name == VARLEN:
                 takes = _arguments(node)
         elif isinstance(node, ast.ImportFrom):
             names.update(alias.asname or alias.name for alias in node.names)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-# Folders of libraries that the dynamic linker searches on Debian and on other distributions.
-_LIBRARY_FOLDERS = ("usr/lib/x86_64-linux-gnu", "usr/lib/aarch64-linux-gnu", "usr/lib64", "usr/lib")
+from attnimg.machine.container import LIBRARY_FOLDERS
+
 _VERBS = "libibverbs.so.1"
 # RDMA registers memory that must not be swapped, so it fails under a small limit of locked memory.
 # NVIDIA recommends --ulimit memlock=-1 for its containers; this threshold is our choice.
@@ -49,7 +49,7 @@ def read_rdma(root: Path = Path("/")) -> Rdma:
     return Rdma(
         adapters={path.name: _driver(path) for path in found},
         device_files=_any(root, ["dev/infiniband"], "uverbs*"),
-        library=_any(root, _LIBRARY_FOLDERS, _VERBS),
+        library=_any(root, LIBRARY_FOLDERS, _VERBS),
         locked_bytes=None if limit == resource.RLIM_INFINITY else limit,
     )
 

@@ -32,7 +32,7 @@ from collections.abc import Mapping, MutableMapping
 from contextlib import suppress
 from pathlib import Path
 
-from attnimg.cgroup import cpu_quota
+from attnimg.cgroup import cpu_quota, read_lines
 
 # The library's default is 300,000. docs/cpu-limits.md has the speeds with each of these, on an idle
 # machine and with neighbours.
@@ -179,7 +179,7 @@ def _cpu_times(stat: Path) -> dict[int, tuple[int, int]]:
     2026-11-27).
     """
     found = {}
-    for line in _lines(stat):
+    for line in read_lines(stat):
         name, *times = line.split() or [""]
         if name[:3] == "cpu" and name[3:].isdigit() and len(times) >= 8:
             with suppress(ValueError):
@@ -198,10 +198,3 @@ def usable_cpus() -> float:
     mask = len(os.sched_getaffinity(0))
     quota = cpu_quota()
     return mask if quota is None else min(mask, quota)
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []

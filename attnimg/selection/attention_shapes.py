@@ -127,7 +127,8 @@ def _per_layer_changes(fields: Fields, kinds: Sequence[str]) -> dict[int, Mappin
         if not all(key.isdecimal() and isinstance(value, dict) for key, value in listed.items()):
             needed = "objects under layer numbers"
             raise fields.refusal("per_layer_config", dict(listed), needed=needed)
-        return {int(key): value for key, value in listed.items()}
+        # Looked up as text: int() raises for thousands of digits.
+        return {i: listed[str(i)] for i in range(len(kinds)) if str(i) in listed}
     # In the first checkpoints of gemma4, full-attention layers have their own head sizes.
     # Source: Gemma4TextConfig.__post_init__ of transformers 5.22.2 (2026-11-21).
     full: dict[str, Any] = {}
@@ -390,7 +391,10 @@ def _numbered_from_one(fields: Fields, key: str) -> list[str]:
     full, linear = lists.get("full_attn_layers"), lists.get("kda_layers")
     if full is None or linear is None:
         return ["full_attention" if i and i % 4 == 0 else "linear_attention" for i in range(count)]
-    if not all(isinstance(numbers, list) for numbers in (full, linear)):
+    if not all(
+        isinstance(numbers, list) and all(type(number) is int for number in numbers)
+        for numbers in (full, linear)
+    ):
         raise fields.refusal(key, dict(lists), needed="lists of layer numbers")
     kinds = dict.fromkeys(linear, "linear_attention") | dict.fromkeys(full, "full_attention")
     if set(kinds) != set(range(1, count + 1)):

@@ -10,21 +10,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from attnimg.backends import arch_code, arch_mismatch, conflicting_variables, local_kernel, runs_on
+from attnimg.backends.flash_attention_2 import ARGUMENTS, DENSE, VARLEN
+from attnimg.backends.sage import DENSE as SAGE
 from attnimg.errors import counted
 from attnimg.facts import Backend, HeadDims, LocalKernel, Machine
 from attnimg.run_facts import LayerGroup, ModelClass, Problem, Reason, Verdict
 from attnimg.selection import known_bad
 
-_VARLEN, _DENSE = "flash_attn_varlen_func", "flash_attn_func"
-# SageAttention's entry point; each packed document is one call.
-_SAGE = "sageattn"
-# Feature -> names of its argument in versions of FlashAttention.
-_ARGUMENTS = {
-    "window": frozenset({"window_size"}),
-    "softcap": frozenset({"softcap"}),
-    "sinks": frozenset({"s_aux", "learnable_sink"}),
-    "dropout": frozenset({"dropout_p"}),
-}
 # Backend -> its name in ModelClass.lacks: a model class declares whether it supports these.
 # Source: transformers 5.22.2, modeling_utils.py, class PreTrainedModel.
 _CLASS_SUPPORTS = {"sdpa": "sdpa", "flex_attention": "flex"}
@@ -316,12 +308,12 @@ def _local_reasons(
         if wanted not in kernel.exports:
             yield Reason(code="not-a-kernel", text=f"{kernel.path} exports no {wanted}")
         return
-    if problem.packing and not kernel.exports & {_VARLEN, _SAGE}:
-        text = f"{kernel.path} exports no {_VARLEN}: packed documents would mix"
+    if problem.packing and not kernel.exports & {VARLEN, SAGE}:
+        text = f"{kernel.path} exports no {VARLEN}: packed documents would mix"
         yield Reason(code="packing-not-isolated", text=text)
     yield from _arguments_missing(kernel, problem)
-    if not kernel.exports & {_VARLEN, _DENSE, _SAGE}:
-        text = f"{kernel.path} exports neither {_DENSE} nor {_VARLEN}"
+    if not kernel.exports & {VARLEN, DENSE, SAGE}:
+        text = f"{kernel.path} exports neither {DENSE} nor {VARLEN}"
         yield Reason(code="not-a-kernel", text=text)
 
 
@@ -333,8 +325,8 @@ def _arguments_missing(kernel: LocalKernel, problem: Problem) -> Iterator[Reason
     needed = {feature for layer in layers for feature in layer.features}
     if problem.training and problem.dropout:
         needed.add("dropout")
-    for feature, arguments in _ARGUMENTS.items():
-        if feature in needed and not kernel.varlen_takes & arguments:
+    for feature, arguments in ARGUMENTS.items():
+        if feature in needed and kernel.varlen_takes.isdisjoint(arguments):
             text = f"{kernel.path} has no argument {' or '.join(sorted(arguments))} for it"
             yield Reason(code=feature, text=text)
 

@@ -10,6 +10,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -167,11 +168,10 @@ def _hub_cache() -> Path:
 
 def _adapter(folder: Path) -> AttnimgError:
     """Return the error for a folder that has an adapter instead of a model."""
-    try:
+    base = "the model that it was trained on"
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         named = json.loads(read_regular(folder / _ADAPTER, at_most=_MAX_BYTES))
-        base = str(named["base_model_name_or_path"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        base = "the model that it was trained on"
+        base = str(named["base_model_name_or_path"] or base)
     return _bad_model(
         f"{folder} is an adapter, not a model",
         why=f"found {_ADAPTER} of a LoRA on {base}, and no config.json",

@@ -144,12 +144,17 @@ def find_quantization(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
     Args:
         raw: the config.json.
     """
-    parts = (part for name in LANGUAGE_PARTS if isinstance(part := raw.get(name), Mapping))
-    for config in (raw, *parts):
+    for config in _with_language_parts(raw):
         for key in ("quantization_config", "compression_config"):
             if isinstance(found := config.get(key), Mapping) and found:
                 return found
     return None
+
+
+def _with_language_parts(raw: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """Return a config.json, and the config of its language model if it has one."""
+    parts = (part for name in LANGUAGE_PARTS if isinstance(part := raw.get(name), Mapping))
+    return (raw, *parts)
 
 
 def quantization_method(quantization: Mapping[str, Any]) -> str:
@@ -164,15 +169,16 @@ def weight_bits(quantization: Mapping[str, Any]) -> int | None:
     """Return the number of bits of a checkpoint's weights; None if its config does not say.
 
     gptq and awq: {"bits": 4}, in old configs {"w_bit": 4}. torchao names a class: {"quant_type":
-    {"default": {"_type": "Int8WeightOnlyConfig"}}}.
+    {"default": {"_type": "Int8DynamicActivationInt4WeightConfig"}}} has weights of 4 bits.
+    Source: transformers 5.22.2, quantizer_torchao.py, _fuzzy_match_size (2026-11-28).
     """
     for key in ("bits", "w_bit"):
         if isinstance(bits := quantization.get(key), int):
             return bits
     kind = quantization.get("quant_type")
     named = str(kind.get("default", kind).get("_type", "")) if isinstance(kind, Mapping) else ""
-    digits = "".join(char for char in named if char.isdigit())[:1]
-    return int(digits) if digits else None
+    bits = re.search(r"(\d)weight", named.lower())
+    return int(bits[1]) if bits else None
 
 
 @cache
@@ -205,8 +211,7 @@ def find_refusal(
         sequence_len: tokens of the longest row.
         packages: the installed distributions; None if all are assumed to be installed.
     """
-    text = raw.get("text_config")
-    for part in (raw, *([text] if isinstance(text, Mapping) else [])):
+    for part in _with_language_parts(raw):
         type_ = str(part.get("model_type"))
         row = _find_row(type_, "training")
         missing = row is not None and packages is not None and {*(row.packages or ())} - {*packages}

@@ -99,7 +99,12 @@ def choose(
     if (replaced := _replace_if_mixing(plan, problem)) is not plan:
         return replaced
     if groups := _choose_groups(backends, machine, problem):
-        return replace(plan, groups=groups, reason=_groups_reason(groups, plan.chosen))
+        reason = (
+            "the model's layers differ, and each group runs the best backend that fits it: "
+            f"{_describe_groups(groups)}; the best one for all layers would be "
+            f"{plan.chosen.backend.name}"
+        )
+        return replace(plan, groups=groups, reason=reason)
     return replace(plan, reason=_rank_reason(plan, plan.chosen, machine, problem))
 
 
@@ -307,19 +312,13 @@ def _choose_groups(
     """
     if problem.model is None or len(problem.model.layers) < 2:
         return ()
-    if problem.model_class and reason_against_registered(problem.model_class, "a router"):
-        return ()
     order = _sort_by_rank(backends, machine, problem, routed=True)
     choices: list[tuple[LayerGroup, dict[str, Verdict], Verdict]] = []
     for group in problem.model.layers:
         alone = replace(problem, model=replace(problem.model, layers=(group,)))
         verdicts = {b.name: judge(b, machine, alone, rank=i) for i, b in enumerate(order, 1)}
         best = next(iter(_automatic(verdicts.values())), None)
-        # A router passes only the padding mask, so flex_attention would get no block mask; and
-        # torch's exact attention has neither soft cap nor sinks.
-        if best is None or best.backend.mask == "flex":
-            return ()
-        if best.backend.mask != "flash" and (group.softcap or group.sinks):
+        if best is None or _reason_against_router(best.backend, group, problem):
             return ()
         choices.append((group, verdicts, best))
     # The environment variables of such a backend affect all layers that run its package.
@@ -372,26 +371,33 @@ def _plan_by_kind(
         if only.name not in {verdict.backend.name for verdict in verdicts}:
             verdicts = (*verdicts, judge(only, machine, problem, rank=len(verdicts) + 1))
         return _plan_for(only, verdicts, strict=True, by=key)
-    if against := next(filter(None, (_reason_against_router(c, problem) for c in choices)), None):
-        remedy = f"name one backend for all layers in {key}"
-        return replace(nothing, reason=against, remedy=remedy)
+    for choice in choices:
+        backend = choice.verdict.backend
+        against = _reason_against_router(backend, choice.layers, problem)
+        if against is None and backend.for_process:
+            against = (
+                f"the variables of {backend.name} affect all layers, so all layers must run it"
+            )
+        if against is not None:
+            remedy = f"name one backend for all layers in {key}"
+            return replace(nothing, reason=against, remedy=remedy)
     groups, chosen = tuple(choices), choices[0].verdict
-    parts = [f"{_describe_layers(one.layers)} run {one.verdict.backend.name}" for one in groups]
-    reason = f"the backends that {key} names fit: {'; '.join(parts)}"
+    reason = f"the backends that {key} names fit: {_describe_groups(groups)}"
     return replace(nothing, chosen=chosen, groups=groups, reason=reason)
 
 
-def _reason_against_router(choice: GroupChoice, problem: Problem) -> str | None:
-    """Return why a router can't call the backend of a group of layers; None if it can."""
-    backend, layers = choice.verdict.backend, choice.layers
+def _reason_against_router(backend: Backend, layers: LayerGroup, problem: Problem) -> str | None:
+    """Return why a router can't call the backend of a group of layers; None if it can.
+
+    A router passes only the padding mask, so flex_attention would get no block mask; and torch's
+    exact attention has neither soft cap nor sinks.
+    """
     if problem.model_class and (own := reason_against_registered(problem.model_class, "a router")):
         return own.text
     if backend.mask == "flex":
         return f"{backend.name} needs a mask of its own, so all layers must run it"
     if backend.mask != "flash" and (layers.softcap or layers.sinks):
         return f"{backend.name} has no soft cap or sinks where other layers run another backend"
-    if backend.for_process:
-        return f"the variables of {backend.name} affect all layers, so all layers must run it"
     return None
 
 
@@ -456,13 +462,9 @@ def _family_reason(requested: Verdict, chosen: Verdict, source: str) -> str:
     return f"{rule}; {name} does not fit ({reason}), {other} is the first that does"
 
 
-def _groups_reason(groups: Sequence[GroupChoice], chosen: Verdict) -> str:
-    """Return why groups of layers run different backends."""
+def _describe_groups(groups: Sequence[GroupChoice]) -> str:
     parts = [f"{_describe_layers(one.layers)} run {one.verdict.backend.name}" for one in groups]
-    return (
-        "the model's layers differ, and each group runs the best backend that fits it: "
-        f"{'; '.join(parts)}; the best one for all layers would be {chosen.backend.name}"
-    )
+    return "; ".join(parts)
 
 
 def _describe_layers(group: LayerGroup) -> str:

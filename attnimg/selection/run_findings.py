@@ -144,6 +144,10 @@ def check_other_layers(
         machine: the machine, with its packages.
     """
     errors, warnings = [], []
+
+    def warn(code: str, what: str, do: str, *, key: str = "sample_packing") -> None:
+        warnings.append(Finding(code=code, key=key, what=what, do=do))
+
     for layers in other_layers(problem.model, machine):
         assert problem.model is not None
         count = "the layers" if layers.count is None else counted(layers.count, "layer")
@@ -160,31 +164,28 @@ def check_other_layers(
             )
             errors.append(error)
         elif problem.packing and layers.keeps_apart is None:
-            warning = Finding(
-                code="packing-unproven",
-                key="sample_packing",
-                what=f"it is not known whether packed documents are isolated in {count} "
+            warn(
+                "packing-unproven",
+                f"it is not known whether packed documents are isolated in {count} "
                 f"({layers.label})",
-                do="nothing now: attnimg train checks this on the real model before the first "
-                "step, and stops when documents leak",
+                "nothing now: attnimg train checks this on the real model before the first step, "
+                "and stops when documents leak",
             )
-            warnings.append(warning)
         elif problem.packing and layers.modules:
             what = f"{count} with {layers.label} are called once per document"
             do = "nothing, or set sample_packing: false if the steps are slow"
             if layers.missing:
                 what = f"{what} and run in plain PyTorch: {missing} not installed"
                 do = f"install {missing} on a GPU, or accept the speed"
-            warnings.append(Finding(code="slow-layers", key="sample_packing", what=what, do=do))
+            warn("slow-layers", what, do)
         elif missing:
-            warning = Finding(
-                code="slow-layers",
+            warn(
+                "slow-layers",
+                f"{count} with {layers.label} run in plain PyTorch, which is correct but slow: "
+                f"{missing} not installed",
+                f"install {missing}, or accept the speed",
                 key="base_model",
-                what=f"{count} with {layers.label} run in plain PyTorch, which is correct but "
-                f"slow: {missing} not installed",
-                do=f"install {missing}, or accept the speed",
             )
-            warnings.append(warning)
     return tuple(errors), tuple(warnings)
 
 

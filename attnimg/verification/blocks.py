@@ -44,14 +44,12 @@ class BlockReference:
         dq: (H, queries, D); None without d_out.
         dk: (G, keys, D), from the outputs of the whole row; None without d_out.
         dv: (G, keys, E), likewise.
-        dsinks: (H,); None without d_out or without sinks.
     """
 
     out: Tensor
     dq: Tensor | None
     dk: Tensor | None
     dv: Tensor | None
-    dsinks: Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,17 +123,12 @@ def block_reference(
         _attend_heads(row, slice(begin, begin + heads), queries, keys, tile_q=tile_q, tile_k=tile_k)
         for begin in range(0, n_kv_heads, heads)
     ]
-    out, dq, dk, dv, dsinks = (
+    out, dq, dk, dv = (
         None if found[0] is None else torch.cat(found) for found in zip(*parts, strict=True)
     )
     assert out is not None
-    return BlockReference(
-        out=out.flatten(0, 1),
-        dq=None if dq is None else dq.flatten(0, 1),
-        dk=dk,
-        dv=dv,
-        dsinks=None if dsinks is None else dsinks.flatten(),
-    )
+    dq = None if dq is None else dq.flatten(0, 1)
+    return BlockReference(out=out.flatten(0, 1), dq=dq, dk=dk, dv=dv)
 
 
 def document_spans(
@@ -193,7 +186,7 @@ def _attend_heads(
     tile_q: int,
     tile_k: int,
 ) -> tuple[Tensor | None, ...]:
-    """Return out, dq, dk, dv and dsinks of some key heads and their query heads."""
+    """Return out, dq, dk and dv of some key heads and their query heads."""
     n_tokens = row.q.shape[2]
     if n_tokens <= min(tile_q, tile_k) and _is_whole(row, queries, keys):
         return _attend_one_tile(row, heads)
@@ -214,23 +207,22 @@ def _attend_heads(
     none = total.new_zeros((*shape[:2], 0, row.v.shape[-1]))
     out = torch.cat([none, *(outs[begin] for begin, _ in requested)], 2)
     if row.d_out is None:
-        return out, None, None, None, None
+        return out, None, None, None
     none = total.new_zeros((*shape[:2], 0, row.q.shape[-1]))
     dq = torch.cat([none, *(_dq(row, heads, t, total, delta, tile_k=tile_k) for t in requested)], 2)
-    dsinks = _dsinks(row, heads, total, delta)
     if not keys:
-        return out, dq, None, None, dsinks
+        return out, dq, None, None
     found = [
         _dk_dv(row, heads, tile, total, delta, tile_q=tile_q)
         for span in keys
         for tile in _split(span, tile_k)
     ]
     dk, dv = (torch.cat(x, 1) for x in zip(*found, strict=True))
-    return out, dq, dk, dv, dsinks
+    return out, dq, dk, dv
 
 
 def _attend_one_tile(row: RowAttention, heads: slice) -> tuple[Tensor | None, ...]:
-    """Return out, dq, dk, dv and dsinks of all tokens, each product computed once."""
+    """Return out, dq, dk and dv of all tokens, each product computed once."""
     assert row.d_out is not None
     span = (0, row.q.shape[2])
     q, k, v, d_out = (x[heads].to(row.dtype) for x in (row.q, row.k, row.v, row.d_out))
@@ -246,14 +238,7 @@ def _attend_one_tile(row: RowAttention, heads: slice) -> tuple[Tensor | None, ..
     dq = row.round(d_scores @ k)
     dk = row.round((d_scores.transpose(-1, -2) @ q).sum(1))
     dv = row.round((weights.transpose(-1, -2) @ d_out).sum(1))
-    dsinks = _dsinks(row, heads, total, delta)
-    return out, dq, dk, dv, dsinks
-
-
-def _dsinks(row: RowAttention, heads: slice, total: Tensor, delta: Tensor) -> Tensor | None:
-    if row.sinks is None:
-        return None
-    return -(torch.exp(row.sinks[heads] - total) * delta).sum(-1)
+    return out, dq, dk, dv
 
 
 def _needed_tiles(
@@ -263,17 +248,11 @@ def _needed_tiles(
     yield from requested
     if row.d_out is None:
         return
-    # A sink gets a gradient from every query.
-    seeing = (
-        [(0, row.q.shape[2])]
-        if row.sinks is not None
-        else [_queries_that_see(row, s) for s in keys]
-    )
     done = torch.zeros(row.q.shape[2], dtype=torch.bool)
     for begin, end in requested:
         done[begin:end] = True
-    for span in seeing:
-        for begin, end in _split(span, tile_q):
+    for span in keys:
+        for begin, end in _split(_queries_that_see(row, span), tile_q):
             if not done[begin:end].all():
                 done[begin:end] = True
                 yield begin, end

@@ -33,6 +33,7 @@ from attnimg.verification.checks import (
     check_precision,
     check_repeated,
     check_values,
+    worst_figures,
 )
 from attnimg.verification.process_state import leaks
 from attnimg.verification.reference import reference, scale_derivative, sum_order_bounds
@@ -329,7 +330,7 @@ def merge(found: Iterable[Findings]) -> Findings:
     """Merge findings: the worst figure of each quantity, the first of each reason."""
     parts = list(found)
     return Findings(
-        figures=_worst([figure for part in parts for figure in part.figures]),
+        figures=worst_figures(figure for part in parts for figure in part.figures),
         reasons=_first_of_each([reason for part in parts for reason in part.reasons]),
         cases=sum(part.cases for part in parts),
         unrepeated=[reason for part in parts for reason in part.unrepeated],
@@ -372,23 +373,6 @@ def _capability(device: str) -> tuple[int, int] | None:
     """Return the compute capability of an NVIDIA GPU."""
     nvidia = device == "cuda" and torch.version.hip is None
     return torch.cuda.get_device_capability() if nvidia else None
-
-
-def _worst(figures: list[Figure]) -> list[Figure]:
-    """Return, for each quantity, the figure that is closest to its bound or exceeds it most."""
-    worst: dict[str, Figure] = {}
-    for figure in figures:
-        other = worst.get(figure.quantity)
-        if other is None or _margin(figure) > _margin(other):
-            worst[figure.quantity] = figure
-    return list(worst.values())
-
-
-def _margin(figure: Figure) -> float:
-    """Return the error as a share of the bound, or their difference in decibels."""
-    if figure.error < 0 or figure.allowed <= 0:  # decibels
-        return figure.error - figure.allowed
-    return figure.error / figure.allowed
 
 
 def _first_of_each(reasons: list[Reason]) -> list[Reason]:

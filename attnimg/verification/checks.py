@@ -17,7 +17,7 @@ the bounds (tests/fixtures/noisy_kernels, docs/measured/proof-noise.json).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -255,8 +255,7 @@ def check_precision(probe: Probe, found: Result, expected: Expected) -> Iterator
                 f"{case.name}: {name} is {error:.1e} off the reference on average, allowed"
                 f" {allowed:.1e} ({MEAN_ROUNDING:g} times plain attention's)"
             )
-            close = error <= NOISE_MARGIN * allowed
-            yield Fault(numerics_code(name), text, noise_sensitive=close)
+            yield numerics_fault(name, text, error=error, allowed=allowed)
 
 
 def check_finite(case: Case, found: Result) -> Iterator[Fault]:
@@ -342,9 +341,12 @@ def tolerance_factor(backend: Backend, name: str) -> float | None:
     return backend.k_forward if name == "out" else backend.k_backward
 
 
-def numerics_code(name: str) -> str:
-    """Return the code of a reason about the output or a gradient."""
-    return "numerics-fwd" if name == "out" else "numerics-bwd"
+def numerics_fault(name: str, text: str, *, error: float, allowed: float) -> Fault:
+    """Return the fault of an output or a gradient whose error is larger than the allowed one."""
+    code = "numerics-fwd" if name == "out" else "numerics-bwd"
+    # Bounds in decibels are negative.
+    close = error - allowed <= (NOISE_MARGIN - 1) * abs(allowed)
+    return Fault(code, text, noise_sensitive=close)
 
 
 def with_device_bounds(backend: Backend) -> Backend:
@@ -385,9 +387,7 @@ def _check_bound(backend: Backend, figure: Figure) -> Iterator[Fault]:
         f"{figure.case}: {figure.quantity} is {figure.error:.1e} off the reference,"
         f" allowed {figure.allowed:.1e} ({rule})"
     )
-    # Bounds in decibels are negative.
-    close = figure.error - figure.allowed <= (NOISE_MARGIN - 1) * abs(figure.allowed)
-    yield Fault(numerics_code(figure.quantity), text, noise_sensitive=close)
+    yield numerics_fault(figure.quantity, text, error=figure.error, allowed=figure.allowed)
 
 
 def _check_factor(probe: Probe, name: str, found: Tensor, expected: Expected) -> Iterator[Fault]:
@@ -406,8 +406,7 @@ def _check_factor(probe: Probe, name: str, found: Tensor, expected: Expected) ->
         text = (
             f"{case.name}: {name} is {factor:.4f} times the reference, allowed 1 +- {allowed:.1e}"
         )
-        close = abs(factor - 1) <= NOISE_MARGIN * allowed
-        yield Fault(numerics_code(name), text, noise_sensitive=close)
+        yield numerics_fault(name, text, error=abs(factor - 1), allowed=allowed)
 
 
 def _noise_of_factor(exact: Tensor, bounds: Tensor | None) -> float:
@@ -435,7 +434,7 @@ def _check_scale(probe: Probe, out: Tensor, expected: Expected) -> Iterator[Faul
         text = (
             f"{case.name}: out is that of {1 + off:.4f} times the scale, allowed 1 +- {allowed:.1e}"
         )
-        yield Fault("numerics-fwd", text, noise_sensitive=abs(off) <= NOISE_MARGIN * allowed)
+        yield numerics_fault("out", text, error=abs(off), allowed=allowed)
 
 
 def _scale_error(found: Tensor, exact: Tensor, slope: Tensor) -> float:
@@ -465,6 +464,25 @@ def root_mean_square(value: Tensor) -> float:
 def largest(value: Tensor) -> float:
     """Return the largest absolute value; 0 for an empty tensor."""
     return value.abs().max().item() if value.numel() else 0.0
+
+
+def worst_figures(figures: Iterable[Figure]) -> list[Figure]:
+    """Return, for each quantity, the figure that is closest to its bound or exceeds it most."""
+    worst: dict[str, Figure] = {}
+    for figure in figures:
+        known = worst.get(figure.quantity)
+        if known is None or margin(figure) > margin(known):
+            worst[figure.quantity] = figure
+    return list(worst.values())
+
+
+def margin(figure: Figure) -> float:
+    """Return the error as a share of the bound, or their difference in decibels; inf for NaN."""
+    if math.isnan(figure.error):
+        return math.inf
+    if figure.error < 0 or figure.allowed <= 0:  # decibels
+        return figure.error - figure.allowed
+    return figure.error / figure.allowed
 
 
 # A kernel may be noisier than float32 sums, such as one with sums in bfloat16. The differences of

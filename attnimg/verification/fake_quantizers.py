@@ -9,7 +9,7 @@ same outputs too.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from attnimg.fake_quantization import (
     quantization,
 )
 from attnimg.run_facts import Figure, QatTask, Reason
+from attnimg.verification.checks import margin
 from attnimg.verification.layers import TaskResult
 
 # Precision -> how far outputs may be off, as a share of the rounding that they simulate; the same
@@ -55,16 +56,25 @@ def prove_fake_quantizers(
     """
     figures: list[Figure] = []
     reasons: list[Reason] = []
+
+    def judge(case: str, compared: Iterator[tuple[str, float, float]]) -> None:
+        for quantity, error, allowed in compared:
+            figures.append(Figure(quantity=quantity, error=error, allowed=allowed, case=case))
+            if not error <= allowed:
+                of = "its size" if quantity.startswith("gradient") else "the simulated rounding"
+                text = f"{case}: the {quantity} is {error:.3g} of {of} off, allowed {allowed:.3g}"
+                reasons.append(Reason(code="qat-wrong", text=text))
+
     for dtype in dict.fromkeys(("float32", task.dtype)):
         for name in ("without a bias", "with a bias", "one-hot weights"):
             case = f"qat: {dtype} layer, {name}"
             on_case(case)
-            _compare_linear(task, dtype, name, case, device, figures, reasons)
+            judge(case, _compare_linear(task, dtype, name, device=device))
         if task.embeddings:
             case = f"qat: {dtype} embedding"
             on_case(case)
-            _compare_embedding(task, dtype, case, device, figures, reasons)
-    worst = max(figures, key=lambda figure: figure.error / figure.allowed)
+            judge(case, _compare_embedding(task, dtype, device=device))
+    worst = max(figures, key=margin)
     return TaskResult([worst], reasons, len(figures))
 
 
@@ -78,10 +88,9 @@ class _Gradients(NamedTuple):
 
 
 def _compare_linear(
-    task: QatTask, dtype: str, name: str, case: str, device: str,
-    figures: list[Figure], reasons: list[Reason],
-) -> None:  # fmt: skip
-    """Compare one linear layer; add its figures, and a reason for each broken bound."""
+    task: QatTask, dtype: str, name: str, *, device: str
+) -> Iterator[tuple[str, float, float]]:
+    """Compare one linear layer; yield each quantity, its error and the allowed one."""
     columns = task.group_size * max(2, COLUMNS // task.group_size)
     generator = torch.Generator().manual_seed(0)
 
@@ -110,27 +119,20 @@ def _compare_linear(
     fake = nn.Sequential(copy.deepcopy(layer))
     insert_fake_quantizers(fake, task)
     found = _call(fake, inputs, out)
-
-    def judge(quantity: str, error: float, allowed: float, of: str) -> None:
-        figures.append(Figure(quantity=quantity, error=error, allowed=allowed, case=case))
-        if not error <= allowed:
-            text = f"{case}: the {quantity} is {error:.3g} of {of} off, allowed {allowed:.3g}"
-            reasons.append(Reason(code="qat-wrong", text=text))
-
     exact = [_reference(task, layer, inputs, out, moving=moving) for moving in (False, True)]
     wanted = exact[0].output
     weight_only = _without_input_rounding(task, layer, inputs)
     unrounded = weight_only if one_hot else _plain(layer, inputs)
     bound = (INPUT if one_hot and task.activation_dtype else OUTPUT)[dtype]
     size = (wanted - unrounded).norm().item() or wanted.norm().item()
-    judge("output", (found.output - wanted).norm().item() / size, bound, "the simulated rounding")
+    yield "output", (found.output - wanted).norm().item() / size, bound
     clamped = _is_largest(layer.weight, task.group_size)
     for quantity in ("weight", "input", "bias") if layer.bias is not None else ("weight", "input"):
         value, *results = (getattr(one, quantity) for one in (found, *exact))
         if quantity == "weight":
             value, *results = (one.masked_fill(clamped, 0) for one in (value, *results))
         error = min((value - one).norm().item() / one.norm().item() for one in results)
-        judge(f"gradient of the {quantity}", error, GRADIENT[dtype], "its size")
+        yield f"gradient of the {quantity}", error, GRADIENT[dtype]
     if task.activation_dtype and not one_hot:
         # The largest numbers are negative here: rounding may go either way, and must go one.
         with torch.no_grad():
@@ -139,15 +141,13 @@ def _compare_linear(
             quantized = nn.Sequential(copy.deepcopy(layer))
             _quantize(quantized, quantization(task))
             error = (fake(inputs) - quantized(inputs)).double().norm().item() / size
-        judge("output, compared with the quantized layer", error, QUANTIZED,
-              "the simulated rounding")  # fmt: skip
+        yield "output, compared with the quantized layer", error, QUANTIZED
 
 
 def _compare_embedding(
-    task: QatTask, dtype: str, case: str, device: str,
-    figures: list[Figure], reasons: list[Reason],
-) -> None:  # fmt: skip
-    """Compare an embedding with that which torchao quantizes, and its gradient."""
+    task: QatTask, dtype: str, *, device: str
+) -> Iterator[tuple[str, float, float]]:
+    """Compare an embedding with that which torchao quantizes, and its gradient; yield as above."""
     columns = 2 * task.group_size
     generator = torch.Generator().manual_seed(0)
     embedding = nn.Embedding(ROWS, columns, device=device, dtype=getattr(torch, dtype))
@@ -173,12 +173,8 @@ def _compare_embedding(
             ("gradient of the weight", fake[0].weight.grad.double() * part, gradient * part,
              gradient, GRADIENT[dtype]),
         )  # fmt: skip
-        for quantity, found, needed, size, allowed in results:
-            error = ((found - needed).norm() / size.norm()).item()
-            figures.append(Figure(quantity=quantity, error=error, allowed=allowed, case=case))
-            if not error <= allowed:
-                text = f"{case}: the {quantity} is {error:.3g} off, allowed {allowed:.3g}"
-                reasons.append(Reason(code="qat-wrong", text=text))
+    for quantity, found, needed, size, allowed in results:
+        yield quantity, ((found - needed).norm() / size.norm()).item(), allowed
 
 
 def _quantize(model: nn.Module, config: Any, kind: Callable[..., bool] | None = None) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from attnimg import hub_layers, liger
 from attnimg.run_facts import Figure, LayersTask, Reason
+from attnimg.verification.checks import worst_figures
 from attnimg.verification.layer_calls import LayerCall, LayerInputs, Layout, Tiling, run_calls, tile
 from attnimg.verification.layer_subjects import Form, Subject, build_model, list_subjects
 
@@ -104,7 +106,7 @@ def _prove(
     subjects: list[Subject], task: LayersTask, *, device: str, on_case: Callable[[str], None]
 ) -> TaskResult:
     """Run the cases of all layers until one is wrong."""
-    figures: dict[str, Figure] = {}
+    figures: list[Figure] = []
     reasons: list[Reason] = []
     cases = 0
     notes = []
@@ -119,19 +121,12 @@ def _prove(
             on_case(name)
             found, reasons = check()
             cases += 1
-            for figure in found:
-                known = figures.get(figure.quantity)
-                if known is None or _share(figure) > _share(known):
-                    figures[figure.quantity] = figure
+            figures += found
             if reasons:
                 break
         if reasons:
             break
-    return TaskResult(list(figures.values()), reasons, cases, "; ".join(notes))
-
-
-def _share(figure: Figure) -> float:
-    return figure.error / figure.allowed if math.isfinite(figure.error) else math.inf
+    return TaskResult(worst_figures(figures), reasons, cases, "; ".join(notes))
 
 
 def _count_tokens(subject: Subject, task: LayersTask, *, device: str) -> int:
@@ -147,23 +142,14 @@ def _list_checks(
     subject: Subject, task: LayersTask, tokens: int, *, device: str
 ) -> Iterator[tuple[str, Callable[[], tuple[list[Figure], list[Reason]]]]]:
     """Yield the name of each case of a layer, and the function that runs it."""
+    autocast = getattr(torch, task.dtype) if task.autocast else None
     for dtype, weight_dtype in subject.dtypes:
         precision = dtype if dtype == weight_dtype else f"{dtype} and {weight_dtype}"
         for case in _list_cases(subject, tokens, device=device):
             count = case.tokens or sum(form.tokens for form, _ in case.calls[:1])
             name = f"{task.op}: {subject.name}, {count} tokens, {precision}, {case.name}"
-
-            def check(
-                case: _Case = case,
-                dtypes: tuple[str, str] = (dtype, weight_dtype),
-                name: str = name,
-            ) -> tuple[list[Figure], list[Reason]]:
-                autocast = getattr(torch, task.dtype) if task.autocast else None
-                return _check_case(
-                    subject, case, dtypes, name=name, device=device, autocast=autocast
-                )
-
-            yield name, check
+            check = partial(_check_case, subject, case, (dtype, weight_dtype))
+            yield name, partial(check, name=name, device=device, autocast=autocast)
 
 
 def _list_cases(subject: Subject, tokens: int, *, device: str) -> Iterator[_Case]:

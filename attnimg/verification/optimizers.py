@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from attnimg.run_facts import Figure, OptimizerTask, Reason
+from attnimg.verification.checks import margin
 from attnimg.verification.layers import TaskResult
 
 # Bits of the states -> how far the sum of ten updates may be from the exact one, as a share of it,
@@ -101,7 +102,7 @@ def prove_optimizer(
                 if text:
                     reasons.append(Reason(code="optimizer-wrong", text=f"{name}: {text}"))
                     break
-    worst = max(figures, key=lambda figure: figure.error / figure.allowed)
+    worst = max(figures, key=margin)
     return TaskResult([worst], reasons, len(figures))
 
 

@@ -8,11 +8,13 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 from attnimg.backends import kernel_variables, local_kernel
 from attnimg.backends._loading import hub_folder
+from attnimg.backends.flash_attention_2 import DENSE
 from attnimg.context import build_context
 from attnimg.facts import Backend, Machine
 from attnimg.files import CachedHasher, cache_folder, read_checked, write_checked
@@ -68,60 +70,91 @@ def prove(
     Returns:
         A proof for each backend, in the same order. An error of a kernel is a reason in its proof.
     """
-    machine, folder = setting.machine, setting.folder
     candidates = [_candidate(backend, problem, setting, routed=routed) for backend in backends]
-    keys = _keys(backends, candidates, setting=setting)
+    pairs = list(zip(backends, candidates, strict=True))
+    return prove_candidates(
+        candidates,
+        keys=[partial(_key, backend, candidate, setting) for backend, candidate in pairs],
+        bounded=[backend.k_forward is not None for backend in backends],
+        setting=setting,
+        log=log,
+        timeout_s=timeout_s,
+    )
+
+
+def prove_candidates(
+    candidates: Sequence[Candidate],
+    *,
+    keys: Sequence[Callable[[CachedHasher], str]],
+    bounded: Sequence[bool],
+    setting: Setting,
+    log: Callable[[str], None],
+    timeout_s: float | None = None,
+) -> list[Proof]:
+    """Read the proofs of candidates from the cache, and make the missing ones in a child process.
+
+    Args:
+        candidates: what to prove.
+        keys: for each, a function that returns the key of its proof, or raises OSError where its
+            files can't be read.
+        bounded: for each, whether there is a bound for every figure.
+        setting: the machine, the environment and the cache.
+        log: called with each progress line, and with notes on unusable files of the cache.
+        timeout_s: seconds for one candidate; None for the device's default.
+
+    Returns:
+        A proof for each candidate, in the same order.
+    """
+    folder = setting.folder
+    before = _find_keys(keys, folder)
     proofs: dict[int, Proof] = {}
-    for place, key in enumerate(keys):
+    for place, key in enumerate(before):
         if folder is not None and key is not None:
-            backend = backends[place]
-            has_bounds = backend.k_forward is not None
-            cached = read(folder, key, name=backend.name, has_bounds=has_bounds, log=log)
+            name, has_bounds = candidates[place].backend, bounded[place]
+            cached = read(folder, key, name=name, has_bounds=has_bounds, log=log)
             if cached is not None:
                 proofs[place] = cached
-    missing = [place for place in range(len(backends)) if place not in proofs]
+    missing = [place for place in range(len(candidates)) if place not in proofs]
     if missing:
-        device = "cpu" if machine.arch.vendor == "cpu" else "cuda"
+        device = "cpu" if setting.machine.arch.vendor == "cpu" else "cuda"
         left = [candidates[place] for place in missing]
         proofs |= zip(missing, run(left, device=device, timeout_s=timeout_s, log=log), strict=True)
-        if folder is not None:
-            # Kernels that were downloaded by the proof have a key now. Where files changed during
-            # the proof, it is not written.
-            after = _keys(backends, candidates, setting=setting)
-            for place in missing:
-                key = after[place]
-                if key is not None and keys[place] in (None, key):
-                    write(folder, key, proofs[place], log=log)
-    return [proofs[place] for place in range(len(backends))]
+        # Kernels that were downloaded by the proof have a key now. Where files changed during the
+        # proof, it is not written.
+        after = _find_keys(keys, folder)
+        for place in missing:
+            key = after[place]
+            if folder is not None and key is not None and before[place] in (None, key):
+                write(folder, key, proofs[place], log=log)
+    return [proofs[place] for place in range(len(candidates))]
 
 
-def _keys(
-    backends: Sequence[Backend], candidates: Sequence[Candidate], *, setting: Setting
+def _find_keys(
+    keys: Sequence[Callable[[CachedHasher], str]], folder: Path | None
 ) -> list[str | None]:
-    """Return the key of each proof; None where the kernel's files can't be read."""
-    if setting.folder is None:
-        return [None] * len(backends)
-    hashes = CachedHasher(setting.folder)
-    keys: list[str | None] = []
-    for backend, candidate in zip(backends, candidates, strict=True):
+    """Return the key of each proof; None without a cache, or where files can't be read."""
+    if folder is None:
+        return [None] * len(keys)
+    hashes = CachedHasher(folder)
+    found: list[str | None] = []
+    for key in keys:
         try:
-            content = _content(
-                backend, machine=setting.machine, trusted=candidate.trusted, hashes=hashes
-            )
+            found.append(key(hashes))
         except OSError:
-            keys.append(None)
-            continue
-        keys.append(
-            proof_key(
-                candidate,
-                machine=setting.machine,
-                versions=versions_of(package for package, _, _ in backend.needs.packages),
-                content=content,
-                variables=kernel_variables(setting.environment),
-            )
-        )
+            found.append(None)
     hashes.save()
-    return keys
+    return found
+
+
+def _key(backend: Backend, candidate: Candidate, setting: Setting, hashes: CachedHasher) -> str:
+    machine, trusted = setting.machine, candidate.trusted
+    return proof_key(
+        candidate,
+        machine=machine,
+        versions=versions_of(package for package, _, _ in backend.needs.packages),
+        content=_content(backend, machine=machine, trusted=trusted, hashes=hashes),
+        variables=kernel_variables(setting.environment),
+    )
 
 
 def hash_files(backend: Backend, *, setting: Setting, trusted: bool) -> dict[str, str] | None:
@@ -343,4 +376,4 @@ def list_geometries(
 def has_dense_function(backend: Backend, machine: Machine) -> bool:
     """Return whether a backend takes rows of one document: some have only a varlen function."""
     local = local_kernel(backend, machine)
-    return local is None or local.exports is None or "flash_attn_func" in local.exports
+    return local is None or local.exports is None or DENSE in local.exports

@@ -36,14 +36,13 @@ from attnimg.verification.cases import Scores
 from attnimg.verification.checks import (
     GAIN,
     GAIN_VALUES,
-    NOISE_MARGIN,
     SHORT,
     Fault,
     allowed_error,
     allowed_gain,
     fit_factor,
     largest,
-    numerics_code,
+    numerics_fault,
     with_device_bounds,
 )
 from attnimg.verification.rounding import UNIT, rounding_bounds
@@ -552,8 +551,7 @@ def _compare(
     yield Figure(quantity=name, error=error, allowed=allowed, case=case)
     if error > allowed:
         text = f"{name} is {error:.1e} off the reference, allowed {allowed:.1e} ({case})"
-        close = error <= NOISE_MARGIN * allowed
-        yield Fault(numerics_code(name), text, noise_sensitive=close)
+        yield numerics_fault(name, text, error=error, allowed=allowed)
     clear = rounding.square().sum() <= MAX_ROUNDING_SHARE**2 * exact.square().sum()
     if exact.numel() >= GAIN_VALUES and clear:
         off = fit_factor(found, exact) - 1
@@ -561,8 +559,7 @@ def _compare(
         limit = allowed_gain(backend, name, atol=GAIN[dtype], gain=gain)
         if abs(off) > limit:
             text = f"{name} is {1 + off:.4f} times the reference, allowed 1 +- {limit:.1e} ({case})"
-            close = abs(off) <= NOISE_MARGIN * limit
-            yield Fault(numerics_code(name), text, noise_sensitive=close)
+            yield numerics_fault(name, text, error=abs(off), allowed=limit)
 
 
 def _select(x: Tensor, spans: list[Span]) -> Tensor:

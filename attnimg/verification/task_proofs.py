@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from attnimg.files import CachedHasher
 from attnimg.run_facts import LayersTask, OptimizerTask, Proof, ProvenTask, QatTask
-from attnimg.verification.proofs import Setting, proof_key, read, versions_of, write
-from attnimg.verification.runner import Candidate, run
+from attnimg.verification.proofs import Setting, proof_key, prove_candidates, versions_of
+from attnimg.verification.runner import Candidate
 
 # Prefixes of the environment variables that choose among kernels, or run them in an interpreter.
 _VARIABLES = ("LIGER_", "TRITON_INTERPRET", "DISABLE_KERNEL_MAPPING", "USE_HUB_KERNELS")
@@ -28,23 +29,12 @@ def prove_tasks(
         A proof for each task, in the same order; its `backend` is task_name.
     """
     candidates = [Candidate(backend=task_name(task), geometries=(), task=task) for task in tasks]
-    keys = [_key(candidate, setting) for candidate in candidates]
-    proofs: dict[int, Proof] = {}
-    for place, (candidate, key) in enumerate(zip(candidates, keys, strict=True)):
-        if setting.folder is not None and key is not None:
-            cached = read(setting.folder, key, name=candidate.backend, has_bounds=True, log=log)
-            if cached is not None:
-                proofs[place] = cached
-    missing = [place for place in range(len(tasks)) if place not in proofs]
-    if missing:
-        device = "cpu" if setting.machine.arch.vendor == "cpu" else "cuda"
-        made = run([candidates[place] for place in missing], device=device, log=log)
-        for place, proof in zip(missing, made, strict=True):
-            proofs[place] = proof
-            # Where files changed during the proof, it is not written.
-            if setting.folder and keys[place] and _key(candidates[place], setting) == keys[place]:
-                write(setting.folder, str(keys[place]), proof, log=log)
-    return [proofs[place] for place in range(len(tasks))]
+    keys = [
+        partial(_key, candidate, task, setting)
+        for candidate, task in zip(candidates, tasks, strict=True)
+    ]
+    bounded = [True] * len(tasks)
+    return prove_candidates(candidates, keys=keys, bounded=bounded, setting=setting, log=log)
 
 
 def task_name(task: ProvenTask) -> str:
@@ -65,27 +55,21 @@ def package_of(task: ProvenTask) -> str:
     return "torchao" if task.optimizer.startswith("adamw_torch_") else "bitsandbytes"
 
 
-def _key(candidate: Candidate, setting: Setting) -> str | None:
-    """Return the key of a proof; None without a cache, or where files can't be read."""
-    if setting.folder is None:
-        return None
-    hashes = CachedHasher(setting.folder)
-    task = candidate.task
-    assert task is not None
+def _key(candidate: Candidate, task: ProvenTask, setting: Setting, hashes: CachedHasher) -> str:
+    """Return the key of a proof.
+
+    Raises:
+        OSError: some of the files are not known, or can't be read.
+    """
     name = package_of(task)
     hub = task.hub if isinstance(task, LayersTask) else None
-    try:
-        found = hashes.hash_folder(Path(hub.folder)) if hub else hashes.hash_package(name)
-        content = {"attnimg": hashes.hash_folder(Path(__file__).parents[1])}
-    except OSError:
-        return None
+    found = hashes.hash_folder(Path(hub.folder)) if hub else hashes.hash_package(name)
     if not found:
-        return None
-    hashes.save()
+        raise OSError(f"{name} is not installed, or does not list its files")
     return proof_key(
         candidate,
         machine=setting.machine,
         versions=versions_of([] if hub else [name]),
-        content=content | {name: found},
+        content={"attnimg": hashes.hash_folder(Path(__file__).parents[1]), name: found},
         variables={k: v for k, v in setting.environment.items() if k.startswith(_VARIABLES)},
     )

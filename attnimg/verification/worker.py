@@ -66,12 +66,7 @@ def prove_candidate(
     from attnimg.backends.fp8 import restore_flash_kernel
     from attnimg.verification.candidate import device_budget, merge, prove_geometry, repeat_calls
     from attnimg.verification.checks import with_device_bounds
-    from attnimg.verification.process_state import (
-        ProcessState,
-        draw_and_read_states,
-        is_rewound,
-        process_state_reason,
-    )
+    from attnimg.verification.process_state import process_state_reason
     from attnimg.verification.runner import count_forks
 
     started = time.perf_counter()
@@ -83,28 +78,15 @@ def prove_candidate(
     budget = device_budget(backend, device=device)
     longest = min(longest_document(geometry, budget) for geometry in geometries)
     all_heads = min(full_row_length(geometry, budget) for geometry in geometries)
-    stage = ["loading"]
-    before, random = ProcessState(), draw_and_read_states(torch.device(device))
-
-    def require_unchanged(*, all_code: bool = False) -> None:
-        changes = before.changes()
-        if all_code:
-            changes += before.replaced_code()
-        if stage[0] != "loading":
-            changes += before.count_changes()
-        elif not changes and is_rewound(random, torch.device(device)):
-            changes.append("torch's random numbers were seeded or rewound")
-        if changes:
-            raise _ProcessChanged(process_state_reason(changes, when=stage[0]))
+    watch = _Watch(device, report)
 
     def on_probe(case: str) -> None:
-        require_unchanged()
-        stage[0] = case
-        _send(report, case=case)
+        watch.require_unchanged()
+        watch.begin(case)
 
     try:
         function = attention_function(backend, trusted=candidate["trusted"])
-        require_unchanged(all_code=True)
+        watch.require_unchanged(all_code=True)
         found = merge(
             prove_geometry(
                 function,
@@ -121,12 +103,12 @@ def prove_candidate(
         leaking, later = repeat_calls(
             function, backend, geometries[0], device=device, references=references
         )
-        require_unchanged(all_code=True)
+        watch.require_unchanged(all_code=True)
         if running := count_forks():
             leaking = [*leaking, f"children: {running} forks of this process still run"]
     # Foreign kernels may raise anything, on import and in a call. The reason is kept and shown.
     except (Exception, SystemExit) as error:
-        reasons = _reasons(error, stage=stage[0], changes=before.changes())
+        reasons = watch.reasons(error)
         seconds = time.perf_counter() - started
         return Proof(backend=name, reasons=reasons, longest=longest, seconds=seconds)
     finally:
@@ -147,7 +129,7 @@ def prove_candidate(
     notes += [f"raises where training never calls it: {call}" for call in found.raised]
     reasons = tuple(found.reasons) or tuple(later)
     if leaking:
-        reasons = (process_state_reason(leaking, when=stage[0]), *reasons)
+        reasons = (process_state_reason(leaking, when=watch.stage), *reasons)
     return Proof(
         backend=name,
         reasons=reasons,
@@ -164,53 +146,30 @@ def prove_task(candidate: dict[str, Any], *, device: str, report: TextIO) -> Pro
 
     A kernel of the hub, whose code may be anybody's, must not change the process either.
     """
-    import torch
-
     from attnimg.hub_layers import load_layer
     from attnimg.verification.fake_quantizers import prove_fake_quantizers
     from attnimg.verification.layers import TaskResult, prove_layers
     from attnimg.verification.optimizers import prove_optimizer
-    from attnimg.verification.process_state import (
-        ProcessState,
-        draw_and_read_states,
-        is_rewound,
-        process_state_reason,
-    )
 
     started = time.perf_counter()
     name, values = candidate["backend"], candidate["task"]
-    stage = ["loading"]
-
     hub = HubLayer(**values["hub"]) if values.get("hub") else None
-    before, random = ProcessState(), draw_and_read_states(torch.device(device))
-
-    def on_case(case: str) -> None:
-        stage[0] = case
-        _send(report, case=case)
-
-    def require_unchanged() -> None:
-        changes = [*before.changes(), *before.replaced_code()] if hub else []
-        if hub and stage[0] == "loading" and is_rewound(random, torch.device(device)):
-            changes.append("torch's random numbers were seeded or rewound")
-        if changes:
-            raise _ProcessChanged(process_state_reason(changes, when=stage[0]))
-
+    watch = _Watch(device, report, may_change=hub is None)
     try:
         if hub:
             load_layer(hub)
-            require_unchanged()
+            watch.require_unchanged(all_code=True)
         if "op" in values:
             task = LayersTask(**{**values, "hub": hub})
-            found = prove_layers(task, device=device, on_case=on_case)
-            require_unchanged()
+            found = prove_layers(task, device=device, on_case=watch.begin)
+            watch.require_unchanged(all_code=True)
         elif "group_size" in values:
-            found = prove_fake_quantizers(QatTask(**values), device=device, on_case=on_case)
+            found = prove_fake_quantizers(QatTask(**values), device=device, on_case=watch.begin)
         else:
-            found = prove_optimizer(OptimizerTask(**values), device=device, on_case=on_case)
+            found = prove_optimizer(OptimizerTask(**values), device=device, on_case=watch.begin)
     # SystemExit as well, as in prove_candidate: the child must report it and go on.
     except (Exception, SystemExit) as error:
-        changes = before.changes() if hub else []
-        found = TaskResult([], list(_reasons(error, stage=stage[0], changes=changes)), 0)
+        found = TaskResult([], list(watch.reasons(error)), 0)
     return Proof(
         backend=name,
         reasons=tuple(found.reasons),
@@ -229,14 +188,57 @@ class _ProcessChanged(Exception):
         self.reason = reason
 
 
-def _reasons(error: BaseException, *, stage: str, changes: list[str]) -> tuple[Reason, ...]:
-    """Return the reasons for an exception; a changed process comes first, as the likely cause."""
-    from attnimg.verification.process_state import process_state_reason
+class _Watch:
+    """Watch whether the code that is proven changes the process.
 
-    if isinstance(error, _ProcessChanged):
-        return (error.reason,)
-    changed = (process_state_reason(changes, when=stage),) if changes else ()
-    return (*changed, _reason(error, stage=stage))
+    Args:
+        device: "cpu" or "cuda".
+        report: where the parent is told what runs.
+        may_change: whether changes are allowed.
+
+    Attributes:
+        stage: what runs, "loading" at first.
+    """
+
+    def __init__(self, device: str, report: TextIO, *, may_change: bool = False) -> None:
+        import torch
+
+        from attnimg.verification.process_state import ProcessState, draw_and_read_states
+
+        self.stage = "loading"
+        self._device, self._report, self._may_change = torch.device(device), report, may_change
+        self._before, self._random = ProcessState(), draw_and_read_states(self._device)
+
+    def begin(self, case: str) -> None:
+        """Report a case that is about to run."""
+        self.stage = case
+        _send(self._report, case=case)
+
+    def require_unchanged(self, *, all_code: bool = False) -> None:
+        """Raise _ProcessChanged if the process changed; `all_code`: also in any loaded module."""
+        from attnimg.verification.process_state import is_rewound, process_state_reason
+
+        if self._may_change:
+            return
+        changes = self._before.changes()
+        if all_code:
+            changes += self._before.replaced_code()
+        if self.stage != "loading":
+            changes += self._before.count_changes()
+        elif not changes and is_rewound(self._random, self._device):
+            changes.append("torch's random numbers were seeded or rewound")
+        if changes:
+            raise _ProcessChanged(process_state_reason(changes, when=self.stage))
+
+    def reasons(self, error: BaseException) -> tuple[Reason, ...]:
+        """Return the reasons for an exception; a changed process comes first, as the cause."""
+        from attnimg.verification.process_state import process_state_reason
+
+        if isinstance(error, _ProcessChanged):
+            return (error.reason,)
+        changes = [] if self._may_change else self._before.changes()
+        changed = (process_state_reason(changes, when=self.stage),) if changes else ()
+        return (*changed, _reason(error, stage=self.stage))
 
 
 def _reason(error: BaseException, *, stage: str) -> Reason:

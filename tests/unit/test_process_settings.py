@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,3 +75,20 @@ def test_a_thread_other_than_the_main_one_restores_all_but_handlers(tmp_path: Pa
     thread.start()
     thread.join()
     assert found == [tmp_path, 0o022]
+
+
+def test_the_working_directory_need_not_be_readable(tmp_path: Path) -> None:
+    code = f"""if True:
+        import os
+        from attnimg.application.registry import keep_process_settings
+        os.chmod(".", 0o311)
+        if os.geteuid() == 0:
+            os.seteuid(65534)
+        with keep_process_settings():
+            os.chdir("/")
+        assert os.getcwd() == {str(tmp_path)!r}
+    """
+    try:
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    finally:
+        tmp_path.chmod(0o700)

@@ -287,6 +287,13 @@ def test_what_a_run_can_use_passes(
     assert not errors, errors[0]
 
 
+def test_torchao_names_the_bits_of_weights_after_those_of_inputs() -> None:
+    name = "Int8DynamicActivationInt4WeightConfig"
+    stored = {"quant_method": "torchao", "quant_type": {"default": {"_type": name}}}
+    errors, _ = judged(stored, packages={"torchao": "0.15"}, **LORA)
+    assert "found weights of 4 bits; only torchao weights of 8 bits" in errors[0].why
+
+
 def test_a_package_that_is_too_old_is_named_with_both_versions() -> None:
     errors, _ = judged(
         {"quant_method": "compressed-tensors"}, packages={"compressed-tensors": "0.14.0"}

@@ -9,13 +9,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from run_facts import a_problem
+from run_facts import a_backend, a_problem
 
 from attnimg import backends
-from attnimg.backends import all_backends, find_backend, local_kernel_repo
+from attnimg.backends import all_backends, local_kernel_repo
 from attnimg.backends._transformers import flash_name
 from attnimg.backends.s2 import group_kernels
-from attnimg.facts import Arch, Backend, LocalKernel, Machine
+from attnimg.facts import Arch, LocalKernel, Machine
 from attnimg.selection.judge import judge
 from attnimg.verification.proofs import has_dense_function
 
@@ -57,12 +57,6 @@ def test_a_file_holds_one_backend_or_several(
         sys.modules.pop(f"attnimg.backends.{name}")
 
 
-def named(name: str) -> Backend:
-    backend = find_backend(name)
-    assert backend is not None
-    return backend
-
-
 @pytest.mark.parametrize(
     ("name", "installed", "served", "repo"),
     [
@@ -80,7 +74,7 @@ def named(name: str) -> Backend:
 def test_what_local_kernels_serves_is_taken(
     name: str, installed: Any, served: Any, repo: str | None
 ) -> None:
-    assert local_kernel_repo(named(name), installed=installed, local_repos=served) == repo
+    assert local_kernel_repo(a_backend(name), installed=installed, local_repos=served) == repo
 
 
 @pytest.mark.parametrize("installed", [True, False], ids=["installed", "not installed"])
@@ -88,7 +82,7 @@ def test_the_plan_the_proof_and_the_call_take_the_same_kernel(
     monkeypatch: pytest.MonkeyPatch, installed: bool
 ) -> None:
     """The package where it is installed, else the folder, whose kernel has no dense entry."""
-    backend = named("flash_attention_2")
+    backend = a_backend("flash_attention_2")
     kernel = LocalKernel(
         repo=FLASH, path=str(FOLDER), vendor="nvidia", version="9",
         exports=frozenset({"flash_attn_varlen_func"}),

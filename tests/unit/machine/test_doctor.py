@@ -320,6 +320,20 @@ def test_a_folder_whose_name_is_too_long_is_not_writable(monkeypatch: pytest.Mon
     assert (writable["HF_HOME"], writable["TRITON_CACHE_DIR"]) == (False, True)
 
 
+def test_a_folder_that_can_not_be_read_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    monkeypatch.setenv("HF_HOME", "relative")
+    monkeypatch.setattr("sys.path", ["a" * 300, *sys.path])
+    host = this_host()
+    assert {folder.role: folder.path for folder in host.folders}[WORKING_FOLDER] == "/"
+    assert not host.shadows
+
+
 def test_the_network_is_checked_only_with_a_gpu() -> None:
     rdma = Rdma(adapters={"mlx5_0": "mlx5"}, device_files=False, library=True, locked_bytes=None)
     host = replace(HOST, rdma=rdma)

@@ -316,6 +316,11 @@ def test_only_attention_layers_count(raw, kinds):
             "lists of layer numbers", id="a number where a list belongs",
         ),
         pytest.param(
+            {"model_type": "kimi_linear", "num_hidden_layers": 1,
+             "linear_attn_config": {"full_attn_layers": [[1]], "kda_layers": []}},
+            "lists of layer numbers", id="a list where a number belongs",
+        ),
+        pytest.param(
             {"model_type": "lfm2", "num_hidden_layers": 4, "full_attn_idxs": [4]},
             "numbers below 4", id="a layer that there is not",
         ),
@@ -326,3 +331,11 @@ def test_a_list_of_layers_that_is_none_is_refused(raw, says):
         read_model(raw)
     assert caught.value.code == "bad-model"
     assert says in caught.value.why
+
+
+def test_single_layers_may_override_fields_and_numbers_of_no_layer_are_ignored() -> None:
+    model = read_model(
+        {"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 64,
+         "per_layer_config": {"1": {"head_dim": 128}, "7": {"head_dim": 8}, "9" * 5000: {}}}
+    )  # fmt: skip
+    assert [(group.count, group.head_dim_qk) for group in model.layers] == [(1, 64), (1, 128)]

@@ -116,6 +116,8 @@ def refusal(model_type: str, *, packing: bool = True, **fields: Any) -> str | No
             "attention_chunk_size": 32}}, "packing-not-isolated", id="of its text part"),
         pytest.param("llama4", {"text_config": {"model_type": "llama4_text",
             "attention_chunk_size": 8192}}, None, id="a chunk holds the row"),
+        pytest.param("own", {"llm_config": {"model_type": "bloom"}}, "packing-not-isolated",
+            id="of its language model under another name"),
     ],
 )  # fmt: skip
 def test_a_type_is_refused_for_what_holds_of_it_alone(

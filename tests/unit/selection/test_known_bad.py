@@ -7,9 +7,9 @@ from datetime import date
 from pathlib import Path
 
 import pytest
-from run_facts import a_problem
+from run_facts import a_backend, a_problem
 
-from attnimg.backends import all_backends, find_backend
+from attnimg.backends import all_backends
 from attnimg.errors import AttnimgError
 from attnimg.facts import Machine
 from attnimg.run_facts import LayerGroup, Model, Problem
@@ -40,8 +40,7 @@ def machine(gpu: str, **packages: str) -> Machine:
 
 
 def codes(backend: str, on: Machine, problem: Problem) -> list[str]:
-    named = find_backend(backend)
-    assert named is not None
+    named = a_backend(backend)
     return [r.text.split(":")[0] for r in known_bad.reasons_against(named, on, problem)]
 
 

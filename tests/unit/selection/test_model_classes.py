@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_facts import a_problem
+from run_facts import a_backend, a_problem
 
 from attnimg.__main__ import run as attnimg
-from attnimg.backends import find_backend
 from attnimg.config.schema import Config
 from attnimg.run_facts import LayerGroup, Model, ModelClass
 from attnimg.selection.attention_shapes import read_model
@@ -74,8 +73,7 @@ def test_the_table_is_what_the_installed_transformers_says() -> None:
 def test_a_class_takes_a_backend_or_a_sentence_says_why_not(
     model_type: str, backend: str, says: str | None
 ) -> None:
-    named = find_backend(backend)
-    assert named is not None
+    named = a_backend(backend)
     facts = find_class(model_type)
     reason = reason_against_class(facts, named) if facts else None
     assert (reason is None) == (says is None)

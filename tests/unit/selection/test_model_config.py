@@ -207,10 +207,11 @@ def test_an_adapter_in_the_place_of_a_model_is_named_with_its_base_model(tmp_pat
     found = find_config(advised)
     assert found is not None
     assert read_config(found) == {"model_type": "llama"}
-    for damaged in ("{", "[]", "{}"):
+    for damaged in ("{", "[]", "{}", '{"base_model_name_or_path": null}'):
         (adapter / "adapter_config.json").write_text(damaged)
-        with pytest.raises(AttnimgError, match="is an adapter, not a model"):
+        with pytest.raises(AttnimgError, match="is an adapter, not a model") as caught:
             read_config(adapter / "config.json")
+        assert caught.value.do.startswith("set base_model: the model that it was trained on;")
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from datetime import date
 from types import SimpleNamespace
 
 import pytest
-from run_facts import a_problem
+from run_facts import a_backend, a_problem
 
-from attnimg.backends import all_backends, find_backend
+from attnimg.backends import all_backends
 from attnimg.facts import DType, LocalKernel, Machine
 from attnimg.run_facts import LayerGroup, Model, Plan, Reason
 from attnimg.selection import known_bad
@@ -198,8 +198,7 @@ def test_kernels_that_a_variable_turns_off_are_not_taken(gpu: str, value: str) -
     target = parse_gpu(gpu)
     arch, label = target.arch, target.label
     setting = {"FLASH_ATTENTION_TRITON_AMD_ENABLE": value}
-    backend = find_backend("flash_attention_2")
-    assert backend is not None
+    backend = a_backend("flash_attention_2")
     problem = a_problem(model=LLAMA, dtype="bfloat16")
     machine = Machine(arch=arch, gpu=label, variables=setting)
     (reason,) = reasons_against(backend, machine, problem)
@@ -514,8 +513,7 @@ def test_a_variable_of_the_process_holds_for_every_layer_that_it_reaches() -> No
 
 
 def test_a_variable_that_is_set_against_a_kernel_refuses_it() -> None:
-    backend = find_backend("flash_attention_4_generic")
-    assert backend is not None
+    backend = a_backend("flash_attention_4_generic")
     for value, codes in (("0", ["variant"]), ("1", [])):
         on = machine("b200", variables={"FLASH_ATTENTION_HD256_GENERIC_BWD": value})
         problem = a_problem(model=GEMMA2, dtype="bfloat16")
@@ -532,8 +530,7 @@ def test_the_generic_kernel_is_chosen_before_it_is_called(monkeypatch: pytest.Mo
         return SimpleNamespace()
 
     monkeypatch.setattr("attnimg.backends._transformers.flash_kernel", kernel)
-    backend = find_backend("flash_attention_4_generic")
-    assert backend is not None
+    backend = a_backend("flash_attention_4_generic")
     assert backend.load_function is not None
     backend.load_function()
     assert seen == ["1"]

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_facts import a_geometry
+from run_facts import a_backend, a_geometry
 
 from attnimg import application
-from attnimg.backends import find_backend
 from attnimg.backends._transformers import applied_form, attention_function
 from attnimg.backends._varlen import FlashKernel
 from attnimg.facts import Backend
@@ -112,8 +111,7 @@ def layer(size: int, size_v: int, *, kv_heads: int = 4) -> LayerGroup:
 def test_one_function_decides_how_a_backend_is_called(
     name: str, layers: tuple[LayerGroup, ...], routed: bool, direct: bool
 ) -> None:
-    backend = find_backend(name)
-    assert backend is not None
+    backend = a_backend(name)
     found: Backend = applied_form(backend, layers, routed=routed)
     assert (found != backend) == direct
     assert found.mask == ("flash" if direct else backend.mask)
@@ -122,8 +120,7 @@ def test_one_function_decides_how_a_backend_is_called(
 def test_what_apply_registers_is_what_that_function_gives() -> None:
     from transformers import AttentionInterface
 
-    backend = find_backend("flash_attention_4")
-    assert backend is not None
+    backend = a_backend("flash_attention_4")
     layers = (layer(192, 128),)
     registered = AttentionInterface()[application.load_and_register(backend, layers=layers)]
     found = attention_function(applied_form(backend, layers))

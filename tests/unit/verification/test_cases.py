@@ -7,10 +7,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from run_facts import a_context, a_geometry, a_problem
+from run_facts import a_backend, a_context, a_geometry, a_problem
 
-from attnimg.backends import find_backend
-from attnimg.facts import Backend
 from attnimg.run_facts import Geometry, LayerGroup, Model
 from attnimg.verification.calls import draw_inputs
 from attnimg.verification.cases import (
@@ -21,13 +19,6 @@ from attnimg.verification.cases import (
     longest_document,
 )
 from attnimg.verification.proofs import list_geometries
-
-
-def backend(name: str) -> Backend:
-    found = find_backend(name)
-    assert found is not None
-    return found
-
 
 LLAMA = a_geometry(
     heads=32, kv_heads=8, head_dim_qk=64, head_dim_v=64, packing=True, sequence_len=2048
@@ -157,10 +148,10 @@ def test_a_whole_packed_row_has_many_documents(heads: int, rows: int, total: int
 def test_a_whole_row_is_shortened_to_the_budget() -> None:
     many_heads = replace(LLAMA, heads=128, kv_heads=8, sequence_len=4096)
     assert full_row_length(many_heads, CPU) == 394
-    gpu = choose_budget(backend("flash_attention_2"), memory_bytes=80 << 30)
+    gpu = choose_budget(a_backend("flash_attention_2"), memory_bytes=80 << 30)
     assert full_row_length(replace(LLAMA, sequence_len=8192), gpu) == 8192
     assert full_row_length(replace(LLAMA, sequence_len=1 << 20), gpu) == 32768
-    small = choose_budget(backend("eager"), memory_bytes=16 << 30)
+    small = choose_budget(a_backend("eager"), memory_bytes=16 << 30)
     assert full_row_length(replace(LLAMA, sequence_len=8192), small) == 3663
 
 

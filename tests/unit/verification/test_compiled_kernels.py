@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from run_facts import a_geometry
+from run_facts import a_backend, a_geometry
 
-from attnimg.backends import find_backend
-from attnimg.facts import Backend
 from attnimg.run_facts import Geometry
 from attnimg.verification.cases import EDGES, Case, choose_budget, list_cases, reduce_shapes
 from attnimg.verification.runner import COMPILING_S, TIMEOUT_S, Candidate, time_limits
@@ -18,14 +16,7 @@ from attnimg.verification.training_conditions import (
     is_compiled,
 )
 
-
-def backend(name: str) -> Backend:
-    found = find_backend(name)
-    assert found is not None
-    return found
-
-
-GPU = choose_budget(backend("flex_attention"), memory_bytes=80 << 30)
+GPU = choose_budget(a_backend("flex_attention"), memory_bytes=80 << 30)
 
 
 def list_shapes(cases: list[Case]) -> set[tuple[int | str, ...]]:
@@ -82,7 +73,7 @@ def test_padded_rows_are_kept() -> None:
 def test_only_flex_on_a_gpu_is_compiled_and_gets_more_time(
     name: str, device: str, compiled: bool
 ) -> None:
-    assert is_compiled(backend(name), device=device) == compiled
+    assert is_compiled(a_backend(name), device=device) == compiled
     limits = time_limits(
         Candidate(backend=name, geometries=()), device=device, timeout_s=None, wall_s=900.0
     )
@@ -106,11 +97,11 @@ def test_only_flex_on_a_gpu_is_compiled_and_gets_more_time(
 def test_only_sdpa_where_it_takes_cudnn_first_is_shown_few_shapes(
     name: str, device: str, capability: tuple[int, int] | None, few: bool
 ) -> None:
-    assert builds_cudnn_plans(backend(name), device=device, capability=capability) == few
+    assert builds_cudnn_plans(a_backend(name), device=device, capability=capability) == few
 
 
 def test_passing_dynamos_limit_raises_instead_of_running_uncompiled() -> None:
-    with compiling_each_shape(backend("flex_attention"), device="cuda"):
+    with compiling_each_shape(a_backend("flex_attention"), device="cuda"):
         config = torch._dynamo.config
         assert config.recompile_limit == RECOMPILE_LIMIT
         assert config.fail_on_recompile_limit_hit

@@ -6,16 +6,15 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from run_facts import a_geometry
+from run_facts import a_backend, a_geometry
 
-from attnimg.backends import find_backend
 from attnimg.backends._transformers import attention_function
 from attnimg.backends._varlen import FlashKernel
 from attnimg.facts import AttentionFunction, Backend
 from attnimg.verification.training_conditions import check_dropout
 
 VARIANTS = Path(__file__).parents[2] / "fixtures/wrong_kernels/variants.py"
-FLASH: Backend = find_backend("flash_attention_2")  # type: ignore[assignment]  # it is listed
+FLASH = a_backend("flash_attention_2")
 SEEDS = 20
 
 
@@ -44,8 +43,7 @@ def refused(function: AttentionFunction, backend: Backend, *, rate: float, size:
 @pytest.mark.parametrize("size", [16, 32, 64])
 @pytest.mark.parametrize("name", ["sdpa", "eager", "flash_attention_2"])
 def test_right_dropout_passes_for_every_seed(name: str, size: int, rate: float) -> None:
-    backend = find_backend(name)
-    assert backend is not None
+    backend = a_backend(name)
     function = variant("none") if backend is FLASH else attention_function(backend, trusted=True)
     assert refused(function, backend, rate=rate, size=size) == []
 

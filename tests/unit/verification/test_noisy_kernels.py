@@ -12,12 +12,10 @@ from functools import partial
 import pytest
 import torch
 from noisy_proofs import FAMILIES, LEAKS, LOST_HEAD, NoisyShape, grid, load, prove_noisy
-from run_facts import a_geometry
+from run_facts import a_backend, a_geometry
 
-from attnimg.backends import find_backend
 from attnimg.backends._transformers import attention_function
 from attnimg.backends._varlen import FlashKernel
-from attnimg.facts import Backend
 from attnimg.verification import candidate
 from attnimg.verification.calls import Probe, Result, call, draw_inputs
 from attnimg.verification.candidate import EXTRA_CALLS, Findings, prove_geometry
@@ -74,7 +72,7 @@ def test_the_noise_is_there_and_within_its_bound(family: str, dtype: str) -> Non
     # The smallest tiles that the bound allows for.
     module = load(family, fault="none", tile=TILE)
     function = FlashKernel(backend=family, dense=None, varlen=module.flash_attn_varlen_func)
-    case, backend = _packed_case(dtype), _backend()
+    case, backend = _packed_case(dtype), a_backend("flash_attention_2")
     inputs = draw_inputs(case, device="cpu")
     first, second = (call(Probe(function, backend, case, inputs)) for _ in range(2))
     assert torch.equal(first.out, second.out)
@@ -94,8 +92,7 @@ def test_the_noise_is_there_and_within_its_bound(family: str, dtype: str) -> Non
 
 def test_plain_attention_with_a_soft_cap_passes_in_bfloat16() -> None:
     # tanh rounds to 1 at large scores, and the gradient of q to 0.
-    backend = find_backend("eager")
-    assert backend is not None
+    backend = a_backend("eager")
     geometry = a_geometry(
         dtype="bfloat16", softcap=30.0, sequence_len=64, dense=False, packing=True
     )
@@ -104,12 +101,6 @@ def test_plain_attention_with_a_soft_cap_passes_in_bfloat16() -> None:
         on_probe=lambda _case: None, on_repeat=lambda: None,
     )  # fmt: skip
     assert found.reasons == []
-
-
-def _backend() -> Backend:
-    backend = find_backend("flash_attention_2")
-    assert backend is not None
-    return backend
 
 
 def _packed_case(dtype: str = "bfloat16") -> Case:
@@ -214,8 +205,7 @@ def prove_by(
         return [], [fault] if fault else []
 
     monkeypatch.setattr(candidate, "_run_probe", probe)
-    backend = find_backend("sdpa")
-    assert backend is not None
+    backend = a_backend("sdpa")
     found = prove_geometry(
         print, backend, geometry, device="cpu", references={}, on_probe=lambda _case: None,
         on_repeat=lambda: None,

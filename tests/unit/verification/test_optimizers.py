@@ -128,6 +128,9 @@ def test_a_wrong_optimizer_is_refused(
     found = prove(task(dtype=dtype))
     assert found.reasons, wrong
     assert {reason.code for reason in found.reasons} == {"optimizer-wrong"}
+    # The figure that is reported is a wrong one: max() ignores NaN.
+    (figure,) = found.figures
+    assert not figure.error <= figure.allowed or wrong != "NaN"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 from run_facts import a_geometry
 
-from attnimg.backends import find_backend
 from attnimg.facts import Arch, Machine
 from attnimg.files import write_private
 from attnimg.run_facts import Figure, Proof, Reason
@@ -23,8 +22,6 @@ from attnimg.verification.runner import Candidate
 
 CPU = Machine(arch=Arch(name="cpu", vendor="cpu"), gpu="cpu", driver="1")
 GEOMETRY = a_geometry(heads=4, kv_heads=2, head_dim_qk=16, head_dim_v=16)
-SDPA = find_backend("sdpa")
-assert SDPA is not None
 CANDIDATE = Candidate(backend="sdpa", geometries=(GEOMETRY,))
 FIGURE = Figure(quantity="dq", error=1e-7, allowed=1e-6, case="17 tokens")
 PROOF = Proof(backend="sdpa", reasons=(), figures=(FIGURE,), cases=3, longest=64, seconds=0.5)
@@ -130,8 +127,6 @@ def test_a_damaged_file_is_ignored_with_a_note(tmp_path: Path, damage: bytes) ->
 
 
 def test_a_backend_that_quantizes_may_have_figures_without_a_bound(tmp_path: Path) -> None:
-    sage = find_backend("sage")
-    assert sage is not None
     exact = Figure(quantity="dq", error=-math.inf, allowed=math.inf, case="17 tokens")
     proof = replace(PROOF, backend="sage", figures=(FIGURE, exact))
     cache.write(tmp_path / "own", "k", proof, log=silent)

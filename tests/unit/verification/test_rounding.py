@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 from noisy_proofs import load
-from run_facts import a_geometry
+from run_facts import a_backend, a_geometry
 
-from attnimg.backends import find_backend
 from attnimg.backends._transformers import attention_function
 from attnimg.backends._varlen import FlashKernel
 from attnimg.facts import AttentionFunction, Backend
@@ -83,8 +82,7 @@ def _describe(geometry: Geometry) -> str:
 
 def _flash(family: str, *, fault: str = "none") -> tuple[Backend, AttentionFunction]:
     module = load(family, fault=fault, tile=FAMILIES[family])
-    backend = find_backend("flash_attention_2")
-    assert backend is not None
+    backend = a_backend("flash_attention_2")
     return backend, FlashKernel(
         backend=family, dense=module.flash_attn_func, varlen=module.flash_attn_varlen_func
     )
@@ -93,8 +91,7 @@ def _flash(family: str, *, fault: str = "none") -> tuple[Backend, AttentionFunct
 def _right_kernels(geometry: Geometry) -> list[tuple[Backend, AttentionFunction]]:
     """Return torch's kernels, and one of FAMILIES."""
     names = ["eager"] if geometry.sinks or geometry.softcap else ["eager", "sdpa", "sdpa_math"]
-    backends = [found for name in names if (found := find_backend(name)) is not None]
-    assert len(backends) == len(names)
+    backends = [a_backend(name) for name in names]
     of_torch = [(backend, attention_function(backend, trusted=True)) for backend in backends]
     return [*of_torch, _flash([*FAMILIES][(geometry.window or 0) % 3])]
 

@@ -9,23 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from run_facts import a_context
+from run_facts import a_backend, a_context
 from torch.nn.attention.flex_attention import create_block_mask
 
-from attnimg.backends import find_backend
-from attnimg.facts import Backend
 from attnimg.run_facts import CallCheck
 from attnimg.train.attention_check import AttentionCheck
 from attnimg.verification import blocks, running_check
 from attnimg.verification.blocks import NotComparable, choose_documents, read_mask_spans
 from attnimg.verification.running_check import CallKind, call_again
 from benchmarks import running_check as measured
-
-
-def named(name: str) -> Backend:
-    found = find_backend(name)
-    assert found is not None
-    return found
 
 
 def spans(first: torch.Tensor, last: torch.Tensor) -> list[tuple[int, int]]:
@@ -152,7 +144,7 @@ def test_one_tile_and_many_give_the_same() -> None:
         blocks.block_reference(row, queries=[(0, 100)], keys=[(0, 100)], at_most_bytes=size)
         for size in (1 << 28, 1 << 18)
     )
-    for name in ("out", "dq", "dk", "dv", "dsinks"):
+    for name in ("out", "dq", "dk", "dv"):
         assert torch.allclose(getattr(one, name), getattr(many, name), rtol=1e-10), name
 
 
@@ -207,7 +199,9 @@ def test_values_that_the_precision_can_not_represent_are_not_judged() -> None:
 def test_runs_that_can_not_be_checked_print_the_reason(
     name: str, context: dict[str, Any], dropout: float, why: str
 ) -> None:
-    found = running_check.reason_not_checked([named(name)], a_context(**context), dropout=dropout)
+    found = running_check.reason_not_checked(
+        [a_backend(name)], a_context(**context), dropout=dropout
+    )
     assert found.startswith(why)
     assert bool(found) == bool(why)
     said: list[str] = []

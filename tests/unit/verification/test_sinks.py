@@ -7,18 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from run_facts import a_geometry
+from run_facts import a_backend, a_geometry
 from torch import Tensor
 
-from attnimg.backends import find_backend
 from attnimg.backends._transformers import attention_function
-from attnimg.facts import AttentionFunction, Backend, DType
+from attnimg.facts import AttentionFunction, DType
 from attnimg.verification.calls import Probe, call, draw_inputs
 from attnimg.verification.cases import CPU, list_cases
 from attnimg.verification.checks import build_expected, check_values
 from attnimg.verification.reference import reference
 
-EAGER: Backend = find_backend("eager")  # type: ignore[assignment]  # it is always there
+EAGER = a_backend("eager")
 # Heads, key heads, head size and tokens. The first was refused in bfloat16 although it is right.
 SHAPES = [(8, 2, 64, 512), (4, 4, 32, 256), (2, 1, 16, 2048), (16, 2, 32, 129)]
 
