@@ -179,14 +179,6 @@ def _describe(fault: dict[str, Any], known: list[str]) -> str:
     return f"{key}: found {fault['input']!r}; {fault['msg'][0].lower()}{fault['msg'][1:]}"
 
 
-def _read_tables(path: Path, kind: type[_Fact]) -> dict[str, _Fact]:
-    where = f"recipes/{path.name}"
-    return {
-        name: _build(f"{where} [{name}]", kind, values)
-        for name, values in _toml(where, path.read_text(encoding="utf-8")).items()
-    }
-
-
 def _read_bases(path: Path) -> dict[str, Base]:
     where = f"recipes/{path.name}"
     found = {}
@@ -201,8 +193,9 @@ def _read_bases(path: Path) -> dict[str, Base]:
 
 def _read_releases(path: Path, kind: type[_Fact]) -> dict[str, _Fact]:
     where = f"recipes/{path.name}"
-    found = _read_tables(path, kind)
-    for name, release in found.items():
+    found = {}
+    for name, values in _toml(where, path.read_text(encoding="utf-8")).items():
+        found[name] = release = _build(f"{where} [{name}]", kind, values)
         if isinstance(release, Torch):
             _refuse(f"{where} [{name}]", torch_faults(name, release))
     try:
@@ -213,7 +206,11 @@ def _read_releases(path: Path, kind: type[_Fact]) -> dict[str, _Fact]:
 
 def _read_entries(path: Path, key: str, kind: type[_Fact]) -> tuple[_Fact, ...]:
     where = f"recipes/{path.name}"
-    entries = _toml(where, path.read_text(encoding="utf-8")).get(key, [])
+    values = _toml(where, path.read_text(encoding="utf-8"))
+    entries = values.pop(key, [])
+    _refuse(where, [f"{other}: unknown key; needed [[{key}]]" for other in values])
+    if not isinstance(entries, list):
+        _refuse(where, [f"{key}: found a table, needed [[{key}]]"])
     return tuple(_build(f"{where} [[{key}]]", kind, values) for values in entries)
 
 
