@@ -24,7 +24,7 @@ import zstandard
 from attnimg.errors import AttnimgError
 from recipes.artifact.entries import Entry, read_entry
 from recipes.artifact.facts import File, Layer
-from recipes.artifact.layout import Compressed, compress
+from recipes.artifact.layout import compress
 
 _CHUNK = 1 << 20
 # A part of a layer's command in the history -> the stage of docker/Dockerfile that wrote it.
@@ -92,12 +92,16 @@ def read_archive(
                 size = stream.seek(0, 2)
                 stream.seek(0)
                 compressed = compress(stream, folder=blobs)
-            files = [
-                *_hide_files(files, entries),
-                *(e for e in entries if not _is_whiteout(e.path)),
-            ]
-            made_by = str(step.get("created_by", ""))
-            layers.append(_layer(name, made_by, size, compressed))
+            files = [*_hide_files(files, entries), *(e for e in entries if not _is_whiteout(e))]
+            layers.append(
+                Layer(
+                    name=name,
+                    made_by=str(step.get("created_by", "")),
+                    bytes=size,
+                    zstd_bytes=compressed.bytes,
+                    digest=compressed.digest,
+                )
+            )
     return tuple(layers), tuple(files), stored_config
 
 
@@ -120,16 +124,6 @@ def stage_names(history: list[dict[str, Any]]) -> list[str]:
         names.append(next((stage for text, stage in _STAGES if own and text in command), default))
     first = names.index("python") if "python" in names else 0
     return ["base"] * first + names[first:]
-
-
-def _layer(name: str, made_by: str, size: int, compressed: Compressed) -> Layer:
-    return Layer(
-        name=name,
-        made_by=made_by,
-        bytes=size,
-        zstd_bytes=compressed.bytes,
-        digest=compressed.digest,
-    )
 
 
 def _find_parts(tar: tarfile.TarFile) -> tuple[bytes, list[str]]:
@@ -201,8 +195,8 @@ def _entries(stream: BinaryIO) -> Iterator[Entry]:
             )
 
 
-def _is_whiteout(path: str) -> bool:
-    return path.rpartition("/")[2].startswith(".wh.")
+def _is_whiteout(file: File) -> bool:
+    return file.path.rpartition("/")[2].startswith(".wh.")
 
 
 def _hide_files(files: list[File], layer: list[File]) -> Iterator[File]:
@@ -221,7 +215,8 @@ def _hide_files(files: list[File], layer: list[File]) -> Iterator[File]:
             deleted.add(entry.path)
     for file in files:
         parts = file.path.split("/")
-        above = ("/".join(parts[: count + 1]) for count in range(len(parts)))
+        # From the root, "", which a whiteout can empty too.
+        above = ("/".join(parts[:count]) for count in range(len(parts) + 1))
         hidden = file.visible and (
             any(path in deleted for path in above)
             or (file.kind != "folder" and file.path in replaced)

@@ -116,6 +116,49 @@ def test_a_folder_without_wheels_is_no_wheelhouse(tmp_path: Path) -> None:
         read_wheelhouse(tmp_path, over=None, log=lambda _: None)
 
 
+@pytest.mark.parametrize(
+    ("sums", "equal"),
+    [
+        pytest.param("{} *x-1.whl\n", True, id="as sha256sum -b writes them"),
+        pytest.param("{}  x-1.whl\n", True, id="as sha256sum writes them"),
+        pytest.param("{}  y-1.whl\n", False, id="of another file"),
+        pytest.param("\udcff\n", False, id="no UTF-8"),
+    ],
+)
+def test_the_sums_of_a_wheelhouse_are_compared(tmp_path: Path, sums: str, equal: bool) -> None:
+    made = wheelhouse(tmp_path / "wheels", {"x-1.whl": {"x.py": b""}}, {})
+    digest = hashlib.sha256((made / "x-1.whl").read_bytes()).hexdigest()
+    (made / "SHA256SUMS").write_bytes(sums.format(digest).encode(errors="surrogateescape"))
+    assert read_wheelhouse(made, over=None, log=id).sums["x-1.whl"] is equal
+
+
+@pytest.mark.parametrize("place", ["compressed data", "method", "encrypted"])
+def test_a_damaged_wheel_is_refused(tmp_path: Path, place: str) -> None:
+    path = tmp_path / "x-1.whl"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as wheel:
+        wheel.writestr("x.py", "x" * 999)
+    content = bytearray(path.read_bytes())
+    listed = content.index(b"PK\x01\x02")  # the entry of the central directory
+    if place == "compressed data":
+        content[34:38] = b"\xff" * 4
+    elif place == "method":
+        content[8], content[listed + 10] = 98, 98
+    else:
+        content[6], content[listed + 8] = 1, 1
+    path.write_bytes(content)
+    with pytest.raises(AttnimgError, match=r"x-1\.whl is not a wheel"):
+        read_wheelhouse(tmp_path, over=None, log=id)
+
+
+def test_an_image_without_settings_has_no_variables(tmp_path: Path) -> None:
+    image = save(tmp_path / "image.tar", {"a": b"a"})
+    content = image.read_bytes()
+    old, new = b'"config": {"Env": []}', b'"config": null       '
+    assert len(old) == len(new)
+    image.write_bytes(content.replace(old, new))
+    assert read(image).env == {}
+
+
 def test_an_allowance_takes_its_finding_away_and_says_why(tmp_path: Path) -> None:
     made = read(
         save(tmp_path / "image.tar", {"usr/lib/libx.a": b"a library", "opt/liby.a": b"a library"})
