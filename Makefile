@@ -219,14 +219,10 @@ wheels/%: ## Compile the kernels of attnimg:% into dist/%; hours; TRIM=1 makes s
 
 kernels/%: ## Compile the kernels of attnimg:% that the registry CACHE=host/namespace does not have, and push them; KERNEL=one of them
 	$(NEEDS_ENGINE)
-	@[ -n "$(CACHE)" ] || { printf 'kernels: %s\n  why: %s\n  do:  %s\n' "no cache is given" \
-	  "found no CACHE" "make $@ CACHE=host/namespace, or make wheels/$* for this machine" >&2; exit 2; }
 	@CACHE="$(CACHE)" PROGRESS=plain docker/build.py $* --to-cache $(if $(KERNEL),--kernel "$(KERNEL)")
 
 layers/%: ## Build the layers of torch and the stack, which images share, and push them to the registry CACHE=host/namespace
 	$(NEEDS_ENGINE)
-	@[ -n "$(CACHE)" ] || { printf 'layers: %s\n  why: %s\n  do:  %s\n' "no cache is given" \
-	  "found no CACHE" "make $@ CACHE=host/namespace" >&2; exit 2; }
 	@CACHE="$(CACHE)" docker/build.py $* --stage stack --to-cache
 
 built/%: .venv/ready ## Record the contents of dist/% in docs/built; MACHINE="the build machine"

@@ -128,15 +128,26 @@ def test_one_kernel_can_be_asked_for(docker: Path) -> None:
         pytest.param(["hopper"], {"ERROR": "401 Unauthorized"}, "401", id="without a login"),
         pytest.param(["hopper"], {"TRIM": "1"}, "found TRIM and CACHE", id="a small build"),
         pytest.param(
+            ["hopper", "--to-cache"], {"CACHE": ""}, "no CACHE", id="kernels for no cache"
+        ),
+        pytest.param(
+            ["hopper", "--stage", "stack", "--to-cache"], {"CACHE": ""}, "no CACHE",
+            id="layers for no cache",
+        ),
+        pytest.param(
             ["hopper", "--to-cache", "--kernel", "torchao"], {}, "flash-attn", id="a public wheel"
         ),
         pytest.param(["cpu", "--to-cache"], {}, "none", id="an image without kernels"),
+        pytest.param(
+            ["turing", "--stage", "unit", "--kernel", "flash-attn"], {"CACHE": ""}, "xformers",
+            id="one file of a kernel that the image does not have",
+        ),
     ],
 )  # fmt: skip
 def test_a_cache_that_can_not_be_used_is_refused_instead_of_compiling(
     docker: Path, arguments: list[str], variables: dict[str, str], why: str
 ) -> None:
-    done = build(docker, *arguments, CACHE=CACHE, **variables)
+    done = build(docker, *arguments, **{"CACHE": CACHE, **variables})
     assert done.returncode == 1
     (reason,) = [line for line in done.stderr.splitlines() if line.startswith("  why:")]
     assert why in reason
