@@ -6,26 +6,20 @@ from pathlib import Path
 
 import pytest
 from small_image import SITE, package, save
+from test_gates import KEY, PLAN, read
 
 from attnimg.errors import AttnimgError
-from recipes.artifact.read import read_image
 from recipes.child_images import mark_child
 from recipes.gates import ExpectedContents, gate_named
-from recipes.read import read_recipes
 from recipes.run_gates import GateResult, format_report, run_all
-from recipes.solve.plan import solve
 
-ROOT = Path(__file__).resolve().parents[3]
-RECIPES = read_recipes(ROOT)
-PLAN = solve(RECIPES.images["cpu"], RECIPES)
 OURS = package("torch", "2.13.0+cpu", version__py=b"ours") | package("rich", "15.0.0")
 HISTORY = ("RUN base", "RUN python -B /image_files.py cpu /wheels", "RUN pip install")
-KEY = "-----BEGIN OPENSSH PRIVATE KEY-----\n" + "b3BlbnNzaC1r" * 8
 
 
 def judge(tmp_path: Path, child: dict[str, bytes | str]) -> dict[str, GateResult]:
     image = save(tmp_path / "child.tar", {"etc/os": b""}, OURS, child, history=HISTORY)
-    artifact = mark_child(read_image(image, log=lambda _: None))
+    artifact = mark_child(read(image))
     pins = {"torch": "2.13.0", "rich": "15.0.0"}
     expected = ExpectedContents(plan=PLAN, pins=pins, fixed=frozenset({"torch"}))
     gates = [gate_named(name) for name in ("layers", "licences", "pins", "secrets")]
@@ -97,5 +91,5 @@ def test_a_declaration_in_a_virtual_environment_is_no_second_torch(tmp_path: Pat
 def test_an_image_that_is_not_built_from_an_attnimg_image_is_refused(tmp_path: Path) -> None:
     image = save(tmp_path / "other.tar", OURS, history=("RUN pip install torch",))
     with pytest.raises(AttnimgError) as caught:
-        mark_child(read_image(image, log=lambda _: None))
+        mark_child(read(image))
     assert caught.value.code == "no-child"
