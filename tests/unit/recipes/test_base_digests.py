@@ -10,17 +10,16 @@ import gzip
 import hashlib
 import json
 import shutil
-import socket
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, ClassVar
 
 import httpx
 import pytest
+from loopback import Server, free_port
 
 from attnimg.errors import AttnimgError
 from recipes.read import read_recipes
@@ -31,6 +30,14 @@ ROOT = Path(__file__).resolve().parents[3]
 RECIPES = read_recipes(ROOT)
 OCI = "application/vnd.oci.image"
 DOCKER = "application/vnd.docker"
+IMAGE_KINDS = {
+    OCI: f"{OCI}.manifest.v1+json",
+    DOCKER: f"{DOCKER}.distribution.manifest.v2+json",
+}
+INDEX_KINDS = {
+    OCI: f"{OCI}.index.v1+json",
+    DOCKER: f"{DOCKER}.distribution.manifest.list.v2+json",
+}
 # htpasswd -nbB reader secret
 HTPASSWD = "reader:$2y$05$MxnDFHRHVTUWSyEnQSPEvOrOWUTJDgpwWvRp0dGGrVVQ7jGKY1kzS\n"
 
@@ -76,11 +83,7 @@ class Registry:
 
     def push_image(self, name: str, tag: str, architecture: str, *, vendor: str = OCI) -> str:
         config = json.dumps({"os": "linux", "architecture": architecture, "rootfs": {}}).encode()
-        kind = (
-            f"{OCI}.manifest.v1+json"
-            if vendor == OCI
-            else f"{DOCKER}.distribution.manifest.v2+json"
-        )
+        kind = IMAGE_KINDS[vendor]
         kinds = (f"{OCI}.config.v1+json", f"{OCI}.layer.v1.tar")
         if vendor == DOCKER:
             kinds = (f"{DOCKER}.container.image.v1+json", f"{DOCKER}.image.rootfs.diff.tar.gzip")
@@ -93,11 +96,6 @@ class Registry:
 
     def push_index(self, name: str, tag: str, *, vendor: str = OCI) -> tuple[str, dict[str, str]]:
         """Push an index for two platforms, and an attestation as BuildKit adds one."""
-        image = (
-            f"{OCI}.manifest.v1+json"
-            if vendor == OCI
-            else f"{DOCKER}.distribution.manifest.v2+json"
-        )
         digests = {
             platform: self.push_image(name, "", platform.split("/")[1], vendor=vendor)
             for platform in ("linux/amd64", "linux/arm64")
@@ -108,28 +106,18 @@ class Registry:
             {"os": "unknown", "architecture": "unknown"},
         ]
         entries = [
-            {"mediaType": image, "size": 9, "digest": digest, "platform": platform}
+            {"mediaType": IMAGE_KINDS[vendor], "size": 9, "digest": digest, "platform": platform}
             for platform, digest in zip(
                 platforms, [*digests.values(), digests["linux/amd64"]], strict=True
             )
         ]
-        kind = (
-            f"{OCI}.index.v1+json"
-            if vendor == OCI
-            else f"{DOCKER}.distribution.manifest.list.v2+json"
-        )
+        kind = INDEX_KINDS[vendor]
         content = {"schemaVersion": 2, "mediaType": kind, "manifests": entries}
         return self.push(name, tag, kind, content), digests
 
 
 def sha256(content: bytes) -> str:
     return "sha256:" + hashlib.sha256(content).hexdigest()
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def start_registry(folder: Path, **rest: str) -> Iterator[Registry]:
@@ -177,7 +165,7 @@ def test_what_the_registry_does_not_have_is_refused(
     registry: Registry, name: str, why: str
 ) -> None:
     registry.push_image("python", "3.11", "amd64")
-    kind = f"{OCI}.index.v1+json"
+    kind = INDEX_KINDS[OCI]
     registry.push("config", "1", kind, {"schemaVersion": 2, "mediaType": kind, "manifests": []})
     with pytest.raises(AttnimgError, match="the registry has no digest of 127") as caught:
         resolve_tag(f"{registry.host}/{name}")
@@ -229,32 +217,20 @@ class TokenHandler(BaseHTTPRequestHandler):
         """Print nothing."""
 
 
-def serve(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-    try:
-        yield f"127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
 @pytest.mark.parametrize("field", ["token", "access_token"])
 def test_a_token_is_asked_for_as_docker_hub_and_ghcr_do(registry: Registry, field: str) -> None:
     digest, platforms = registry.push_index("team/python", "3.11")
     handler = type("Handler", (TokenHandler,), {"registry": registry, "field": field})
-    for host in serve(handler):
-        assert resolve_tag(f"{host}/team/python:3.11") == TagDigests(digest, platforms)
+    with Server(handler) as server:
+        assert resolve_tag(f"{server.host}/team/python:3.11") == TagDigests(digest, platforms)
         assert handler.tokens == 1
 
 
 def test_a_token_that_is_refused_is_named(registry: Registry) -> None:
     handler = type("Handler", (TokenHandler,), {"registry": registry})
-    for host in serve(handler):
+    with Server(handler) as server:
         with pytest.raises(AttnimgError) as caught:
-            resolve_tag(f"{host}/private/python:3.11")
+            resolve_tag(f"{server.host}/private/python:3.11")
         assert caught.value.why == "it refuses access, or has no such image (403 Forbidden)"
 
 
@@ -291,14 +267,14 @@ class WrongAnswer(BaseHTTPRequestHandler):
     ],
 )
 def test_what_is_no_registry_is_refused(body: bytes, headers: dict[str, str], why: str) -> None:
-    for host in serve(type("Handler", (WrongAnswer,), {"body": body, "headers_sent": headers})):
+    with Server(type("Handler", (WrongAnswer,), {"body": body, "headers_sent": headers})) as server:
         with pytest.raises(AttnimgError) as caught:
-            resolve_tag(f"{host}/python:3.11")
+            resolve_tag(f"{server.host}/python:3.11")
         assert why in caught.value.why
 
 
-INDEX = {"Content-Type": f"{OCI}.index.v1+json"}
-MANIFEST = {"Content-Type": f"{OCI}.manifest.v1+json"}
+INDEX = {"Content-Type": INDEX_KINDS[OCI]}
+MANIFEST = {"Content-Type": IMAGE_KINDS[OCI]}
 AMD64 = {"os": "linux", "architecture": "amd64"}
 
 
@@ -345,17 +321,17 @@ def index_of(**entry: Any) -> bytes:
     ],
 )  # fmt: skip
 def test_a_damaged_answer_is_refused(body: bytes, headers: dict[str, str], why: str) -> None:
-    for host in serve(type("Handler", (WrongAnswer,), {"body": body, "headers_sent": headers})):
+    with Server(type("Handler", (WrongAnswer,), {"body": body, "headers_sent": headers})) as server:
         with pytest.raises(AttnimgError) as caught:
-            resolve_tag(f"{host}/team/python:3.11")
+            resolve_tag(f"{server.host}/team/python:3.11")
         assert why in caught.value.why
 
 
 def test_of_two_images_for_a_platform_the_first_counts() -> None:
     entries = [{"digest": f"sha256:{sign * 64}", "platform": AMD64} for sign in "ab"]
     body = json.dumps({"manifests": entries}).encode()
-    for host in serve(type("Handler", (WrongAnswer,), {"body": body, "headers_sent": INDEX})):
-        found = resolve_tag(f"{host}/team/python:3.11")
+    with Server(type("Handler", (WrongAnswer,), {"body": body, "headers_sent": INDEX})) as server:
+        found = resolve_tag(f"{server.host}/team/python:3.11")
         assert dict(found.platforms) == {"linux/amd64": "sha256:" + "a" * 64}
 
 
@@ -384,9 +360,9 @@ class OtherTokens(TokenHandler):
 )  # fmt: skip
 def test_what_is_no_token_is_not_sent(given: dict[str, Any]) -> None:
     handler = type("Handler", (OtherTokens,), {"given": given, "sent": []})
-    for host in serve(handler):
+    with Server(handler) as server:
         with pytest.raises(AttnimgError, match="has no digest") as caught:
-            resolve_tag(f"{host}/team/python:3.11")
+            resolve_tag(f"{server.host}/team/python:3.11")
         assert "token" in caught.value.why
     assert handler.sent == []
 
@@ -397,9 +373,9 @@ def test_what_is_no_token_is_not_sent(given: dict[str, Any]) -> None:
      "http://" + "a" * 70 + ".x/"],
 )  # fmt: skip
 def test_a_wrong_address_of_tokens_is_refused(realm: str) -> None:
-    for host in serve(type("Handler", (OtherTokens,), {"realm": realm})):
+    with Server(type("Handler", (OtherTokens,), {"realm": realm})) as server:
         with pytest.raises(AttnimgError) as caught:
-            resolve_tag(f"{host}/team/python:3.11")
+            resolve_tag(f"{server.host}/team/python:3.11")
         assert f"it names the address {realm!r}" in caught.value.why
 
 
@@ -418,14 +394,14 @@ class Redirecting(TokenHandler):
 
 @pytest.mark.parametrize(("times", "passes"), [(1, True), (5, True), (6, False)])
 def test_redirects_are_followed_five_times(times: int, passes: bool) -> None:
-    for host in serve(type("Handler", (Redirecting,), {"times": times})):
+    with Server(type("Handler", (Redirecting,), {"times": times})) as server:
         if passes:
-            assert dict(resolve_tag(f"{host}/python:3.11").platforms) == {
+            assert dict(resolve_tag(f"{server.host}/python:3.11").platforms) == {
                 "linux/amd64": "sha256:" + "a" * 64
             }
         else:
             with pytest.raises(AttnimgError, match="has no digest") as caught:
-                resolve_tag(f"{host}/python:3.11")
+                resolve_tag(f"{server.host}/python:3.11")
             assert caught.value.why == "it redirects more than 5 times"
 
 
