@@ -14,10 +14,9 @@ from typing import Any
 import pytest
 from generated import SECONDS
 from run_facts import a_geometry
-from served_kernels import serve
+from served_kernels import prove_served
 
 from attnimg.run_facts import Geometry, Proof
-from attnimg.verification.runner import Candidate, run
 
 SOURCE = Path(__file__).parents[1] / "fixtures/wrong_kernels/variants.py"
 
@@ -129,20 +128,11 @@ pytestmark = pytest.mark.timeout(1800)
 
 @pytest.fixture(scope="module")
 def proofs(tmp_path_factory: pytest.TempPathFactory) -> list[Proof]:
-    root = tmp_path_factory.mktemp("kernels")
-    entries = [
-        f"{name}={serve(root / name.partition('/')[2], variant, source=SOURCE)}"
-        for name, (variant, _, _) in zip(NAMES, VARIANTS, strict=True)
+    kernels = [
+        (name, SOURCE, variant, geometry)
+        for name, (variant, geometry, _) in zip(NAMES, VARIANTS, strict=True)
     ]
-    candidates = [
-        Candidate(backend=name, geometries=(geometry,), trusted=True)
-        for name, (_, geometry, _) in zip(NAMES, VARIANTS, strict=True)
-    ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LOCAL_KERNELS", ":".join(entries))
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setenv("OMP_NUM_THREADS", "1")
-        return list(run(candidates, device="cpu"))
+    return prove_served(tmp_path_factory.mktemp("kernels"), kernels)
 
 
 @pytest.mark.parametrize("wrong", [False, True], ids=["right kernels", "wrong kernels"])
