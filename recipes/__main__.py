@@ -361,7 +361,7 @@ def _parser() -> ArgumentParser:
     command = add("index", index, image=True)
     command.add_argument("--wheels", type=Path, required=True, help="the wheelhouse")
     command.add_argument("--to", type=Path, required=True, help="the folder of the index")
-    command.add_argument("--base-url", default="", help="where the files will be, with its slash")
+    command.add_argument("--base-url", default="", help="where the files will be")
     command = add("release", release, image=True)
     command.add_argument(
         "--step", choices=("push", "test", "attest", "verify", "promote"), help="this one only"

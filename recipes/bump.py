@@ -158,6 +158,9 @@ def commit_bumps(
             _git(root, "clean", "-fdq")
             yield str(bump), f"{error.what}: {' '.join(error.why.split())}"
             continue
+        if not _git(root, "status", "--porcelain"):
+            yield str(bump), "it stays as it is: a bound of another package holds it back"
+            continue
         yield _commit(root, str(bump), _body(bump, today)), ""
 
 

@@ -58,7 +58,7 @@ def write_index(name: str, wheels: Path, out: Path, *, base_url: str = "") -> li
         name: the image's.
         wheels: the wheelhouse, dist/NAME.
         out: the folder of the index.
-        base_url: where the files will be, with its slash; empty for OUT/files.
+        base_url: where the files will be; empty for OUT/files.
 
     Raises:
         AttnimgError: the wheelhouse has no wheels, a small (trimmed) build, a wheel that is not
@@ -206,7 +206,7 @@ def _link(source: Path, target: Path) -> None:
 
 def _url(wheel: IndexedWheel, base_url: str) -> str:
     # Relative to OUT/simple/KERNEL/.
-    return f"{base_url or '../../files/'}{quote(wheel.path.name)}"
+    return f"{(base_url or '../../files').rstrip('/')}/{quote(wheel.path.name)}"
 
 
 def _link_text(wheel: IndexedWheel, base_url: str) -> str:

@@ -78,9 +78,9 @@ def read_archive(
             stored_config, members = _find_parts(tar)
             config = json.loads(stored_config)
             history = [step for step in config.get("history", []) if not step.get("empty_layer")]
-        # The JSON is invalid, or has another structure than expected.
-        except (ValueError, IndexError, TypeError, AttributeError) as error:
-            raise tarfile.ReadError(f"its manifest is damaged: {error}") from error
+        # The JSON is invalid, or has another structure than expected, or several images.
+        except (ValueError, TypeError, AttributeError) as error:
+            raise tarfile.ReadError(f"its manifest is not that of an image: {error}") from error
         names = stage_names([*history, *({} for _ in members[len(history) :])])
         for place, member in enumerate(members):
             step = history[place] if place < len(history) else {}
@@ -130,15 +130,23 @@ def _find_parts(tar: tarfile.TarFile) -> tuple[bytes, list[str]]:
     """Find the configuration and the layers' members, by manifest.json or by OCI's index.json."""
     names = set(tar.getnames())
     if "manifest.json" in names:
-        (manifest, *_) = _json(tar, "manifest.json")
+        manifest = _only_image(_json(tar, "manifest.json"))
         return _read(tar, manifest["Config"]), list(manifest["Layers"])
-    blob = _json(tar, "index.json")["manifests"][0]
+    blob = _only_image(_json(tar, "index.json")["manifests"])
     for _ in range(2):
         found = _json(tar, _blob(blob))
         if "layers" in found:
             return _read(tar, _blob(found["config"])), [_blob(layer) for layer in found["layers"]]
-        blob = found["manifests"][0]
+        blob = _only_image(found["manifests"])
     raise KeyError("layers")
+
+
+def _only_image(manifests: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the one image of a list; attestations are of the platform unknown/unknown."""
+    found = [m for m in manifests if (m.get("platform") or {}).get("os") != "unknown"]
+    if len(found) != 1:
+        raise ValueError(f"found {len(found)} images, needed one")
+    return found[0]
 
 
 def _blob(descriptor: dict[str, str]) -> str:

@@ -240,6 +240,13 @@ def test_what_locking_changes_without_a_pin_gets_a_commit_of_its_own(checkout: P
     assert calls == ["", ""]
 
 
+def test_a_package_that_another_holds_back_is_named(checkout: Path) -> None:
+    held = Bump("urllib3", "2.8.0", "99.1", "requirements/lock.txt")
+    [(subject, error)] = commit_bumps([held], checkout, relock=lambda *_: None, today=TODAY)
+    assert (subject, "holds it back" in error) == (str(held), True)
+    assert git(checkout, "log", "--format=%s") == "One"
+
+
 def test_a_checkout_with_changes_is_refused_and_keeps_them(checkout: Path) -> None:
     (checkout / "mine.txt").write_text("mine")
     with pytest.raises(AttnimgError, match="uncommitted changes") as refused:

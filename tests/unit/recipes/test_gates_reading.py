@@ -25,7 +25,7 @@ from recipes.gates import ExpectedContents, GateFinding, all_gates, gate_named, 
 from recipes.solve.plan import solve_all
 
 
-def oci(path: Path, layer: bytes) -> Path:
+def oci(path: Path, layer: bytes, *, attested: bool = False) -> Path:
     """Write an OCI archive with one layer, as other tools than Docker do."""
     blobs: dict[str, bytes] = {}
 
@@ -36,7 +36,8 @@ def oci(path: Path, layer: bytes) -> Path:
 
     config = put(json.dumps({"config": {}, "history": []}).encode())
     manifest = put(json.dumps({"config": config, "layers": [put(layer)]}).encode())
-    index = put(json.dumps({"manifests": [manifest]}).encode())
+    others = [{**put(b"{}"), "platform": {"os": "unknown"}}] if attested else []
+    index = put(json.dumps({"manifests": [manifest, *others]}).encode())
     blobs["index.json"] = json.dumps({"manifests": [index]}).encode()
     with tarfile.open(path, "w") as tar:
         for name, data in blobs.items():
@@ -95,6 +96,31 @@ def test_an_archive_with_a_damaged_manifest_is_refused(tmp_path: Path, text: byt
         tar.addfile(info, io.BytesIO(text))
     with pytest.raises(AttnimgError, match="can't be read as an image"):
         read(tmp_path / "image.tar")
+
+
+def test_an_archive_of_two_images_is_refused(tmp_path: Path) -> None:
+    image = save(tmp_path / "image.tar", {"a": b"a"})
+    with tarfile.open(image) as tar:
+        parts = {name: (tar.extractfile(name) or io.BytesIO()).read() for name in tar.getnames()}
+    parts["manifest.json"] = json.dumps(json.loads(parts["manifest.json"]) * 2).encode()
+    with tarfile.open(image, "w") as tar:
+        for name, data in parts.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    with pytest.raises(AttnimgError, match="can't be read as an image") as caught:
+        read(image)
+    assert "found 2 images, needed one" in caught.value.why
+
+
+def test_an_attestation_is_no_second_image(tmp_path: Path) -> None:
+    """BuildKit adds one to the index of an OCI archive."""
+    save(tmp_path / "docker.tar", {"root/key": KEY})
+    with tarfile.open(tmp_path / "docker.tar") as tar:
+        layer = tar.extractfile("layer0.tar")
+        assert layer is not None
+        made = oci(tmp_path / "oci.tar", layer.read(), attested=True)
+    assert [file for file, _ in run_gate("secrets", read(made))] == ["root/key"]
 
 
 @pytest.mark.parametrize("compress", [gzip.compress, zstandard.compress], ids=["gzip", "zstd"])
