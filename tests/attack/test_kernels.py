@@ -144,14 +144,14 @@ def test_kernels(
         for (variant, geometry, is_wrong), proof in zip(VARIANTS, proofs, strict=True)
         if is_wrong == wrong
     ]
-    fallen = [
+    failed = [
         f"{variant} ({geometry.dtype}, {geometry.sequence_len} tokens): {proof.reasons}"
         for variant, geometry, proof in judged
         if proof.passed == wrong or any(reason.code == "crash" for reason in proof.reasons)
     ]
     kind = "wrong kernels" if wrong else "right kernels"
-    record_property("attack", [kind, len(judged), len(judged) - len(fallen), "all"])
-    assert not fallen, "\n".join(fallen)
+    record_property("attack", [kind, len(judged), len(judged) - len(failed), "all"])
+    assert not failed, "\n".join(failed)
 
 
 def test_each_variant_of_the_fixture_is_proven() -> None:
