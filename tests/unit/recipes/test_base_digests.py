@@ -421,8 +421,8 @@ def test_a_registry_that_is_not_there_is_unreachable() -> None:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    (tmp_path / "recipes").mkdir()
-    shutil.copy(ROOT / "recipes/bases.toml", tmp_path / "recipes")
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
     return tmp_path
 
 
@@ -439,11 +439,6 @@ def test_lock_writes_digests_and_leaves_the_rest(checkout: Path) -> None:
         new for old, new in zip(before, path.read_text().splitlines(), strict=True) if old != new
     ]
     assert [text.partition(" = ")[0] for text in changed] == ["digest", "platforms"]
-    for name in ("images", "kernels", "patches"):
-        shutil.copytree(ROOT / "recipes" / name, checkout / "recipes" / name)
-    for name in ("torch", "cuda", "pairs", "allowed", "cves"):
-        shutil.copy(ROOT / f"recipes/{name}.toml", checkout / "recipes")
-    shutil.copy(ROOT / "pyproject.toml", checkout)
     base = read_recipes(checkout).bases["bookworm"]
     assert (base.digest, dict(base.platforms)) == (found.digest, digests)
     (line,) = lock_bases(read_recipes(checkout), root=checkout, resolve=lambda _: found)

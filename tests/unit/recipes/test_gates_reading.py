@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import io
 import json
 import re
-import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 import zstandard
-from small_image import save, wheelhouse
+from small_image import save, tar_of, wheelhouse
 from test_gates import KEY, PLAN, RECIPES, ROOT, read, run_gate
 
 from attnimg.errors import AttnimgError
@@ -39,11 +37,7 @@ def oci(path: Path, layer: bytes, *, attested: bool = False) -> Path:
     others = [{**put(b"{}"), "platform": {"os": "unknown"}}] if attested else []
     index = put(json.dumps({"manifests": [manifest, *others]}).encode())
     blobs["index.json"] = json.dumps({"manifests": [index]}).encode()
-    with tarfile.open(path, "w") as tar:
-        for name, data in blobs.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
+    path.write_bytes(tar_of(blobs))
     return path
 
 
@@ -53,11 +47,7 @@ def oci(path: Path, layer: bytes, *, attested: bool = False) -> Path:
 def test_an_oci_archive_is_read_whatever_its_layers_are_compressed_with(
     tmp_path: Path, compress
 ) -> None:
-    save(tmp_path / "docker.tar", {"root/key": KEY})
-    with tarfile.open(tmp_path / "docker.tar") as tar:
-        layer = tar.extractfile("layer0.tar")
-        assert layer is not None
-        made = oci(tmp_path / "oci.tar", compress(layer.read()))
+    made = oci(tmp_path / "oci.tar", compress(tar_of({"root/key": KEY})))
     assert [file for file, _ in run_gate("secrets", read(made))] == ["root/key"]
 
 
@@ -90,24 +80,15 @@ def test_an_archive_that_was_cut_off_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", [b"{", b"[]", b"{}", b'[{"Config": "manifest.json"}]', b"[3]"])
 def test_an_archive_with_a_damaged_manifest_is_refused(tmp_path: Path, text: bytes) -> None:
-    with tarfile.open(tmp_path / "image.tar", "w") as tar:
-        info = tarfile.TarInfo("manifest.json")
-        info.size = len(text)
-        tar.addfile(info, io.BytesIO(text))
+    (tmp_path / "image.tar").write_bytes(tar_of({"manifest.json": text}))
     with pytest.raises(AttnimgError, match="can't be read as an image"):
         read(tmp_path / "image.tar")
 
 
 def test_an_archive_of_two_images_is_refused(tmp_path: Path) -> None:
-    image = save(tmp_path / "image.tar", {"a": b"a"})
-    with tarfile.open(image) as tar:
-        parts = {name: (tar.extractfile(name) or io.BytesIO()).read() for name in tar.getnames()}
-    parts["manifest.json"] = json.dumps(json.loads(parts["manifest.json"]) * 2).encode()
-    with tarfile.open(image, "w") as tar:
-        for name, data in parts.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
+    image = tmp_path / "image.tar"
+    manifest = json.dumps([{"Config": "config.json", "Layers": []}] * 2)
+    image.write_bytes(tar_of({"manifest.json": manifest, "config.json": "{}"}))
     with pytest.raises(AttnimgError, match="can't be read as an image") as caught:
         read(image)
     assert "found 2 images, needed one" in caught.value.why
@@ -115,11 +96,7 @@ def test_an_archive_of_two_images_is_refused(tmp_path: Path) -> None:
 
 def test_an_attestation_is_no_second_image(tmp_path: Path) -> None:
     """BuildKit adds one to the index of an OCI archive."""
-    save(tmp_path / "docker.tar", {"root/key": KEY})
-    with tarfile.open(tmp_path / "docker.tar") as tar:
-        layer = tar.extractfile("layer0.tar")
-        assert layer is not None
-        made = oci(tmp_path / "oci.tar", layer.read(), attested=True)
+    made = oci(tmp_path / "oci.tar", tar_of({"root/key": KEY}), attested=True)
     assert [file for file, _ in run_gate("secrets", read(made))] == ["root/key"]
 
 
