@@ -29,7 +29,6 @@ from recipes.scan import refuse_findings, scan
 from recipes.solve.lock import lock_all, pinned_versions, read_locks
 from recipes.solve.plan import solve, solve_all
 from recipes.solve.sources import fetch_sources
-from recipes.wheel_index import write_index
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -212,6 +211,8 @@ def _make_lock(root: Path, package: str) -> None:
 
 def index(arguments: Namespace) -> None:
     """Write a wheelhouse as a package index of static files."""
+    from recipes.wheel_index import write_index
+
     _plan(arguments.name, read_recipes(arguments.root))
     found = write_index(arguments.name, arguments.wheels, arguments.to, base_url=arguments.base_url)
     _print(f"index: {len(found)} wheels in {arguments.to}/simple")
