@@ -382,16 +382,11 @@ build/fa4/ready: requirements/torch.txt docker/constraints/hopper.txt docker/pre
 	@$(PIP) --no-deps --no-build-isolation -e . --config-settings editable_mode=compat
 	@touch $@
 
-build/docs/ready: requirements/docs.txt
-	@echo "docs: making build/docs with MkDocs, 10 seconds"
-	@$(PYTHON) -m venv build/docs
-	@build/docs/bin/pip install -qq --disable-pip-version-check --require-hashes --no-deps -r requirements/docs.txt
-	@touch $@
-
-build/audit/ready: requirements/audit.txt
-	@echo "scan: installing pip-audit into build/audit, 10 seconds"
-	@$(PYTHON) -m venv build/audit
-	@build/audit/bin/pip install -qq --disable-pip-version-check --require-hashes --no-deps -r requirements/audit.txt
+# MkDocs, and pip-audit.
+build/docs/ready build/audit/ready: build/%/ready: requirements/%.txt
+	@echo "$*: installing the packages of $< into build/$*, 10 seconds"
+	@$(PYTHON) -m venv build/$*
+	@build/$*/bin/pip install -qq --disable-pip-version-check --require-hashes --no-deps -r $<
 	@touch $@
 
 # Packages that a machine with a GPU is likely to have: no attnimg, older libraries; trl and datasets for `train`.
