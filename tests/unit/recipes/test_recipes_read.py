@@ -237,6 +237,23 @@ def test_a_list_of_entries_has_no_other_key(
     assert says in caught.value.why
 
 
+@pytest.mark.parametrize("file", ["cuda.toml", "images/cpu.toml", "patches/flash-attn/cxx20.patch"])
+def test_a_file_that_can_not_be_read_is_named(tmp_path: Path, file: str) -> None:
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (tmp_path / "recipes" / file).write_bytes(b"# caf\xe9\n")
+    with pytest.raises(AttnimgError, match=f"recipes/{file} is not a valid recipe") as caught:
+        read_recipes(tmp_path)
+    assert "it is not UTF-8" in caught.value.why
+
+
+def test_a_file_that_is_missing_is_named(tmp_path: Path) -> None:
+    (tmp_path / "recipes").mkdir()
+    with pytest.raises(AttnimgError, match=r"recipes/bases\.toml is not a valid recipe") as caught:
+        read_recipes(tmp_path)
+    assert caught.value.why == "No such file or directory"
+
+
 def test_an_unresolved_value_keeps_its_reason() -> None:
     (image,) = read_image("rocm", (ROOT / "recipes/images/rocm.toml").read_text(encoding="utf-8"))
     assert image.torch == Unresolved("PyPI has no torch for ROCm, and no other index was reached")
