@@ -13,13 +13,12 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, ClassVar
 
 import httpx
 import pytest
-from loopback import Server, free_port
+from loopback import Handler, Server, free_port
 
 from attnimg.errors import AttnimgError
 from recipes.read import read_recipes
@@ -180,41 +179,38 @@ def test_a_registry_that_asks_for_a_login_is_named(tmp_path: Path) -> None:
         assert caught.value.why == "it asks for a login, or has no such image (401 Unauthorized)"
 
 
-class TokenHandler(BaseHTTPRequestHandler):
+class TokenHandler(Handler):
     """Docker Hub's way in front of a registry: 401 with the address of tokens, then the answer."""
 
     registry: Registry
     field = "token"
     tokens = 0
 
-    def do_GET(self) -> None:
+    def route(self) -> None:
         host = self.headers["Host"]
         if self.path.startswith("/token?"):
             asked = httpx.URL(self.path).params
             type(self).tokens += 1
             ok = asked["scope"] == "repository:team/python:pull" and asked["service"] == "here"
             secret = base64.b64encode(b"pull").decode()
-            self.answer(200 if ok else 403, json.dumps({self.field: secret}).encode(), {})
+            self.send(200 if ok else 403, json.dumps({self.field: secret}).encode(), {})
         elif self.headers.get("Authorization") != "Bearer " + base64.b64encode(b"pull").decode():
             scope = f'scope="repository:{self.path.split("/v2/")[1].split("/manifests")[0]}:pull"'
             realm = f'Bearer realm="http://{host}/token",service="here",{scope}'
-            self.answer(401, b"{}", {"WWW-Authenticate": realm})
+            self.send(401, b"{}", {"WWW-Authenticate": realm})
         else:
             accept = {"Accept": self.headers["Accept"]}
             got = httpx.get(f"http://{self.registry.host}{self.path}", headers=accept)
             names = ("Content-Type", "Docker-Content-Digest")
-            self.answer(got.status_code, got.content, {n: got.headers.get(n, "") for n in names})
+            self.send(got.status_code, got.content, {n: got.headers.get(n, "") for n in names})
 
-    def answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+    def send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        """Print nothing."""
 
 
 @pytest.mark.parametrize("field", ["token", "access_token"])
@@ -234,21 +230,18 @@ def test_a_token_that_is_refused_is_named(registry: Registry) -> None:
         assert caught.value.why == "it refuses access, or has no such image (403 Forbidden)"
 
 
-class WrongAnswer(BaseHTTPRequestHandler):
+class WrongAnswer(Handler):
     """What is no registry, or one whose bytes are not those that it names."""
 
     body = b"<html>captive portal</html>"
     headers_sent: ClassVar[dict[str, str]] = {}
 
-    def do_GET(self) -> None:
+    def route(self) -> None:
         self.send_response(200)
         for name, value in self.headers_sent.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(self.body)
-
-    def log_message(self, *_: object) -> None:
-        """Print nothing."""
 
 
 @pytest.mark.parametrize(
@@ -342,15 +335,15 @@ class OtherTokens(TokenHandler):
     given: ClassVar[dict[str, Any]] = {}
     sent: ClassVar[list[str]] = []
 
-    def do_GET(self) -> None:
+    def route(self) -> None:
         if self.path.startswith("/token"):
-            self.answer(200, json.dumps(self.given).encode(), {})
+            self.send(200, json.dumps(self.given).encode(), {})
         elif "Authorization" in self.headers:
             self.sent.append(self.headers["Authorization"])
-            self.answer(404, b"{}", {})
+            self.send(404, b"{}", {})
         else:
             realm = self.realm.format(host=self.headers["Host"])
-            self.answer(401, b"{}", {"WWW-Authenticate": f'Bearer realm="{realm}",service="s"'})
+            self.send(401, b"{}", {"WWW-Authenticate": f'Bearer realm="{realm}",service="s"'})
 
 
 @pytest.mark.parametrize(
@@ -384,12 +377,12 @@ class Redirecting(TokenHandler):
 
     times = 0
 
-    def do_GET(self) -> None:
+    def route(self) -> None:
         count = int(httpx.URL(self.path).params.get("n", "0"))
         if count < self.times:
-            self.answer(307, b"", {"Location": f"{self.path.partition('?')[0]}?n={count + 1}"})
+            self.send(307, b"", {"Location": f"{self.path.partition('?')[0]}?n={count + 1}"})
         else:
-            self.answer(200, index_of(platform=AMD64), INDEX)
+            self.send(200, index_of(platform=AMD64), INDEX)
 
 
 @pytest.mark.parametrize(("times", "passes"), [(1, True), (5, True), (6, False)])
