@@ -9,8 +9,8 @@ from small_image import SITE, package, save
 from test_gates import KEY, PLAN, read
 
 from attnimg.errors import AttnimgError
-from recipes.child_images import mark_child
-from recipes.gates import ExpectedContents, gate_named
+from recipes.child_images import is_childs_own, mark_child
+from recipes.gates import ExpectedContents, GateFinding, gate_named
 from recipes.run_gates import GateResult, format_report, run_all
 
 OURS = package("torch", "2.13.0+cpu", version__py=b"ours") | package("rich", "15.0.0")
@@ -75,6 +75,19 @@ def test_another_torch_and_a_secret_are_refused(
     tmp_path: Path, child: dict[str, bytes | str], gate: str, found: str
 ) -> None:
     assert any(found in finding.found for finding in judge(tmp_path, child)[gate].findings)
+
+
+@pytest.mark.parametrize(
+    ("files", "own"), [("a", True), ("a, b", True), ("etc/os", False), ("a, etc/os", False)]
+)
+def test_a_finding_is_the_childs_if_all_its_files_are(
+    tmp_path: Path, files: str, own: bool
+) -> None:
+    layers = {"etc/os": b""}, OURS, {"a": b"a", "b": b"b"}
+    artifact = mark_child(read(save(tmp_path / "child.tar", *layers, history=HISTORY)))
+    finding = GateFinding(files, found="no GPU code", needed="sm_90", do="build it")
+    found = is_childs_own(finding, gate="machine-code", artifact=artifact, fixed=frozenset())
+    assert found is own
 
 
 def test_a_declaration_in_a_virtual_environment_is_no_second_torch(tmp_path: Path) -> None:
