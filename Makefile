@@ -219,14 +219,10 @@ wheels/%: ## Compile the kernels of attnimg:% into dist/%; hours; TRIM=1 makes s
 
 kernels/%: ## Compile the kernels of attnimg:% that the registry CACHE=host/namespace does not have, and push them; KERNEL=one of them
 	$(NEEDS_ENGINE)
-	@[ -n "$(CACHE)" ] || { printf 'kernels: %s\n  why: %s\n  do:  %s\n' "no cache is given" \
-	  "found no CACHE" "make $@ CACHE=host/namespace, or make wheels/$* for this machine" >&2; exit 2; }
 	@CACHE="$(CACHE)" PROGRESS=plain docker/build.py $* --to-cache $(if $(KERNEL),--kernel "$(KERNEL)")
 
 layers/%: ## Build the layers of torch and the stack, which images share, and push them to the registry CACHE=host/namespace
 	$(NEEDS_ENGINE)
-	@[ -n "$(CACHE)" ] || { printf 'layers: %s\n  why: %s\n  do:  %s\n' "no cache is given" \
-	  "found no CACHE" "make $@ CACHE=host/namespace" >&2; exit 2; }
 	@CACHE="$(CACHE)" docker/build.py $* --stage stack --to-cache
 
 built/%: .venv/ready ## Record the contents of dist/% in docs/built; MACHINE="the build machine"
@@ -386,16 +382,11 @@ build/fa4/ready: requirements/torch.txt docker/constraints/hopper.txt docker/pre
 	@$(PIP) --no-deps --no-build-isolation -e . --config-settings editable_mode=compat
 	@touch $@
 
-build/docs/ready: requirements/docs.txt
-	@echo "docs: making build/docs with MkDocs, 10 seconds"
-	@$(PYTHON) -m venv build/docs
-	@build/docs/bin/pip install -qq --disable-pip-version-check --require-hashes --no-deps -r requirements/docs.txt
-	@touch $@
-
-build/audit/ready: requirements/audit.txt
-	@echo "scan: installing pip-audit into build/audit, 10 seconds"
-	@$(PYTHON) -m venv build/audit
-	@build/audit/bin/pip install -qq --disable-pip-version-check --require-hashes --no-deps -r requirements/audit.txt
+# MkDocs, and pip-audit.
+build/docs/ready build/audit/ready: build/%/ready: requirements/%.txt
+	@echo "$*: installing the packages of $< into build/$*, 10 seconds"
+	@$(PYTHON) -m venv build/$*
+	@build/$*/bin/pip install -qq --disable-pip-version-check --require-hashes --no-deps -r $<
 	@touch $@
 
 # Packages that a machine with a GPU is likely to have: no attnimg, older libraries; trl and datasets for `train`.

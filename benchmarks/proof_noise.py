@@ -139,21 +139,13 @@ def _prove_leaks() -> Iterator[tuple[str, Any]]:
 
 def _prove_wrong() -> Iterator[tuple[str, Any]]:
     """Prove the wrong kernels of the tests as `verify` does, in a child process."""
-    serve, mutations = import_module("served_kernels").serve, import_module("test_wrong_kernels")
-    from attnimg.verification.runner import Candidate, run
-
-    rows = list(zip(mutations.NAMES, mutations.ALL, strict=True))
+    mutations = import_module("test_wrong_kernels")
+    kernels = [
+        (name, source, fault, geometry)
+        for name, (source, fault, geometry, _) in zip(mutations.NAMES, mutations.ALL, strict=True)
+    ]
     with tempfile.TemporaryDirectory() as folder:
-        entries = [
-            f"{name}={serve(Path(folder) / name.partition('/')[2], fault, source=source)}"
-            for name, (source, fault, _, _) in rows
-        ]
-        os.environ["LOCAL_KERNELS"] = ":".join(entries)
-        candidates = [
-            Candidate(backend=name, geometries=(geometry,), trusted=True)
-            for name, (_, _, geometry, _) in rows
-        ]
-        proofs = run(candidates, device="cpu")
+        proofs = import_module("served_kernels").prove_served(Path(folder), kernels)
     judged = list(zip(mutations.ALL, proofs, strict=True))
     wrong = [(fault, proof) for (_, fault, _, code), proof in judged if code]
     right = [proof for (_, _, _, code), proof in judged if not code]

@@ -30,10 +30,10 @@ from typing import Any, NoReturn
 
 import base_image
 import kernel_cache
+from base_image import BAKE
 from from_git import source_labels
 from torch_wheel import torch_wheel
 
-BAKE = Path("docker/docker-bake.json")
 IMAGES = Path("attnimg/data/images.json")
 # The end of the name of an image with compilers.
 DEVEL = "-devel"
@@ -67,16 +67,18 @@ def read_targets(name: str) -> dict[str, dict[str, Any]]:
     return {key: target for key, target in targets.items() if key.partition("_")[0] == name}
 
 
+def needed_gb(name: str, targets: dict[str, dict[str, Any]]) -> int:
+    """Return the free disk that the build of an image needs, with its kernels, in GB."""
+    return NEEDED_GB[targets[f"{name}_common"]["args"]["ACCELERATOR"]]
+
+
 def check_free_disk(name: str, needed: int) -> None:
     """Exit if the disk of the Docker engine has too little free space for the build."""
     command = ["docker", "info", "--format", "{{.DockerRootDir}}"]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     if process.returncode:
-        fail(
-            "no Docker engine is running",
-            process.stderr.strip() or "docker info fails",
-            "make engine",
-        )
+        reason = process.stderr.strip() or "docker info fails"
+        fail("no Docker engine is running", reason, "make engine")
     root = Path(process.stdout.strip())
     # The folder of a remote engine is not on this machine: its free space is not known.
     free = shutil.disk_usage(root).free // 10**9 if root.exists() else needed
@@ -122,24 +124,17 @@ def cached_kernels(name: str, targets: dict[str, dict[str, Any]], cache: str) ->
         fail(*error.args)
 
 
-def fill_cache(name: str, targets: dict[str, dict[str, Any]], only: str, bake: list[str]) -> int:
+def fill_cache(
+    name: str, targets: dict[str, dict[str, Any]], only: str, cache: str, bake: list[str]
+) -> int:
     """Build the kernels that the cache lacks and push each when it is finished."""
-    cache = os.environ.get("CACHE", "")
-    kernels = [only] if only else kernel_cache.kernel_names(name, targets)
-    if not cache or not kernels or f"{name}_{kernels[0]}" not in targets:
-        fail(
-            f"there is nothing to build for the cache of {name}",
-            f"found CACHE={cache!r} and KERNEL={only!r}; kernels built for it: "
-            + (", ".join(kernel_cache.kernel_names(name, targets)) or "none"),
-            f"make kernels/{name} CACHE=host/namespace KERNEL=one of these",
-        )
     found = cached_kernels(name, targets, cache)
-    for kernel in kernels:
+    for kernel in [only] if only else kernel_cache.kernel_names(name, targets):
         reference = kernel_cache.kernel_reference(name, kernel, targets, cache)
         if kernel in found:
             print(f"kernels: {reference} is in the cache")
             continue
-        check_free_disk(name, NEEDED_GB[targets[f"{name}_common"]["args"]["ACCELERATOR"]])
+        check_free_disk(name, needed_gb(name, targets))
         target = f"{name}_{kernel}"
         settings = [f"{target}.tags={reference}", f"{target}.output=type=registry"]
         command = [*bake, *(word for text in settings for word in ("--set", text)), target]
@@ -189,22 +184,32 @@ def main() -> None:
         return
     if not (jobs := os.environ.get("JOBS", "1")).isdigit() or int(jobs) < 1:
         fail(f"JOBS is {jobs!r}", "needed a number of compilers, 1 or more", "make ... JOBS=2")
+    cache, wheels = os.environ.get("CACHE", ""), os.environ.get("WHEELS", "")
+    if arguments.to_cache and not cache:
+        do = f"set CACHE=host/namespace, or make wheels/{name} for this machine"
+        fail("no cache is given", "found no CACHE to push to", do)
+    kernels_only = arguments.to_cache and stage == "runtime"
+    kernels = kernel_cache.kernel_names(name, targets)
+    if arguments.kernel not in ("", *kernels) or (kernels_only and not kernels):
+        fail(
+            f"there is no such kernel to build for {name}",
+            f"found KERNEL={arguments.kernel!r}; built for it: {', '.join(kernels) or 'none'}",
+            f"name one of these, or make build/{name}",
+        )
     # Stages with named contexts have a target of their own.
     target = name if stage == "runtime" else f"{name}_{arguments.kernel or stage}"
     settings = {}
     if target not in targets or arguments.kernel:
         target = target if arguments.kernel else f"{name}_common"
         settings[f"{target}.target"] = stage
-    for bake_target, context, place in contexts(name, targets, os.environ.get("WHEELS", "")):
+    for bake_target, context, place in contexts(name, targets, wheels):
         settings[f"{bake_target}.contexts.{context}"] = place
-    cache, wheels = os.environ.get("CACHE", ""), os.environ.get("WHEELS", "")
-    kernels_only = arguments.to_cache and stage == "runtime"
     found = cached_kernels(name, targets, cache) if cache and not (wheels or kernels_only) else {}
     for bake_target, context, place in kernel_cache.replaced_contexts(name, targets, found):
         settings[f"{bake_target}.contexts.{context}"] = place
     if not kernels_only:
-        needed = NEEDED_GB[targets[f"{name}_common"]["args"]["ACCELERATOR"]]
-        if wheels or (cache and len(found) == len(kernel_cache.kernel_names(name, targets))):
+        needed = needed_gb(name, targets)
+        if wheels or (cache and len(found) == len(kernels)):
             needed = min(needed, NEEDED_GB_WITH_WHEELS)
         check_free_disk(name, needed)
     if stage not in ("runtime", "wheelhouse", "devel"):
@@ -220,7 +225,7 @@ def main() -> None:
     os.environ |= {"BASE": base.context, "BASE_NAME": base.name, "BASE_DIGEST": base.digest}
     os.environ |= source_labels(Path())
     if kernels_only:
-        sys.exit(fill_cache(name, targets, arguments.kernel, command))
+        sys.exit(fill_cache(name, targets, arguments.kernel, cache, command))
     sys.exit(run([*command, target], wheels_to=arguments.wheels_to))
 
 

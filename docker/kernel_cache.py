@@ -93,8 +93,8 @@ def layer_settings(
         write: whether to write the cache too; needs the engine's containerd image store.
     """
     place = f"type=registry,ref={cache.rstrip('/')}/attnimg-cache"
-    own = name if target == name else targets[f"{name}_common"]["args"]["LOCK"]
     shared = targets[f"{name}_common"]["args"]["LOCK"]
+    own = name if target == name else shared
     settings = [f"{target}.cache-from={place}:{tag}" for tag in dict.fromkeys((own, shared))]
     if write:
         # The layers of the image alone (mode=min): no build reads the toolchain's 6 GB from there.

@@ -1,7 +1,7 @@
 """Fetch the CPU build of torch, which PyPI does not have; needs the standard library and a pip.
 
 PyPI's torch of the same version is the CUDA build, half a gigabyte. So pip is asked for the version
-`2.13.0+cpu`, which only the CPU build has: in the folders of pip's own configuration (find-links),
+`VERSION+cpu`, which only the CPU build has: in the folders of pip's own configuration (find-links),
 then in PyTorch's index for CPUs, which recipes/torch.toml names; or in TORCH_INDEX alone, another
 index or a folder, whatever pip's configuration says. The file must have a hash of
 recipes/torch.toml.

@@ -15,7 +15,7 @@ from attnimg.errors import AttnimgError
 from attnimg.files import data_file
 from recipes.bump import commit_bumps, find_bumps
 from recipes.cves import grype_config, refuse_expired, refuse_wrong_cves
-from recipes.facts import ImagePlan
+from recipes.facts import ImagePlan, Recipes
 from recipes.files import write_all
 from recipes.package_index import PackageIndex
 from recipes.pages import built, gpu_runs
@@ -29,7 +29,6 @@ from recipes.scan import refuse_findings, scan
 from recipes.solve.lock import lock_all, pinned_versions, read_locks
 from recipes.solve.plan import solve, solve_all
 from recipes.solve.sources import fetch_sources
-from recipes.wheel_index import write_index
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -65,8 +64,9 @@ def classes(arguments: Namespace) -> None:
 
 def print_plans(arguments: Namespace) -> None:
     """Print an image's contents, or why it can't be built and the nearest image that can."""
-    for name in arguments.names or read_recipes(arguments.root).images:
-        plan = _plan(name, arguments.root)
+    recipes = read_recipes(arguments.root)
+    for name in arguments.names or recipes.images:
+        plan = _plan(name, recipes)
         _print(f"{name}: {plan.abi} for {' '.join(plan.image.archs)}")
         for step in plan.steps:
             code = f"code {' '.join(step.codes)}" if step.codes else "no machine code of its own"
@@ -90,7 +90,8 @@ def lock(arguments: Namespace) -> None:
 
 def sources(arguments: Namespace) -> None:
     """Fetch the git trees that the image's kernels are built from, to build/sources."""
-    plan, root = _plan(arguments.name, arguments.root), arguments.root
+    root = arguments.root
+    plan = _plan(arguments.name, read_recipes(root))
     for tree in fetch_sources(plan, root=root, clones=arguments.clones):
         _print(f"sources: {tree.relative_to(root)}")
 
@@ -100,7 +101,8 @@ def gate(arguments: Namespace) -> None:
     # Imported here, since `make lock` runs before their dependencies are installed.
     from recipes.run_gates import check_artifact, format_json, format_report
 
-    plan = _plan(arguments.name, arguments.root)
+    recipes = read_recipes(arguments.root)
+    plan = _plan(arguments.name, recipes)
     if arguments.archive and arguments.unpacked:
         raise AttnimgError(
             "two images are given",
@@ -110,7 +112,7 @@ def gate(arguments: Namespace) -> None:
         )
     artifact, results = check_artifact(
         plan,
-        read_recipes(arguments.root),
+        recipes,
         image=arguments.archive or arguments.unpacked,
         wheels=arguments.wheels,
         root=arguments.root,
@@ -127,7 +129,7 @@ def record_build(arguments: Namespace) -> None:
     from recipes.artifact.read import read_wheelhouse
 
     name, root = arguments.name, arguments.root
-    _plan(name, root)
+    _plan(name, read_recipes(root))
     artifact = read_wheelhouse(arguments.wheels, over=None, log=lambda _: None)
     text = built.build_record(
         built.read_manifest(artifact, image=name),
@@ -142,10 +144,12 @@ def record_build(arguments: Namespace) -> None:
 
 def scan_packages(arguments: Namespace) -> None:
     """Scan an image's Python packages for known vulnerabilities; exit with 3 if that can't be."""
-    plan, root = _plan(arguments.name, arguments.root), arguments.root
+    root = arguments.root
+    recipes = read_recipes(root)
+    plan = _plan(arguments.name, recipes)
     findings = scan(
         plan,
-        read_recipes(root).cves,
+        recipes.cves,
         lock=read_locks((plan,), root=root)[arguments.name],
         pip_audit=arguments.pip_audit,
         today=datetime.date.today(),
@@ -168,7 +172,9 @@ def bump(arguments: Namespace) -> None:
     """Make a commit of each pin that has a newer release on the package index."""
     root, today = arguments.root, datetime.date.today()
     lock = (root / "requirements/lock.txt").read_text(encoding="utf-8")
-    bumps = find_bumps(read_recipes(root), PackageIndex(), lock=lock, pin=arguments.pin)
+    recipes = read_recipes(root)
+    packages = PackageIndex(base=solve_all(recipes)[0].base)
+    bumps = find_bumps(recipes, packages, lock=lock, pin=arguments.pin)
     if arguments.dry_run or not bumps:
         for found in bumps:
             _print(f"bump: {found}, in {found.file}")
@@ -205,7 +211,9 @@ def _make_lock(root: Path, package: str) -> None:
 
 def index(arguments: Namespace) -> None:
     """Write a wheelhouse as a package index of static files."""
-    _plan(arguments.name, arguments.root)
+    from recipes.wheel_index import write_index
+
+    _plan(arguments.name, read_recipes(arguments.root))
     found = write_index(arguments.name, arguments.wheels, arguments.to, base_url=arguments.base_url)
     _print(f"index: {len(found)} wheels in {arguments.to}/simple")
 
@@ -228,8 +236,8 @@ def release(arguments: Namespace) -> None:
     """Build an image, run the gates, push, test, sign, verify and tag it, or run one of these."""
     from recipes.release import command
 
-    plan = _plan(arguments.name, arguments.root)
     recipes = read_recipes(arguments.root)
+    plan = _plan(arguments.name, recipes)
     _print(command.release(plan, recipes, step=arguments.step, root=arguments.root, env=os.environ))
 
 
@@ -238,7 +246,7 @@ def verify(arguments: Namespace) -> None:
     from recipes.release import command
 
     name, root, env = arguments.name, arguments.root, os.environ
-    _plan(name, root)
+    _plan(name, read_recipes(root))
     digest = arguments.digest
     if digest is None:
         digest = command.find_digest(arguments.tag, root=root, env=env)
@@ -287,8 +295,8 @@ def _render_all(root: Path) -> dict[str, str]:
     return texts | generated
 
 
-def _plan(name: str, root: Path) -> ImagePlan:
-    recipes = read_recipes(root)
+def _plan(name: str, recipes: Recipes) -> ImagePlan:
+    """Plan one image; raise if there is none of that name."""
     if name not in recipes.images:
         raise AttnimgError(
             f"there is no image {name!r}",
@@ -354,7 +362,7 @@ def _parser() -> ArgumentParser:
     command = add("index", index, image=True)
     command.add_argument("--wheels", type=Path, required=True, help="the wheelhouse")
     command.add_argument("--to", type=Path, required=True, help="the folder of the index")
-    command.add_argument("--base-url", default="", help="where the files will be, with its slash")
+    command.add_argument("--base-url", default="", help="where the files will be")
     command = add("release", release, image=True)
     command.add_argument(
         "--step", choices=("push", "test", "attest", "verify", "promote"), help="this one only"

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from packaging.version import Version
 
 from attnimg.errors import AttnimgError
 from recipes.facts import Recipes
-from recipes.package_index import PackageIndex, Release
+from recipes.package_index import PackageIndex
 from recipes.solve.lock import split_lock
 
 # Locks again in a checkout: the packages, the bases, and all that is rendered. With the name of a
@@ -81,7 +81,8 @@ def find_bumps(recipes: Recipes, index: PackageIndex, *, lock: str, pin: str = "
             pre = Version(bump.version).is_prerelease
             release = index.newest(bump.package, form=form or "wheel", prereleases=pre)
             if Version(release.version) > Version(bump.version):
-                found.append(_newer(bump, release, is_kernel=bool(form)))
+                sha256 = release.sha256 if form else ""
+                found.append(replace(bump, newer=release.version, sha256=sha256))
     return found
 
 
@@ -91,11 +92,6 @@ def _pins(recipes: Recipes) -> Iterator[Bump]:
             yield Bump(name, kernel.version, kernel.version, f"recipes/kernels/{name}.toml")
     for name, version in recipes.stack.items():
         yield Bump(name, version, version, "pyproject.toml")
-
-
-def _newer(bump: Bump, release: Release, *, is_kernel: bool) -> Bump:
-    sha256 = release.sha256 if is_kernel else ""
-    return Bump(bump.package, bump.version, release.version, bump.file, sha256)
 
 
 def apply_bump(bump: Bump, root: Path, *, today: date) -> None:
@@ -161,6 +157,9 @@ def commit_bumps(
             _git(root, "reset", "-q", "--hard")
             _git(root, "clean", "-fdq")
             yield str(bump), f"{error.what}: {' '.join(error.why.split())}"
+            continue
+        if not _git(root, "status", "--porcelain"):
+            yield str(bump), "it stays as it is: a bound of another package holds it back"
             continue
         yield _commit(root, str(bump), _body(bump, today)), ""
 

@@ -1,7 +1,8 @@
-"""Write files atomically: a reader sees the old text or the new one, never a part of it."""
+"""Read and hash files, and write them atomically: a reader sees the old text or the new one."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -64,6 +65,12 @@ def _holds(path: Path, text: str) -> bool:
         return path.read_bytes() == text.encode()
     except FileNotFoundError:
         return False
+
+
+def sha256_of_file(path: Path) -> str:
+    """Return the sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_if_exists(path: Path) -> str | None:

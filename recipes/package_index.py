@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from http.client import HTTPException
 
 from packaging.tags import compatible_tags, cpython_tags
 from packaging.utils import (
@@ -20,9 +19,10 @@ from packaging.utils import (
     parse_wheel_filename,
 )
 from packaging.version import InvalidVersion, Version
+from pydantic import TypeAdapter
 
 from attnimg.errors import AttnimgError
-from recipes.facts import Form
+from recipes.facts import Base, Form
 
 _TYPE = "application/vnd.pypi.simple.v1+json"
 
@@ -35,22 +35,38 @@ class Release:
     sha256: str
 
 
+@dataclass(frozen=True, slots=True)
+class _File:
+    """A file of a package; other keys are ignored."""
+
+    filename: str
+    hashes: dict[str, str] = field(default_factory=dict)
+    yanked: bool | str = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Project:
+    files: tuple[_File, ...]
+
+
 class PackageIndex:
     """A package index.
 
     Args:
         url: of the index, ".../simple"; empty for that of UV_DEFAULT_INDEX or PIP_INDEX_URL, else
             pip's own.
-        python: the Python of the images, (3, 11).
+        base: of the images, for which a wheel has to be.
     """
 
-    def __init__(self, url: str = "", *, python: tuple[int, int] = (3, 11)) -> None:
+    def __init__(self, url: str = "", *, base: Base) -> None:
         self._url = (url or _configured_url()).rstrip("/")
         # In the order in which an installer would choose.
-        platforms = [f"manylinux_2_{minor}_x86_64" for minor in range(36, 4, -1)]
+        python = [int(part) for part in base.python.split(".")]
+        glibc = int(base.glibc.partition(".")[2])
+        platforms = [f"manylinux_2_{minor}_x86_64" for minor in range(glibc, 4, -1)]
         platforms += ["manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64"]
         tags = [*cpython_tags(python, platforms=platforms)]
-        tags += compatible_tags(python, f"cp{python[0]}{python[1]}", platforms)
+        tags += compatible_tags(python, f"cp{base.python.replace('.', '')}", platforms)
         self._rank = {tag: rank for rank, tag in enumerate(tags)}
 
     def newest(self, package: str, *, form: Form, prereleases: bool = False) -> Release:
@@ -86,37 +102,37 @@ class PackageIndex:
         for file in self._files(package):
             try:
                 if form == "sdist":
-                    _, version = parse_sdist_filename(file["filename"])
+                    _, version = parse_sdist_filename(file.filename)
                     rank = 0
                 else:
-                    _, version, _, tags = parse_wheel_filename(file["filename"])
+                    _, version, _, tags = parse_wheel_filename(file.filename)
                     rank = min(self._rank.get(tag, len(self._rank)) for tag in tags)
             except (InvalidSdistFilename, InvalidWheelFilename, InvalidVersion):
                 continue
-            if file.get("yanked") or rank == len(self._rank):
+            if file.yanked or rank == len(self._rank):
                 continue
             if version.is_prerelease and not prereleases:
                 continue
-            if sha256 := file.get("hashes", {}).get("sha256"):
+            if sha256 := file.hashes.get("sha256"):
                 yield version, rank, sha256
 
-    def _files(self, package: str) -> list[dict[str, Any]]:
+    def _files(self, package: str) -> tuple[_File, ...]:
         address = f"{self._url}/{canonicalize_name(package)}/"
         bundle = os.environ.get("PIP_CERT") or os.environ.get("SSL_CERT_FILE")
         request = urllib.request.Request(address, headers={"Accept": _TYPE})
         try:
             context = ssl.create_default_context(cafile=bundle)
             with urllib.request.urlopen(request, timeout=60, context=context) as answer:
-                files: list[dict[str, Any]] = json.load(answer)["files"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+                return TypeAdapter(_Project).validate_json(answer.read()).files
+        except (OSError, HTTPException, ValueError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise AttnimgError(
                 f"{package} can't be looked up on the package index",
-                why=f"{type(error).__name__}: {error}; needed the JSON of PEP 691 from {self._url}",
+                why=f"{reason}; needed the JSON of PEP 691 from {self._url}",
                 do="check the network, or set PIP_INDEX_URL to an index that has it",
                 code="no-index",
                 exit_code=1,
             ) from error
-        return files
 
 
 def _configured_url() -> str:

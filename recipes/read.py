@@ -55,13 +55,13 @@ def read_recipes(root: Path) -> Recipes:
     first = next(iter(bases.values()))
     images: dict[str, Image] = {}
     for path in sorted((folder / "images").glob("*.toml")):
-        for image in read_image(path.stem, path.read_text(encoding="utf-8")):
+        for image in read_image(path.stem, _text(path, "recipes/images")):
             name = image.base or first.name
             python = bases.get(name, first).python
             images[image.name] = replace(image, base=name, python=python)
     kernels = {
         path.stem: replace(
-            read_kernel(path.stem, path.read_text(encoding="utf-8")),
+            read_kernel(path.stem, _text(path, "recipes/kernels")),
             patches=read_patches(folder / "patches" / path.stem),
         )
         for path in sorted((folder / "kernels").glob("*.toml"))
@@ -127,12 +127,27 @@ def read_patches(folder: Path) -> tuple[Patch, ...]:
     patches = []
     for path in [*sorted(folder.glob("*.patch")), *sorted(folder.glob("trim/*.patch"))]:
         name = path.relative_to(folder).as_posix()
-        reason, mark, diff = path.read_text(encoding="utf-8").partition("--- a/")
+        where = f"recipes/patches/{folder.name}"
+        reason, mark, diff = _text(path, where).partition("--- a/")
         if not reason.strip() or not mark:
-            where = f"recipes/patches/{folder.name}/{name}"
-            _refuse(where, ["found no reason above a unified diff of a/ and b/"])
+            _refuse(f"{where}/{name}", ["found no reason above a unified diff of a/ and b/"])
         patches.append(Patch(name=name, reason=" ".join(reason.split()), diff=mark + diff))
     return tuple(patches)
+
+
+def _text(path: Path, folder: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise _error(f"{folder}/{path.name}", [str(error.strerror)]) from error
+    except UnicodeDecodeError as error:
+        raise _error(f"{folder}/{path.name}", [f"it is not UTF-8: {error}"]) from error
+
+
+def _read_toml(path: Path) -> tuple[str, dict[str, Any]]:
+    """Read a file of recipes/; return its name in messages, and its tables."""
+    where = f"recipes/{path.name}"
+    return where, _toml(where, _text(path, "recipes"))
 
 
 def _toml(where: str, text: str) -> dict[str, Any]:
@@ -179,18 +194,10 @@ def _describe(fault: dict[str, Any], known: list[str]) -> str:
     return f"{key}: found {fault['input']!r}; {fault['msg'][0].lower()}{fault['msg'][1:]}"
 
 
-def _read_tables(path: Path, kind: type[_Fact]) -> dict[str, _Fact]:
-    where = f"recipes/{path.name}"
-    return {
-        name: _build(f"{where} [{name}]", kind, values)
-        for name, values in _toml(where, path.read_text(encoding="utf-8")).items()
-    }
-
-
 def _read_bases(path: Path) -> dict[str, Base]:
-    where = f"recipes/{path.name}"
+    where, tables = _read_toml(path)
     found = {}
-    for name, values in _toml(where, path.read_text(encoding="utf-8")).items():
+    for name, values in tables.items():
         table = values if isinstance(values, dict) else {}
         found[name] = _build(f"{where} [{name}]", Base, {"name": name, **table})
         _refuse(f"{where} [{name}]", base_faults(found[name]))
@@ -200,9 +207,10 @@ def _read_bases(path: Path) -> dict[str, Base]:
 
 
 def _read_releases(path: Path, kind: type[_Fact]) -> dict[str, _Fact]:
-    where = f"recipes/{path.name}"
-    found = _read_tables(path, kind)
-    for name, release in found.items():
+    where, tables = _read_toml(path)
+    found = {}
+    for name, values in tables.items():
+        found[name] = release = _build(f"{where} [{name}]", kind, values)
         if isinstance(release, Torch):
             _refuse(f"{where} [{name}]", torch_faults(name, release))
     try:
@@ -212,8 +220,11 @@ def _read_releases(path: Path, kind: type[_Fact]) -> dict[str, _Fact]:
 
 
 def _read_entries(path: Path, key: str, kind: type[_Fact]) -> tuple[_Fact, ...]:
-    where = f"recipes/{path.name}"
-    entries = _toml(where, path.read_text(encoding="utf-8")).get(key, [])
+    where, values = _read_toml(path)
+    entries = values.pop(key, [])
+    _refuse(where, [f"{other}: unknown key; needed [[{key}]]" for other in values])
+    if not isinstance(entries, list):
+        _refuse(where, [f"{key}: found a table, needed [[{key}]]"])
     return tuple(_build(f"{where} [[{key}]]", kind, values) for values in entries)
 
 

@@ -19,7 +19,7 @@ from recipes.artifact.packages import write_sbom
 from recipes.artifact.read import read_image, read_wheelhouse
 from recipes.child_images import CHILD, is_childs_own, mark_child, replaced_files
 from recipes.facts import Allowance, ImagePlan, Recipes
-from recipes.files import write_all
+from recipes.files import sha256_of_file, write_all
 from recipes.gates import ExpectedContents, Gate, GateFinding, all_gates
 from recipes.solve.lock import fixed_versions, pinned_versions, read_locks
 
@@ -28,7 +28,7 @@ _SHOWN = 5
 _EVERY_IMAGE = "docker/install/every_image.txt"
 # The files that decide what the gates find in an image, besides the image itself.
 _CHECKED_BY = (
-    "recipes/*.toml", "recipes/images/*", "recipes/kernels/*", "recipes/run_gates.py",
+    "recipes/*.toml", "recipes/images/*", "recipes/kernels/*", "recipes/*.py", "recipes/solve/*.py",
     "recipes/gates/*.py", "recipes/artifact/*.py", "requirements/images/*.txt", _EVERY_IMAGE,
 )  # fmt: skip
 
@@ -137,7 +137,7 @@ def checked_by(root: Path) -> str:
 
 def sha256_of(path: Path) -> str:
     """Return the sha256 of a file; empty if there is none."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
+    return sha256_of_file(path) if path.exists() else ""
 
 
 def expected_contents(plan: ImagePlan, recipes: Recipes, *, lock: str) -> ExpectedContents:

@@ -14,11 +14,8 @@ import hashlib
 import html
 import json
 import os
-import re
 import shutil
 import zipfile
-import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from email.parser import Parser
 from pathlib import Path
@@ -28,8 +25,9 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 from packaging.version import Version
 
 from attnimg.errors import AttnimgError
+from recipes.artifact.read import DAMAGED_WHEEL, SUM, SUMS
+from recipes.files import sha256_of_file
 
-_SUM = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 _PAGE = """<!DOCTYPE html>
 <html>
 <head><meta name="pypi:repository-version" content="1.1"><title>{title}</title></head>
@@ -60,7 +58,7 @@ def write_index(name: str, wheels: Path, out: Path, *, base_url: str = "") -> li
         name: the image's.
         wheels: the wheelhouse, dist/NAME.
         out: the folder of the index.
-        base_url: where the files will be, with its slash; empty for OUT/files.
+        base_url: where the files will be; empty for OUT/files.
 
     Raises:
         AttnimgError: the wheelhouse has no wheels, a small (trimmed) build, a wheel that is not
@@ -74,14 +72,14 @@ def write_index(name: str, wheels: Path, out: Path, *, base_url: str = "") -> li
     for wheel in found:
         (out / "files" / f"{wheel.path.name}.metadata").write_bytes(wheel.metadata)
         _link(wheel.path, out / "files" / wheel.path.name)
-    for package in sorted({wheel.package for wheel in found}):
+    names = sorted({wheel.package for wheel in found})
+    for package in names:
         own = [wheel for wheel in found if wheel.package == package]
         folder = out / "simple" / package
         folder.mkdir(parents=True)
         links = "\n".join(_link_text(wheel, base_url) for wheel in own)
         (folder / "index.html").write_text(_PAGE.format(title=package, links=links), "utf-8")
         (folder / "index.json").write_text(_json(package, own, base_url), "utf-8")
-    names = sorted({wheel.package for wheel in found})
     links = "\n".join(f'<a href="{package}/">{package}</a><br>' for package in names)
     (out / "simple" / "index.html").write_text(_PAGE.format(title=name, links=links), "utf-8")
     projects = {"meta": {"api-version": "1.1"}, "projects": [{"name": text} for text in names]}
@@ -118,7 +116,7 @@ def read_wheels(name: str, folder: Path) -> list[IndexedWheel]:
     Raises:
         AttnimgError: as write_index.
     """
-    sums_file = folder / "SHA256SUMS"
+    sums_file = folder / SUMS
     paths = sorted(folder.glob("*.whl"))
     if not sums_file.is_file() or not paths:
         raise AttnimgError(
@@ -129,8 +127,7 @@ def read_wheels(name: str, folder: Path) -> list[IndexedWheel]:
             code="no-wheels",
         )
     lines = sums_file.read_text(encoding="utf-8", errors="replace").splitlines()
-    # `sha256sum -b` writes a star before a name.
-    entries = [_SUM.fullmatch(line) for line in lines]
+    entries = [SUM.fullmatch(line) for line in lines]
     sums = {entry[2]: entry[1] for entry in entries if entry}
     faults = [
         f"SHA256SUMS has {line[:80]!r}, needed a hash and a name"
@@ -143,15 +140,13 @@ def read_wheels(name: str, folder: Path) -> list[IndexedWheel]:
         if not path.is_file():
             faults.append(f"{path.name} is no file")
             continue
-        with path.open("rb") as file_:
-            digest = hashlib.file_digest(file_, "sha256").hexdigest()
+        digest = sha256_of_file(path)
         if sums.get(path.name) != digest:
             faults.append(f"{path.name}: the hash {digest} is not in SHA256SUMS")
             continue
         try:
             found.append(_read_wheel(path, digest))
-        except (ValueError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-            # RuntimeError: it is encrypted, or compressed by what this Python can't read.
+        except (ValueError, KeyError, *DAMAGED_WHEEL) as error:
             faults.append(f"{path.name} is not a wheel: {type(error).__name__}: {error}")
     faults += [
         f"{wheel.path.name} is a small build (TRIM=1)"
@@ -211,7 +206,7 @@ def _link(source: Path, target: Path) -> None:
 
 def _url(wheel: IndexedWheel, base_url: str) -> str:
     # Relative to OUT/simple/KERNEL/.
-    return f"{base_url or '../../files/'}{quote(wheel.path.name)}"
+    return f"{(base_url or '../../files').rstrip('/')}/{quote(wheel.path.name)}"
 
 
 def _link_text(wheel: IndexedWheel, base_url: str) -> str:
@@ -223,12 +218,8 @@ def _link_text(wheel: IndexedWheel, base_url: str) -> str:
         "data-dist-info-metadata": core,
         "data-requires-python": wheel.requires_python,
     }
-    text = " ".join(_attributes(attributes))
-    return f"<a {text}>{html.escape(wheel.path.name)}</a><br>"
-
-
-def _attributes(values: dict[str, str]) -> Iterator[str]:
-    yield from (f'{key}="{html.escape(value)}"' for key, value in values.items() if value)
+    text = "".join(f' {key}="{html.escape(value)}"' for key, value in attributes.items() if value)
+    return f"<a{text}>{html.escape(wheel.path.name)}</a><br>"
 
 
 def _json(package: str, wheels: list[IndexedWheel], base_url: str) -> str:

@@ -24,7 +24,7 @@ import zstandard
 from attnimg.errors import AttnimgError
 from recipes.artifact.entries import Entry, read_entry
 from recipes.artifact.facts import File, Layer
-from recipes.artifact.layout import Compressed, compress
+from recipes.artifact.layout import compress
 
 _CHUNK = 1 << 20
 # A part of a layer's command in the history -> the stage of docker/Dockerfile that wrote it.
@@ -78,9 +78,9 @@ def read_archive(
             stored_config, members = _find_parts(tar)
             config = json.loads(stored_config)
             history = [step for step in config.get("history", []) if not step.get("empty_layer")]
-        # The JSON is invalid, or has another structure than expected.
-        except (ValueError, IndexError, TypeError, AttributeError) as error:
-            raise tarfile.ReadError(f"its manifest is damaged: {error}") from error
+        # The JSON is invalid, or has another structure than expected, or several images.
+        except (ValueError, TypeError, AttributeError) as error:
+            raise tarfile.ReadError(f"its manifest is not that of an image: {error}") from error
         names = stage_names([*history, *({} for _ in members[len(history) :])])
         for place, member in enumerate(members):
             step = history[place] if place < len(history) else {}
@@ -92,12 +92,16 @@ def read_archive(
                 size = stream.seek(0, 2)
                 stream.seek(0)
                 compressed = compress(stream, folder=blobs)
-            files = [
-                *_hide_files(files, entries),
-                *(e for e in entries if not _is_whiteout(e.path)),
-            ]
-            made_by = str(step.get("created_by", ""))
-            layers.append(_layer(name, made_by, size, compressed))
+            files = [*_hide_files(files, entries), *(e for e in entries if not _is_whiteout(e))]
+            layers.append(
+                Layer(
+                    name=name,
+                    made_by=str(step.get("created_by", "")),
+                    bytes=size,
+                    zstd_bytes=compressed.bytes,
+                    digest=compressed.digest,
+                )
+            )
     return tuple(layers), tuple(files), stored_config
 
 
@@ -122,29 +126,27 @@ def stage_names(history: list[dict[str, Any]]) -> list[str]:
     return ["base"] * first + names[first:]
 
 
-def _layer(name: str, made_by: str, size: int, compressed: Compressed) -> Layer:
-    return Layer(
-        name=name,
-        made_by=made_by,
-        bytes=size,
-        zstd_bytes=compressed.bytes,
-        digest=compressed.digest,
-    )
-
-
 def _find_parts(tar: tarfile.TarFile) -> tuple[bytes, list[str]]:
     """Find the configuration and the layers' members, by manifest.json or by OCI's index.json."""
     names = set(tar.getnames())
     if "manifest.json" in names:
-        (manifest, *_) = _json(tar, "manifest.json")
+        manifest = _only_image(_json(tar, "manifest.json"))
         return _read(tar, manifest["Config"]), list(manifest["Layers"])
-    blob = _json(tar, "index.json")["manifests"][0]
+    blob = _only_image(_json(tar, "index.json")["manifests"])
     for _ in range(2):
         found = _json(tar, _blob(blob))
         if "layers" in found:
             return _read(tar, _blob(found["config"])), [_blob(layer) for layer in found["layers"]]
-        blob = found["manifests"][0]
+        blob = _only_image(found["manifests"])
     raise KeyError("layers")
+
+
+def _only_image(manifests: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the one image of a list; attestations are of the platform unknown/unknown."""
+    found = [m for m in manifests if (m.get("platform") or {}).get("os") != "unknown"]
+    if len(found) != 1:
+        raise ValueError(f"found {len(found)} images, needed one")
+    return found[0]
 
 
 def _blob(descriptor: dict[str, str]) -> str:
@@ -201,8 +203,8 @@ def _entries(stream: BinaryIO) -> Iterator[Entry]:
             )
 
 
-def _is_whiteout(path: str) -> bool:
-    return path.rpartition("/")[2].startswith(".wh.")
+def _is_whiteout(file: File) -> bool:
+    return file.path.rpartition("/")[2].startswith(".wh.")
 
 
 def _hide_files(files: list[File], layer: list[File]) -> Iterator[File]:
@@ -221,7 +223,8 @@ def _hide_files(files: list[File], layer: list[File]) -> Iterator[File]:
             deleted.add(entry.path)
     for file in files:
         parts = file.path.split("/")
-        above = ("/".join(parts[: count + 1]) for count in range(len(parts)))
+        # From the root, "", which a whiteout can empty too.
+        above = ("/".join(parts[:count]) for count in range(len(parts) + 1))
         hidden = file.visible and (
             any(path in deleted for path in above)
             or (file.kind != "folder" and file.path in replaced)

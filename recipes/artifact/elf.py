@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, BinaryIO
 
 from elftools.common.exceptions import ELFError
@@ -44,16 +45,19 @@ def read_elf(stream: BinaryIO) -> Elf:
         file = ELFFile(stream)
         machine = _machine(file)
         section_codes, embedded = _codes(file, stream, faults)
-        codes = section_codes | embedded
+        elf = Elf(
+            machine=machine,
+            codes=section_codes | embedded,
+            section_codes=section_codes,
+            faults=tuple(faults),
+        )
         dynamic = file.get_section_by_name(".dynamic")
         if not isinstance(dynamic, DynamicSection):
-            return Elf(
-                machine=machine, codes=codes, section_codes=section_codes, faults=tuple(faults)
-            )
+            return elf
         tags = [(tag.entry.d_tag, tag) for tag in dynamic.iter_tags()]
         defines, undefined = _symbols(file)
-        return Elf(
-            machine=machine,
+        return replace(
+            elf,
             soname=next((tag.soname for name, tag in tags if name == "DT_SONAME"), ""),
             needed=tuple(tag.needed for name, tag in tags if name == "DT_NEEDED"),
             search=tuple(_search_folders(tags)),
@@ -61,9 +65,6 @@ def read_elf(stream: BinaryIO) -> Elf:
             undefined=undefined,
             versions_defined=frozenset(_versions_defined(file).values()),
             versions_needed=_versions_needed(file),
-            codes=codes,
-            section_codes=section_codes,
-            faults=tuple(faults),
         )
     except (ELFError, ValueError, struct.error, UnicodeDecodeError, KeyError) as error:
         return Elf(machine="unknown", faults=(*faults, f"{type(error).__name__}: {error}"))

@@ -14,7 +14,6 @@ from recipes.artifact.facts import Elf, File, FileKind
 from recipes.artifact.fatbin import fatbin_codes, is_fatbin
 from recipes.artifact.secret_patterns import secrets_in
 
-_CHUNK = 1 << 20
 # Larger files are not searched for secrets: no person or tool stores one in them.
 _MAX_SECRET_BYTES = 1 << 20
 # Files whose text is kept.
@@ -47,7 +46,8 @@ def read_entry(entry: Entry, *, layer: int) -> File:
                 if elf.section_codes and elf.machine not in ("EM_CUDA", "EM_AMDGPU"):
                     elf = replace(elf, cuobjdump_codes=list_codes(stream, entry.bytes))
                 stream.seek(0)
-                digest = _sha256(stream)
+                found = hashlib.file_digest(stream, "sha256")  # type: ignore[arg-type]  # has readinto
+                digest = found.hexdigest()
             elif is_fatbin(start):
                 elf = _read_fatbin(stream, entry.bytes)
             elif _METADATA.search(entry.path):
@@ -74,10 +74,3 @@ def _read_fatbin(stream: BinaryIO, size: int) -> Elf:
         return Elf(machine="EM_CUDA", codes=fatbin_codes(stream, start=0, size=size))
     except ValueError as error:
         return Elf(machine="EM_CUDA", faults=(str(error),))
-
-
-def _sha256(stream: BinaryIO) -> str:
-    found = hashlib.sha256()
-    while chunk := stream.read(_CHUNK):
-        found.update(chunk)
-    return found.hexdigest()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -20,11 +22,16 @@ from recipes.artifact.entries import Entry, read_entry
 from recipes.artifact.facts import Artifact, File, FileKind, Kind, Layer
 from recipes.artifact.layout import compress
 from recipes.artifact.packages import find_distributions
+from recipes.files import sha256_of_file
 
 Log = Callable[[str], None]
 
-
-_SUMS, _MANIFEST = "SHA256SUMS", "manifest.json"
+SUMS, _MANIFEST = "SHA256SUMS", "manifest.json"
+# A line of it; `sha256sum -b` writes a star before the name.
+SUM = re.compile(r"([0-9a-f]{64}) [ *](.+)")
+# The errors of a damaged wheel. RuntimeError: a file in it is encrypted, or compressed by what this
+# Python can't read.
+DAMAGED_WHEEL = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError)
 
 
 def read_image(path: Path, *, log: Log, blobs: Path | None = None) -> Artifact:
@@ -49,16 +56,14 @@ def read_image(path: Path, *, log: Log, blobs: Path | None = None) -> Artifact:
         log(f"folder {path}")
         files = tuple(read_entry(entry, layer=0) for entry in _list_folder(path))
         # The compressed size is not known: the folder does not show where the layers were.
-        layers: tuple[Layer, ...] = (
-            Layer(name="folder", made_by="", bytes=sum(file.bytes for file in files)),
-        )
+        layer = Layer(name="folder", made_by="", bytes=sum(file.bytes for file in files))
+        layers: tuple[Layer, ...] = (layer,)
         kind: Kind = "folder"
-        config = b""
-        env: dict[str, str] = {}
+        config, env = b"", dict[str, str]()
     else:
         layers, files, config = read_archive(path, log=log, blobs=blobs)
         kind = "image"
-        variables = json.loads(config).get("config", {}).get("Env") or []
+        variables = (json.loads(config).get("config") or {}).get("Env") or []
         env = dict(text.partition("=")[::2] for text in variables)
     return Artifact(
         source=path.name,
@@ -120,7 +125,7 @@ def _read_wheels(folder: Path, *, site: str) -> tuple[tuple[Layer, ...], tuple[F
         try:
             with zipfile.ZipFile(wheel) as archive:
                 files += [read_entry(entry, layer=place) for entry in _list_wheel(archive, site)]
-        except (zipfile.BadZipFile, OSError) as error:
+        except DAMAGED_WHEEL as error:
             raise AttnimgError(
                 f"{wheel.name} is not a wheel", why=str(error), do="make wheels/NAME again"
             ) from error
@@ -134,10 +139,12 @@ def _read_wheels(folder: Path, *, site: str) -> tuple[tuple[Layer, ...], tuple[F
 def _read_sums(folder: Path) -> tuple[dict[str, bool], dict[str, object]]:
     """Compare each file with SHA256SUMS, and read manifest.json; a missing file is empty."""
     sums: dict[str, bool] = {}
-    if (folder / _SUMS).is_file():
-        for line in (folder / _SUMS).read_text(encoding="utf-8").splitlines():
-            digest, _, name = line.partition("  ")
-            sums[name] = (folder / name).is_file() and _sha256(folder / name) == digest
+    if (folder / SUMS).is_file():
+        for line in (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines():
+            entry = SUM.fullmatch(line)
+            name = entry[2] if entry else line
+            path = folder / name
+            sums[name] = bool(entry and path.is_file() and sha256_of_file(path) == entry[1])
     for path in folder.glob("*.whl"):
         sums.setdefault(path.name, False)
     manifest: Any = {}
@@ -147,11 +154,6 @@ def _read_sums(folder: Path) -> tuple[dict[str, bool], dict[str, object]]:
         except ValueError:
             sums[_MANIFEST] = False
     return sums, manifest if isinstance(manifest, dict) else {}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _list_folder(root: Path) -> Iterator[Entry]:
@@ -200,8 +202,9 @@ def _list_wheel(archive: zipfile.ZipFile, site: str) -> Iterator[Entry]:
 
 def _open_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> BinaryIO:
     """Unpack a member to a temporary file: seeking back in a member is slow."""
-    copy = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115 - the caller closes it
-    with archive.open(member) as stored:
+    with archive.open(member) as stored, ExitStack() as opened:
+        copy = opened.enter_context(tempfile.TemporaryFile())
         shutil.copyfileobj(stored, copy, 1 << 20)
-    copy.seek(0)
-    return copy
+        copy.seek(0)
+        opened.pop_all()  # the caller closes it
+        return cast(BinaryIO, copy)

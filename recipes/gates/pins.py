@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 from recipes.artifact.facts import Artifact, Distribution
 from recipes.facts import ImagePlan
@@ -43,7 +43,7 @@ def _check_versions(
             yield GateFinding(name, places, "one installation", "install it once")
         seen[name] = package
         if name in pins and not _equal(version, pins[name]):
-            trimmed = Version(version).local == _TRIMMED
+            trimmed = version.endswith(f"+{_TRIMMED}")
             fix = "build the whole wheel, without TRIM=1; a small build is for tests"
             needed = f"{pins[name]}, which is locked"
             yield GateFinding(name, f"version {version}", needed, fix if trimmed else do)
@@ -56,7 +56,10 @@ def _check_versions(
 
 def _equal(found: str, pin: str) -> bool:
     """Return whether versions are equal; a local label, torch's +cpu, is not part of a pin."""
-    ours, locked = Version(found), Version(pin)
+    try:
+        ours, locked = Version(found), Version(pin)
+    except InvalidVersion:
+        return False
     labelled = ours.public == locked.public and locked.local is None and ours.local != _TRIMMED
     return ours == locked or labelled
 
@@ -71,12 +74,8 @@ def _check_wheelhouse(artifact: Artifact, plan: ImagePlan) -> Iterator[GateFindi
     if manifest.get("abi") != plan.abi:
         yield GateFinding("manifest.json", f"abi {manifest.get('abi')}", plan.abi, do)
     listed = manifest.get("kernels")
-    kernels = (
-        [kernel for kernel in listed if isinstance(kernel, dict)]
-        if isinstance(listed, list)
-        else []
-    )
-    keys = {str(kernel.get("name")): kernel.get("key") for kernel in kernels}
+    kernels = listed if isinstance(listed, list) else []
+    keys = {str(one.get("name")): one.get("key") for one in kernels if isinstance(one, dict)}
     for step in plan.steps:
         if step.kernel.form != "wheel" and keys.get(step.kernel.name) != step.key:
             found = f"key {keys.get(step.kernel.name)} of {step.kernel.name}"

@@ -67,6 +67,8 @@ def read_manifest(wheelhouse: Artifact, *, image: str) -> Mapping[str, Any]:
     ]
     if manifest.get("image") != image:
         faults.append(f"found the image {manifest.get('image')!r}, needed {image!r}")
+    if not isinstance(manifest.get("abi"), str):
+        faults.append(f"found the abi {manifest.get('abi')!r}, needed a text")
     if not isinstance(kernels, list) or not all(
         isinstance(kernel, dict) and kernel.keys() >= needed for kernel in kernels
     ):
@@ -84,11 +86,12 @@ def read_manifest(wheelhouse: Artifact, *, image: str) -> Mapping[str, Any]:
 def _earlier_times(kernel: Mapping[str, Any], before: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the figures of the earlier build, if this one reused most objects of a kernel."""
     reused = kernel.get("objects_reused", 0) > kernel.get("objects_compiled", 0)
-    same = before is not None and all(before[key] == kernel[key] for key in ("version", "trimmed"))
-    if before is None or not reused or not same:
+    if before is None or not reused:
+        return {}
+    if any(before[key] != kernel[key] for key in ("version", "trimmed")):
         return {}
     figures = ("seconds", "cpu_seconds", "jobs", "attempts", "objects_compiled", "objects_reused")
-    return {key: before[key] for key in figures}
+    return {key: before[key] for key in figures if key in before}
 
 
 def list_codes(wheelhouse: Artifact) -> dict[str, dict[str, list[str]]]:
@@ -116,12 +119,8 @@ def built_table(plans: Iterable[ImagePlan], records: Mapping[str, Mapping[str, A
     rows = []
     for plan in stable:
         steps = {step.kernel.name: step for step in plan.steps}
-        made = {
-            kernel["name"]: kernel for kernel in records.get(plan.image.name, {}).get("kernels", ())
-        }
-        day = str(records.get(plan.image.name, {}).get("day", ""))
-        cells = (_cell(steps.get(name), made.get(name), day=day) for name in kernels)
-        rows.append((f"`{plan.image.name}`", *cells))
+        record = records.get(plan.image.name, {})
+        rows.append((f"`{plan.image.name}`", *(_cell(steps.get(name), record) for name in kernels)))
     return markdown_table(("image", *(kernel.summary for kernel in kernels.values())), rows)
 
 
@@ -130,26 +129,23 @@ def images_table(plans: Iterable[ImagePlan], records: Mapping[str, Mapping[str, 
     rows = []
     for plan in (plan for plan in plans if plan.image.channel == "stable"):
         record = records.get(plan.image.name, {})
-        made = {kernel["name"]: kernel for kernel in record.get("kernels", ())}
-        day = str(record.get("day", ""))
-        cells = [
-            _cell(step, made.get(step.kernel.name), day=day)
-            for step in plan.steps
-            if step.kernel.form != "wheel"
-        ]
+        cells = [_cell(step, record) for step in plan.steps if step.kernel.form != "wheel"]
         whole = all(cell.startswith("built") for cell in cells)
         names = ", ".join(f"`{name}`" for name in (plan.image.name, *plan.image.aliases))
         kernels = ", ".join(step.kernel.summary for step in plan.steps) or "PyTorch's own"
-        state = f"kernels built {day}" if whole else "not yet built"
+        state = f"kernels built {record.get('day', '')}" if whole else "not yet built"
         rows.append((names, plan.image.summary, kernels, state if cells else BUILT_IN_CI))
     return markdown_table(("image", "GPUs", "kernels", "state"), rows)
 
 
-def _cell(step: Step | None, made: Mapping[str, Any] | None, *, day: str) -> str:
+def _cell(step: Step | None, record: Mapping[str, Any]) -> str:
+    """Return whether a kernel was built, by the record of its image."""
     if step is None:
         return "-"
     if step.kernel.form == "wheel":
         return "public wheel"
+    names = {kernel["name"]: kernel for kernel in record.get("kernels", ())}
+    made, day = names.get(step.kernel.name), record.get("day", "")
     if made is None:
         return "not yet built"
     if made["key"] != step.key:
@@ -157,11 +153,11 @@ def _cell(step: Step | None, made: Mapping[str, Any] | None, *, day: str) -> str
     return f"small build, {day}" if made["trimmed"] else f"built, {day}"
 
 
-def replace_table(readme: str, name: str, text: str) -> str:
-    """Return the README with a text between the two marker lines of a table.
+def replace_table(page: str, name: str, text: str) -> str:
+    """Return a page with another text between the two marker lines of a table.
 
     Args:
-        readme: the whole file.
+        page: the whole file.
         name: the table's name in the markers.
         text: the new text between the markers.
 
@@ -169,7 +165,7 @@ def replace_table(readme: str, name: str, text: str) -> str:
         AttnimgError: it has no such markers (code "no-marks").
     """
     begin, end = f"<!-- {name}: `make render` writes what follows -->\n", f"<!-- {name}: end -->"
-    head, found_begin, rest = readme.partition(begin)
+    head, found_begin, rest = page.partition(begin)
     _, found_end, tail = rest.partition(end)
     if not found_begin or not found_end:
         raise AttnimgError(

@@ -111,9 +111,7 @@ def config_keys_page(text: str) -> str:
             (f"`{key}`", _values(schema["properties"][key]), _default(schema, key), does)
             for key, does in keys.items()
         ]
-        parts.append(
-            f"## {title}\n\n{markdown_table(('key', 'value', 'default', 'what it does'), rows)}\n"
-        )
+        parts.append(f"## {title}\n\n{markdown_table(_HEAD, rows)}\n")
         parts += [_ATTENTION] if "attn_implementation" in keys else []
     return "".join((*parts, _other_keys(), _OUTRO))
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,11 +75,16 @@ def read_run(path: Path) -> list[Record]:
     """Read the records of one file; a last line that was cut off is left out.
 
     Raises:
-        AttnimgError: another line is not a JSON object (code "bad-records").
+        AttnimgError: another line is not a JSON object with the fields of a record (code
+            "bad-records").
     """
     try:
         *lines, last = path.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in [*lines, *([last] if last.endswith("}") else [])]]
+        records = [json.loads(line) for line in [*lines, *([last] if last.endswith("}") else [])]]
+        for place, record in enumerate(records, 1):
+            if missing := _FIELDS - (record.keys() if isinstance(record, dict) else set()):
+                raise ValueError(f"record {place} lacks {', '.join(sorted(missing))}")
+        return records
     except (OSError, ValueError) as error:
         raise AttnimgError(
             f"{path} cannot be read",
@@ -96,15 +102,8 @@ def find_faults(records: Sequence[Record], *, all_right: bool) -> list[str]:
         records: of one run.
         all_right: whether units that failed are faults too, as in a rehearsal.
     """
-    found = [
-        f"record {place} lacks {', '.join(sorted(missing))}"
-        for place, record in enumerate(records, 1)
-        if (missing := _FIELDS - record.keys())
-    ]
-    if found:
-        return found
     steps = [record["step"] for record in records if record["kind"] == "run"]
-    found += [f"no record of the run's {step}" for step in ("start", "end") if step not in steps]
+    found = [f"no record of the run's {step}" for step in ("start", "end") if step not in steps]
     recorded = [record["unit"] for record in records if "unit" in record]
     planned = [name for r in records if r["kind"] == "plan" for name in r["values"]["units"]]
     found += [f"planned, but without a record: {name}" for name in planned if name not in recorded]
@@ -186,10 +185,7 @@ def _day(records: Sequence[Record]) -> str:
 def _summary(name: str, records: Sequence[Record], names: Mapping[str, str]) -> str:
     """Return sentences on how the run went; `names` maps the GPU machine's run names to ours."""
     start, units = _start(records), [r for r in records if "unit" in r]
-    counts = {
-        state: sum(1 for r in units if r["state"] == state)
-        for state in dict.fromkeys(_states(units))
-    }
+    counts = Counter(r["state"] for r in units)
     ends = [r for r in records if r["kind"] == "run" and r["step"] == "end"]
     last = units[-1]["unit"] if units else "none"
     how = (
@@ -201,15 +197,11 @@ def _summary(name: str, records: Sequence[Record], names: Mapping[str, str]) -> 
     if start.get("known"):
         before = names.get(start["known"], start["known"])
         kind += f"It continued `{before}`, which has the proofs of some of its kernels. "
-    states = ", ".join(f"{count} {state}" for state, count in counts.items())
+    order = (*_GOOD, *_BAD, "not here", "not reached")
+    states = ", ".join(f"{counts[state]} {state}" for state in sorted(counts, key=order.index))
     return (
         f"{kind}{how}. Of {len(units)} units of work: {states}. Records: `{FOLDER}/{name}.jsonl`.\n"
     )
-
-
-def _states(units: Iterable[Record]) -> list[str]:
-    order = (*_GOOD, *_BAD, "not here", "not reached")
-    return sorted((str(r["state"]) for r in units), key=order.index)
 
 
 def _machine(records: Sequence[Record]) -> str:
@@ -238,7 +230,7 @@ def _machine(records: Sequence[Record]) -> str:
 
 def _kernels(records: Sequence[Record]) -> str:
     rows = [
-        (r["backend"] or "-", r["state"], _seconds(r), _cell(r.get("text", "")))
+        (r["backend"] or "-", r["state"], f"{r['seconds']:.0f}", _cell(r.get("text", "")))
         for r in records
         if r["kind"] == "kernel"
     ]
@@ -302,11 +294,7 @@ def _repeats(records: Sequence[Record]) -> str:
         for r in records
         if r["kind"] == "proof" and r["step"] == "repeats" and "values" in r
     ]
-    return (
-        markdown_table(("backend", "precision", "head_dim", "proofs", "refused"), rows)
-        if rows
-        else ""
-    )
+    return _table(("backend", "precision", "head_dim", "proofs", "refused"), rows)
 
 
 def _training(records: Sequence[Record]) -> str:
@@ -365,7 +353,7 @@ def _times(records: Sequence[Record]) -> str:
         rows.append((str(size), f"{n_rows} x {length}", packing, *cells))
     head = ("head_dim", "rows", "packing", *(f"`{name}`" for name in names))
     units = "Milliseconds forward and backward; TFLOP/s, and their share of the peak.\n\n"
-    return units + markdown_table(head, rows) if rows else ""
+    return units + _table(head, rows) if rows else ""
 
 
 def _time(values: Mapping[str, Any] | None, *, bold: bool) -> str:
@@ -430,10 +418,6 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 def _result(record: Record) -> str:
     code = record.get("code")
     return f"{record['state']}: {code}" if code else str(record["state"])
-
-
-def _seconds(record: Record) -> str:
-    return f"{record['seconds']:.0f}"
 
 
 def _gib(memory: int | None) -> str:

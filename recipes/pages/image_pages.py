@@ -1,4 +1,4 @@
-"""Write docs/images.md, kernels.md, support.md, gates.md and fa4-models.md."""
+"""Write the pages of images, kernels, backends by image, gates and precompiled models."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ def families_page(text: str) -> str:
         (
             f"`{name}`",
             classes[name.partition(",")[0]],
-            *(_family_cell(found[kind]) for kind in found),
+            *(str(result.get("trains", "refused")) for result in found.values()),
         )
         for name, found in types.items()
     ]
@@ -152,10 +152,6 @@ def families_page(text: str) -> str:
             for reason, names in _reasons(types).items()
         )
     )
-
-
-def _family_cell(result: Mapping[str, Any]) -> str:
-    return str(result.get("trains", "refused"))
 
 
 def _counts(types: Mapping[str, Mapping[str, Any]]) -> str:

@@ -147,7 +147,7 @@ def _devel(plan: ImagePlan, runtime: dict[str, Any]) -> dict[str, Any]:
         "target": "devel",
         "args": cuda if plan.image.accelerator == "cuda" else {},
         "labels": {**runtime["labels"], "org.opencontainers.image.title": title},
-        "tags": [f"{title}"],
+        "tags": [title],
     }
 
 

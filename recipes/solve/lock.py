@@ -154,7 +154,7 @@ def _subtract(text: str, other: str) -> str:
 
 
 def _resolve(plan: ImagePlan, needs: list[str], *, pins: str, root: Path) -> str:
-    """Resolve requirements for an image's Python on Debian bookworm, with hashes.
+    """Resolve requirements for an image's Python on Linux for x86-64, with hashes.
 
     Args:
         plan: for its Python and accelerator.
@@ -162,29 +162,22 @@ def _resolve(plan: ImagePlan, needs: list[str], *, pins: str, root: Path) -> str
         pins: text of a lock file; its versions are used.
         root: the checkout.
     """
-    extras = ("train", "gpu") if plan.image.accelerator == "cuda" else ("train",)
-    project = [str(root / "pyproject.toml"), *(f"--extra={name}" for name in extras)]
-    project = project if "." in needs else []
+    project = []
+    if "." in needs:
+        project = [str(root / "pyproject.toml"), "--extra=train"]
+        project += ["--extra=gpu"] if plan.image.accelerator == "cuda" else []
     with tempfile.TemporaryDirectory() as folder:
         requirements, constraints, out = (
             Path(folder) / name for name in ("in.txt", "pins.txt", "out.txt")
         )
         requirements.write_text("\n".join(need for need in needs if need != "."), encoding="utf-8")
         constraints.write_text(pins, encoding="utf-8")
-        command = [
-            *(sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--no-config"),
-            *("--generate-hashes", "--no-emit-index-url", "--no-header", "--no-annotate"),
-            *("--python-version", plan.image.python),
-            *("--python-platform", "x86_64-manylinux_2_28"),
-            *(
-                "--constraint",
-                str(constraints),
-                "--output-file",
-                str(out),
-                str(requirements),
-                *project,
-            ),
-        ]
+        command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--no-config"]
+        command += ["--generate-hashes", "--no-emit-index-url", "--no-header", "--no-annotate"]
+        command += ["--python-version", plan.image.python]
+        command += ["--python-platform", "x86_64-manylinux_2_28"]
+        command += ["--constraint", str(constraints), "--output-file", str(out)]
+        command += [str(requirements), *project]
         process = subprocess.run(command, capture_output=True, text=True, check=False)
         if process.returncode:
             raise AttnimgError(

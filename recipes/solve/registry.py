@@ -19,6 +19,7 @@ import httpx
 from pydantic import Field, TypeAdapter, ValidationError
 
 from attnimg.errors import AttnimgError
+from recipes.facts import Digest
 
 _INDEXES = (
     "application/vnd.oci.image.index.v1+json",
@@ -43,7 +44,6 @@ _REDIRECTS = 5
 _SECONDS = 30
 
 _Kind = TypeVar("_Kind")
-_Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 _Part = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 # Source: RFC 6750, section 2.1 (2026-11-27).
 _TokenText = Annotated[str, Field(pattern=r"^[A-Za-z0-9._~+/-]*=*$")]
@@ -60,7 +60,7 @@ class _Platform:
 
 @dataclass(frozen=True, slots=True)
 class _Descriptor:
-    digest: _Digest
+    digest: Digest
     platform: _Platform | None = None
 
 

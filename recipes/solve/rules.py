@@ -16,7 +16,11 @@ from recipes.facts import Base, Image, ImageKernel, Kernel, Recipes, Torch, Unre
 
 # What the build serves, and which of its files have it written in them.
 SERVED = {
-    "python": ("3.11", "docker/install/prune.py, the lock files and torch's CPU build are for it"),
+    "python": (
+        "3.11",
+        "docker/install/prune.py, copy_headers.py beside it, docker/Dockerfile, the lock files and "
+        "torch's CPU build are for it",
+    ),
     "debian": ("bookworm", "docker/base.sh and the packages of docker/Dockerfile are for it"),
 }
 

@@ -1,4 +1,4 @@
-"""Run attnimg on wrong inputs, and judge how each run ended: it held, or what fell."""
+"""Run attnimg on wrong inputs, and say what is wrong with how a run ended."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class Outcome:
     ended: bool
 
     @property
-    def fell(self) -> str:
-        """Return what is wrong with it; "" where a run or a worded refusal is what came out."""
+    def fault(self) -> str:
+        """Return what is wrong with it; "" after a run, or a refusal with why and do."""
         if not self.ended:
             return f"it did not end within {self.seconds:.0f} s"
         if "this is a bug in attnimg" in self.err:
@@ -72,9 +72,9 @@ class Outcome:
         return ""
 
     @property
-    def fell_with_text(self) -> str:
+    def fault_with_text(self) -> str:
         """Return what is wrong with it, and the end of what it printed."""
-        return f"{self.fell}: {self.err[-600:]!a}" if self.fell else ""
+        return f"{self.fault}: {self.err[-600:]!a}" if self.fault else ""
 
 
 class Attnimg:

@@ -87,7 +87,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         value for report in reports for name, value in report.user_properties if name == "attack"
     ]
     if found:
-        terminalreporter.section("attacks: tried and held")
-        for kind, tried, held, cases in sorted(found):
-            line = f"{kind:<18} {tried:>5} tried  {held:>5} held  cases {cases}"
+        terminalreporter.section("attacks: cases tried and passed")
+        for kind, tried, passed, cases in sorted(found):
+            line = f"{kind:<18} {tried:>5} tried  {passed:>5} passed  cases {cases}"
             terminalreporter.write_line(line)

@@ -42,7 +42,7 @@ def load() -> None:
             importlib.import_module(module.name)
 
 
-def be_command(asked: dict[str, Any]) -> None:
+def run_command(asked: dict[str, Any]) -> None:
     """Run a command in this process, and end it."""
     import attnimg.__main__ as program
 
@@ -69,7 +69,7 @@ def be_command(asked: dict[str, Any]) -> None:
         os._exit(code)
 
 
-def finished(child: int, *, seconds: float, until: Sequence[Path]) -> tuple[int, int, bool]:
+def wait_for(child: int, *, seconds: float, until: Sequence[Path]) -> tuple[int, int, bool]:
     """Wait for a child; return its status, its largest memory, and whether it ended by itself.
 
     Args:
@@ -97,8 +97,8 @@ def main() -> None:
         began = time.monotonic()
         child = os.fork()
         if not child:
-            be_command(asked)
-        status, peak, ended = finished(
+            run_command(asked)
+        status, peak, ended = wait_for(
             child,
             seconds=asked["seconds"],
             until=[Path(asked["folder"]) / name for name in asked["until"]],

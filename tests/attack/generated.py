@@ -1,6 +1,6 @@
-"""Try the cases that hypothesis generates, and count how many attnimg held.
+"""Try the cases that hypothesis generates, and count those that pass.
 
-A class of attacks is a file test_CLASS.py that calls `held_against`. `make test` tries a fixed list
+A class of attacks is a file test_CLASS.py that calls `try_cases`. `make test` tries a fixed list
 of cases: their number and seed are constants. With ATTACK_SECONDS, as in `make attack`, a class
 goes on for that time; ATTACK_SEED chooses other cases.
 """
@@ -29,7 +29,7 @@ _ROUND = 20
 _MILLION = 1_000_000
 
 
-def drawn(
+def generate(
     cases: st.SearchStrategy[T], attempt: Callable[[T], None], *, count: int, at: int
 ) -> None:
     """Generate cases for a function: the same for the same count and seed, in any process.
@@ -54,7 +54,7 @@ def drawn(
         seed(at)(fixed(given(cases)(attempt)))()
 
 
-def held_against(
+def try_cases(
     kind: str,
     cases: st.SearchStrategy[T],
     judge: Callable[[T], str],
@@ -62,17 +62,17 @@ def held_against(
     record: Callable[[str, Any], None],
     count: int,
 ) -> None:
-    """Try `count` cases, or as many as ATTACK_SECONDS allows, and raise with all that fell.
+    """Try `count` cases, or as many as ATTACK_SECONDS allows; raise if one fails, with all that do.
 
     Args:
         kind: the name of the class.
         cases: generates wrong inputs, and right ones among them; none may depend on a clock, a
             temporary path or the machine.
-        judge: tries one; returns what fell, "" where attnimg held.
+        judge: tries one; returns what is wrong, "" where it passes.
         record: pytest's record_property; the summary prints what it gets.
         count: the cases of `make test`.
     """
-    fallen: list[tuple[str, str]] = []
+    failed: list[tuple[str, str]] = []
     tried = 0
     digest = hashlib.sha256()
     end = time.monotonic() + SECONDS
@@ -85,18 +85,18 @@ def held_against(
         digest.update(shown.encode(errors="surrogatepass"))
         tried += 1
         if why := judge(case):
-            fallen.append((shown, why))
+            failed.append((shown, why))
 
     if SECONDS:
         round_ = 0
         while time.monotonic() < end:
-            drawn(cases, attempt, count=_ROUND, at=SEED + round_)
+            generate(cases, attempt, count=_ROUND, at=SEED + round_)
             round_ += 1
     else:
-        drawn(cases, attempt, count=count, at=SEED)
-    record("attack", [kind, tried, tried - len(fallen), digest.hexdigest()[:12]])
-    assert not fallen, f"{len(fallen)} of {tried} fell:\n" + "\n\n".join(
-        f"{case}\n  {why}" for case, why in fallen[:20]
+        generate(cases, attempt, count=count, at=SEED)
+    record("attack", [kind, tried, tried - len(failed), digest.hexdigest()[:12]])
+    assert not failed, f"{len(failed)} of {tried} failed:\n" + "\n\n".join(
+        f"{case}\n  {why}" for case, why in failed[:20]
     )
 
 

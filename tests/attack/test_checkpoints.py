@@ -6,12 +6,13 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from attacked import Outcome
-from damages import code_in, fifo, folder_at, linked, plain_code_in, removed, socket_at
-from generated import DAMAGES, ODD, held_against
+from damages import KINDS, code_in, plain_code_in, replaced
+from generated import DAMAGES, ODD, try_cases
 from hypothesis import strategies as st
 from trainer_format import to_trainer_format
 
@@ -24,10 +25,10 @@ KEYS: dict[str, Any] = {
 LAST, BEFORE = "checkpoint-3", "checkpoint-2"
 WEIGHTS = "adapter_model.safetensors"
 PLACED = {
-    "pipe": fifo, "socket": socket_at, "folder": folder_at, "gone": removed,
-    "device": lambda name: linked(name, "/dev/zero"), "nowhere": lambda name: linked(name, "no"),
-    "itself": lambda name: linked(name, name), "code": code_in, "plain code": plain_code_in,
-}  # fmt: skip
+    **{kind: partial(replaced, kind=kind) for kind in KINDS},
+    "code": code_in,
+    "plain code": plain_code_in,
+}
 ADDED = ("pytorch_model.bin", "adapter_model.bin", "model.safetensors", "optimizer.pt",
          "optimizer.bin", "scheduler.pt", "rng_state.pth", "rng_state_1.json", "scaler.pt",
          "training_args.bin", "x/adapter_model.bin", "notes.pkl", "global_step3/a.pt")  # fmt: skip
@@ -158,8 +159,8 @@ def test_checkpoints(
             return ""  # the manifest can't be written again for such a file
         asked: Any = str(run / "out" / LAST) if case.by_name else True
         outcome = train(run, **KEYS, resume_from_checkpoint=asked)
-        if outcome.fell:
-            return outcome.fell_with_text
+        if outcome.fault:
+            return outcome.fault_with_text
         if (run / "out" / "ran").exists():
             return "code of it ran"
         if outcome.code:
@@ -170,4 +171,4 @@ def test_checkpoints(
         same = (run / "out" / WEIGHTS).read_bytes() == needed
         return "" if same or believed else "other weights were loaded without an error"
 
-    held_against("checkpoints", cases(), judge, record=record_property, count=6)
+    try_cases("checkpoints", cases(), judge, record=record_property, count=6)

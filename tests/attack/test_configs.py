@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from attacked import Attnimg, put_inputs
-from generated import DAMAGES, ODD, held_against
+from generated import DAMAGES, ODD, try_cases
 from hypothesis import strategies as st
 
 from attnimg.config.attention import LEGACY
@@ -51,9 +51,9 @@ def test_configs(
     def judge(case: tuple[list[str], bytes]) -> str:
         command, content = case
         file.write_bytes(content)
-        return attnimg.run([*command, file.name], folder=tmp_path).fell_with_text
+        return attnimg.run([*command, file.name], folder=tmp_path).fault_with_text
 
-    held_against("configs", st.tuples(st.sampled_from(COMMANDS), contents()), judge,
+    try_cases("configs", st.tuples(st.sampled_from(COMMANDS), contents()), judge,
                  record=record_property, count=24)  # fmt: skip
 
 
@@ -65,4 +65,4 @@ def test_the_right_config_is_taken(
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(right))
     outcome = attnimg.run([*command, "run.yaml"], folder=tmp_path)
     assert outcome.code == 0, outcome.err
-    assert outcome.fell == ""
+    assert outcome.fault == ""

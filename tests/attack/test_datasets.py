@@ -7,9 +7,7 @@ import gzip
 import io
 import json
 import lzma
-import os
 import shutil
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,13 +15,14 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 from attacked import Outcome
-from generated import DAMAGES, ODD, Damage, held_against
+from damages import KINDS, put
+from generated import DAMAGES, ODD, Damage, try_cases
 from hypothesis import strategies as st
 
 TALK = {"messages": [{"role": "user", "content": "Is it?"},
                      {"role": "assistant", "content": "Yes."}]}  # fmt: skip
 TEXT, ALPACA = {"text": "The king spoke."}, {"instruction": "Is it?", "output": "Yes."}
-KINDS = {"completion": TEXT, "alpaca": ALPACA, "chat_template": TALK, "pretrain": TEXT}
+RECORDS = {"completion": TEXT, "alpaca": ALPACA, "chat_template": TALK, "pretrain": TEXT}
 ENTRIES: list[dict[str, Any]] = [
     {}, {}, {}, {"split": "train[:50%]"}, {"ds_type": "json"}, {"ds_type": "parquet"},
     {"field": "text"}, {"field_messages": "messages"}, {"train_on_eos": "all"},
@@ -42,7 +41,7 @@ def table(rows: list[dict[str, Any]], kind: str) -> bytes:
 
 
 def forty(kind: str) -> list[dict[str, Any]]:
-    return [KINDS[kind]] * 40
+    return [RECORDS[kind]] * 40
 
 
 def files(rows: list[dict[str, Any]]) -> dict[str, bytes]:
@@ -64,7 +63,7 @@ def files(rows: list[dict[str, Any]]) -> dict[str, bytes]:
 @st.composite
 def odd_record(draw: st.DrawFn, kind: str) -> Any:
     """A record with an odd value somewhere in it."""
-    record = json.loads(json.dumps(KINDS[kind]))
+    record = json.loads(json.dumps(RECORDS[kind]))
     odd = draw(ODD)
     if kind != "chat_template" or draw(st.integers(0, 2)) == 0:
         return draw(st.sampled_from([odd, {**record, draw(st.sampled_from(sorted(record))): odd}]))
@@ -75,19 +74,6 @@ def odd_record(draw: st.DrawFn, kind: str) -> Any:
     return record
 
 
-def special(path: Path, kind: str) -> None:
-    """Make what is no regular file."""
-    if kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "socket":
-        with socket.socket(socket.AF_UNIX) as made:
-            made.bind(os.path.relpath(path))
-    elif kind == "folder":
-        path.mkdir()
-    else:
-        path.symlink_to({"device": "/dev/zero", "loop": path.name, "nothing": "/no/where"}[kind])
-
-
 def test_data_sets(
     train: Callable[..., Outcome],
     tmp_path: Path,
@@ -95,12 +81,11 @@ def test_data_sets(
 ) -> None:
     @st.composite
     def cases(draw: st.DrawFn) -> tuple[str, str, bytes | str | Damage, dict[str, Any]]:
-        kind = draw(st.sampled_from(sorted(KINDS)))
+        kind = draw(st.sampled_from(sorted(RECORDS)))
         entry = draw(st.sampled_from(ENTRIES))
         if draw(st.integers(0, 9)) == 0:
             name = draw(st.sampled_from(["d.jsonl", "d.parquet", "d.csv", "d"]))
-            kinds = ["pipe", "socket", "folder", "device", "loop", "nothing"]
-            return kind, name, draw(st.sampled_from(kinds)), entry
+            return kind, name, draw(st.sampled_from(KINDS)), entry
         if draw(st.booleans()):
             record = draw(odd_record(kind))
             lines = "".join(
@@ -114,22 +99,17 @@ def test_data_sets(
         kind, name, content, entry = case
         shutil.rmtree(tmp_path)
         tmp_path.mkdir()
-        os.chdir(tmp_path)
         if isinstance(content, Damage):
             content = content.of(files(forty(kind))[name])
         if isinstance(content, bytes):
             (tmp_path / name).write_bytes(content)
         else:
-            special(tmp_path / name, content)
+            put(tmp_path / name, content)
         template = {"chat_template_jinja": TEMPLATE} if kind == "chat_template" else {}
         data = [{"path": str(tmp_path / name), "type": kind, **entry}]
-        return train(tmp_path, datasets=data, **template).fell_with_text
+        return train(tmp_path, datasets=data, **template).fault_with_text
 
-    before = Path.cwd()
-    try:
-        held_against("data sets", cases(), judge, record=record_property, count=12)
-    finally:
-        os.chdir(before)
+    try_cases("data sets", cases(), judge, record=record_property, count=12)
 
 
 def test_right_data_of_each_format_is_trained_on(
@@ -138,4 +118,4 @@ def test_right_data_of_each_format_is_trained_on(
     for name in ("d.jsonl.gz", "d.parquet"):
         (tmp_path / name).write_bytes(files([TEXT] * 40)[name])
         outcome = train(datasets=[{"path": str(tmp_path / name), "type": "completion"}])
-        assert (outcome.code, outcome.fell) == (0, ""), outcome.err
+        assert (outcome.code, outcome.fault) == (0, ""), outcome.err

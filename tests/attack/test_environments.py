@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from attacked import Attnimg, Outcome, put_inputs
-from generated import held_against
+from generated import try_cases
 from hypothesis import strategies as st
 
 VARIABLES = {
@@ -78,9 +78,9 @@ def test_environments(
     def judge(case: tuple[dict[str, str], dict[str, int]]) -> str:
         environ, limits = case
         return train(options={"environ": environ, "limits": limits}, save_strategy="steps",
-                     ).fell_with_text  # fmt: skip
+                     ).fault_with_text  # fmt: skip
 
-    held_against("environments", st.tuples(some_of(VARIABLES), some_of(LIMITS)), judge,
+    try_cases("environments", st.tuples(some_of(VARIABLES), some_of(LIMITS)), judge,
                  record=record_property, count=10)  # fmt: skip
 
 
@@ -96,5 +96,5 @@ def test_a_tiny_shared_memory_is_told(right: dict[str, Any], home: Path, tmp_pat
             keys = {**right, "dataloader_num_workers": workers, "output_dir": f"out-{workers}"}
             (tmp_path / "run.yaml").write_text(yaml.safe_dump(keys))
             outcome = attnimg.run(["train", "run.yaml"], folder=tmp_path)
-            assert (outcome.code, outcome.fell) == (code, ""), outcome.err
+            assert (outcome.code, outcome.fault) == (code, ""), outcome.err
             assert ("dataloader_num_workers: 0" in outcome.err) == bool(workers)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from generated import DAMAGES, ODD, Damage, drawn
+from generated import DAMAGES, ODD, Damage, generate
 from hypothesis import strategies as st
 
 # Prints a digest of the cases of a seed, after it has loaded modules with constants of their own.
@@ -25,7 +25,7 @@ print(digest(12))
 def digest(at: int) -> str:
     found = hashlib.sha256()
     cases = st.tuples(DAMAGES, ODD, st.dictionaries(st.sampled_from("abc"), ODD))
-    drawn(cases, lambda case: found.update(repr(case).encode(errors="surrogatepass")), count=40,
+    generate(cases, lambda case: found.update(repr(case).encode(errors="surrogatepass")), count=40,
           at=at)  # fmt: skip
     return found.hexdigest()
 

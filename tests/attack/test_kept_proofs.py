@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from generated import DAMAGES, Damage, held_against
+from damages import KINDS, put
+from generated import DAMAGES, Damage, try_cases
 from hypothesis import strategies as st
 
 from attnimg.backends import find_backend
@@ -17,7 +17,7 @@ from attnimg.verification import proofs as cache
 
 FIGURE = Figure(quantity="dq", error=1e-7, allowed=1e-6, case="17 tokens")
 PROOF = Proof(backend="sdpa", reasons=(), figures=(FIGURE,), cases=3, longest=64, seconds=0.5)
-OTHERS = ("pipe", "link", "folder", "writable", "folder writable")
+OTHERS = (*sorted({*KINDS} - {"gone"}), "link", "writable", "folder writable")
 
 
 def test_kept_proofs(tmp_path: Path, record_property: Callable[[str, Any], None]) -> None:
@@ -36,15 +36,12 @@ def test_kept_proofs(tmp_path: Path, record_property: Callable[[str, Any], None]
             path.chmod(0o666)
         elif case == "folder writable":
             folder.chmod(0o777)
-        else:
+        elif case == "link":
+            (tmp_path / "k.json").write_bytes(content)
             path.unlink()
-            if case == "pipe":
-                os.mkfifo(path)
-            elif case == "folder":
-                path.mkdir()
-            else:
-                (tmp_path / "k.json").write_bytes(content)
-                path.symlink_to(tmp_path / "k.json")
+            path.symlink_to(tmp_path / "k.json")
+        else:
+            put(path, case)
         said: list[str] = []
         try:
             found = cache.read(folder, "k", name="sdpa", has_bounds=True, log=said.append)
@@ -57,5 +54,5 @@ def test_kept_proofs(tmp_path: Path, record_property: Callable[[str, Any], None]
         bad = [figure for figure in found.figures if not figure.error <= figure.allowed]
         return f"it was taken: {found}" if bad or found.backend != "sdpa" else ""
 
-    held_against("kept proofs", st.one_of(DAMAGES, st.sampled_from(OTHERS)), judge,
+    try_cases("kept proofs", st.one_of(DAMAGES, st.sampled_from(OTHERS)), judge,
                  record=record_property, count=200)  # fmt: skip

@@ -14,10 +14,9 @@ from typing import Any
 import pytest
 from generated import SECONDS
 from run_facts import a_geometry
-from served_kernels import serve
+from served_kernels import prove_served
 
 from attnimg.run_facts import Geometry, Proof
-from attnimg.verification.runner import Candidate, run
 
 SOURCE = Path(__file__).parents[1] / "fixtures/wrong_kernels/variants.py"
 
@@ -129,20 +128,11 @@ pytestmark = pytest.mark.timeout(1800)
 
 @pytest.fixture(scope="module")
 def proofs(tmp_path_factory: pytest.TempPathFactory) -> list[Proof]:
-    root = tmp_path_factory.mktemp("kernels")
-    entries = [
-        f"{name}={serve(root / name.partition('/')[2], variant, source=SOURCE)}"
-        for name, (variant, _, _) in zip(NAMES, VARIANTS, strict=True)
+    kernels = [
+        (name, SOURCE, variant, geometry)
+        for name, (variant, geometry, _) in zip(NAMES, VARIANTS, strict=True)
     ]
-    candidates = [
-        Candidate(backend=name, geometries=(geometry,), trusted=True)
-        for name, (_, geometry, _) in zip(NAMES, VARIANTS, strict=True)
-    ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LOCAL_KERNELS", ":".join(entries))
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setenv("OMP_NUM_THREADS", "1")
-        return list(run(candidates, device="cpu"))
+    return prove_served(tmp_path_factory.mktemp("kernels"), kernels)
 
 
 @pytest.mark.parametrize("wrong", [False, True], ids=["right kernels", "wrong kernels"])
@@ -154,14 +144,14 @@ def test_kernels(
         for (variant, geometry, is_wrong), proof in zip(VARIANTS, proofs, strict=True)
         if is_wrong == wrong
     ]
-    fallen = [
+    failed = [
         f"{variant} ({geometry.dtype}, {geometry.sequence_len} tokens): {proof.reasons}"
         for variant, geometry, proof in judged
         if proof.passed == wrong or any(reason.code == "crash" for reason in proof.reasons)
     ]
     kind = "wrong kernels" if wrong else "right kernels"
-    record_property("attack", [kind, len(judged), len(judged) - len(fallen), "all"])
-    assert not fallen, "\n".join(fallen)
+    record_property("attack", [kind, len(judged), len(judged) - len(failed), "all"])
+    assert not failed, "\n".join(failed)
 
 
 def test_each_variant_of_the_fixture_is_proven() -> None:

@@ -75,7 +75,7 @@ def test_killed_runs_end_as_one_that_nobody_killed(
     done = train(whole, **KEYS)
     assert done.code == 0, done.err
     kills = runs = 0
-    fallen = list[str]()
+    failed = list[str]()
     for moments in random_times(done.seconds) if KILLS else fixed_points():
         folder = tmp_path / str(runs)
         folder.mkdir()
@@ -87,10 +87,10 @@ def test_killed_runs_end_as_one_that_nobody_killed(
                 break
         last = train(folder, **KEYS, options={"seconds": 120})
         if last.code or result(folder) != result(whole):
-            fallen.append(f"killed at {moments}: exit code {last.code}, {last.err[-300:]}")
+            failed.append(f"killed at {moments}: exit code {last.code}, {last.err[-300:]}")
         if KILLS and kills >= KILLS:
             break
     assert kills >= (KILLS or sum(map(len, POINTS)))
     points = f"{kills} kills at {'random times' if KILLS else 'fixed points'}"
-    record_property("attack", ["runs killed", runs, runs - len(fallen), points])
-    assert not fallen, "\n".join(fallen)
+    record_property("attack", ["runs killed", runs, runs - len(failed), points])
+    assert not failed, "\n".join(failed)

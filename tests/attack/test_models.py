@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from attacked import Outcome
-from generated import DAMAGES, ODD, Damage, held_against
+from damages import KINDS, put
+from generated import DAMAGES, ODD, Damage, try_cases
 from hypothesis import strategies as st
 
 FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
@@ -37,7 +37,7 @@ def test_models(
             return "config.json", json.dumps(small).encode(errors="surrogatepass")
         name = draw(st.sampled_from(FILES))
         if draw(st.integers(0, 7)) == 0:
-            return name, draw(st.sampled_from(["pipe", "folder", "device", "gone"]))
+            return name, draw(st.sampled_from(KINDS))
         return name, draw(DAMAGES)
 
     def judge(case: tuple[str, bytes | str | Damage]) -> str:
@@ -46,17 +46,12 @@ def test_models(
         shutil.copytree(model, tmp_path / "model")
         path = tmp_path / "model" / name
         whole = path.read_bytes() if path.exists() else b'{"a": {"b": 1}}'
-        path.unlink(missing_ok=True)
         if isinstance(content, Damage):
             path.write_bytes(content.of(whole))
         elif isinstance(content, bytes):
             path.write_bytes(content)
-        elif content == "pipe":
-            os.mkfifo(path)
-        elif content == "folder":
-            path.mkdir()
-        elif content == "device":
-            path.symlink_to("/dev/zero")
-        return train(tmp_path, base_model=str(tmp_path / "model")).fell_with_text
+        else:
+            put(path, content)
+        return train(tmp_path, base_model=str(tmp_path / "model")).fault_with_text
 
-    held_against("models", cases(), judge, record=record_property, count=12)
+    try_cases("models", cases(), judge, record=record_property, count=12)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from attacked import Outcome
-from generated import DAMAGES, Damage, held_against
+from damages import KINDS, put
+from generated import DAMAGES, Damage, try_cases
 from hypothesis import strategies as st
 
 from attnimg.train.data.prepare import DOCUMENTS, FIGURES
@@ -54,7 +55,7 @@ def test_prepared_folders(
     def cases(draw: st.DrawFn) -> tuple[bool, str, Damage | str]:
         same = draw(st.booleans())
         name = draw(st.sampled_from([DOCUMENTS, FIGURES]))
-        kinds = ["pipe", "link", "gone", "folder", "writable", "folder writable", "untouched"]
+        kinds = [*KINDS, "link", "writable", "folder writable", "untouched"]
         if draw(st.booleans()):
             return same, name, draw(st.sampled_from(kinds))
         return same, name, draw(DAMAGES)
@@ -71,18 +72,15 @@ def test_prepared_folders(
             path.chmod(0o666)
         elif content == "folder writable":
             path.parent.chmod(0o777)
-        elif content != "untouched":
+        elif content == "link":
             path.unlink()
-            if content == "pipe":
-                os.mkfifo(path)
-            elif content == "link":
-                path.symlink_to(next(whole.glob(f"*/{name}")))
-            elif content == "folder":
-                path.mkdir()
+            path.symlink_to(next(whole.glob(f"*/{name}")))
+        elif content != "untouched":
+            put(path, content)
         outcome = trained(text)
-        if outcome.fell or outcome.code:
-            return outcome.fell_with_text
+        if outcome.fault or outcome.code:
+            return outcome.fault_with_text
         needed = right_loss if same else other_loss
         return "" if loss() == needed else f"it trained on other data: loss {loss()}, not {needed}"
 
-    held_against("prepared folders", cases(), judge, record=record_property, count=5)
+    try_cases("prepared folders", cases(), judge, record=record_property, count=5)

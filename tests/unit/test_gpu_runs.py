@@ -85,7 +85,6 @@ def test_a_whole_run_has_no_faults():
         ),
         pytest.param([*RUN, TRAINED], "more than once: training sdpa 1b", id="twice"),
         pytest.param([START, END], "no proof", id="nothing was proven"),
-        pytest.param([{k: v for k, v in START.items() if k != "machine"}], "machine", id="a field"),
     ],
 )
 def test_what_is_incomplete_is_named(records, fault):
@@ -136,9 +135,26 @@ def test_a_last_line_that_was_cut_off_is_left_out(tmp_path):
     path = tmp_path / "run.jsonl"
     path.write_text("".join(json.dumps(one) + "\n" for one in RUN) + '{"kind": "pro')
     assert read_run(path) == RUN
-    path.write_text('{"kind": \n' + json.dumps(START) + "\n")
-    with pytest.raises(AttnimgError, match="cannot be read"):
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        pytest.param('{"kind": ', "JSONDecodeError", id="no JSON"),
+        pytest.param("[1]", "record 2 lacks backend, kind", id="no object"),
+        pytest.param(
+            json.dumps({k: v for k, v in START.items() if k != "machine"}),
+            "record 2 lacks machine",
+            id="without a field",
+        ),
+    ],
+)
+def test_a_line_that_is_no_record_is_refused(tmp_path, line, why):
+    path = tmp_path / "run.jsonl"
+    path.write_text(f"{json.dumps(START)}\n{line}\n{json.dumps(END)}\n")
+    with pytest.raises(AttnimgError, match="cannot be read") as refused:
         read_run(path)
+    assert why in refused.value.why
 
 
 def test_records_of_a_run_do_not_change_by_being_shown():

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 sys.path.append(str(Path(__file__).parents[1] / "fixtures"))
-from hub_server import Hub, served_hub
+from hub_server import Hub
 from tiny_run import make_model, run, sentences
 
 from attnimg.__main__ import run as attnimg
@@ -47,7 +47,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """Serve a hub, and let this process use it: huggingface_hub read its variables already."""
     from huggingface_hub import constants
 
-    with served_hub() as server:
+    with Hub() as server:
         monkeypatch.setenv("HF_TOKEN", server.token)
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 sys.path.append(str(Path(__file__).parents[1] / "fixtures"))
-from mlflow_server import MLflowServer, served_mlflow
+from mlflow_server import MLflowServer
 from tiny_run import config_for, lines, make_model, run, sentences, train
 from tracked import mlflow_metrics, tensorboard_metrics, wandb_metrics, wandb_records
 
@@ -64,7 +64,7 @@ def _settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def server() -> Iterator[MLflowServer]:
-    with served_mlflow() as found:
+    with MLflowServer() as found:
         yield found
 
 

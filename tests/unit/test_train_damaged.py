@@ -31,16 +31,12 @@ from damages import (
     code_in,
     cut,
     edited,
-    fifo,
     flipped,
-    folder_at,
-    linked,
     longer,
     of_step_2,
     plain_code_in,
-    removed,
+    replaced,
     signed,
-    socket_at,
     written,
 )
 from tiny_run import make_model, run
@@ -115,7 +111,7 @@ NAMED: dict[str, tuple[Damage, str]] = {
     **{f"a bit flipped in {name}": (flipped(name), name) for name in FILES},
     **{f"{name} cut off": (cut(name), name) for name in FILES},
     **{f"{name} emptied": (cut(name, left=0), name) for name in FILES},
-    **{f"{name} removed": (removed(name), name) for name in FILES},
+    **{f"{name} removed": (replaced(name, "gone"), name) for name in FILES},
     **{f"{name} of another step": (of_step_2(name), name) for name in FILES if "rng" in name
        or name.startswith(("adapter_model", "optimizer", "scheduler", "trainer", "attn"))},
     "manifest.json of another step": (of_step_2("manifest.json"), "the manifest: found step 2"),
@@ -124,18 +120,18 @@ NAMED: dict[str, tuple[Damage, str]] = {
     "global_step negative": (edited("trainer_state.json", global_step=-1), "trainer_state.json"),
     "global_step a text": (edited("trainer_state.json", global_step="4"), "trainer_state.json"),
     "the optimizer's step changed": (edited("optimizer.json", step=3), "optimizer.json"),
-    "a pipe for the weights": (fifo(ADAPTER), "pipe"),
-    "a pipe for the manifest": (fifo("manifest.json"), "manifest.json: it can't be read"),
-    "a socket for the optimizer": (socket_at("optimizer.json"), "optimizer.json: "),
-    "a folder for the schedule": (folder_at("scheduler.json"), "Is a directory"),
-    "a link to a device": (linked("rng_state.json", "/dev/zero"), "a device"),
-    "a link to nothing": (linked("rng_state.json", "nowhere"), "it is missing"),
-    "a link to itself": (linked("rng_state.json", "rng_state.json"), "rng_state.json: "),
-    "the link of the manifest to nothing": (linked("manifest.json", "no"), "manifest.json: "),
+    "a pipe for the weights": (replaced(ADAPTER, "pipe"), "pipe"),
+    "a pipe for the manifest": (replaced("manifest.json", "pipe"), "manifest.json: it can't"),
+    "a socket for the optimizer": (replaced("optimizer.json", "socket"), "optimizer.json: "),
+    "a folder for the schedule": (replaced("scheduler.json", "folder"), "Is a directory"),
+    "a link to a device": (replaced("rng_state.json", "device"), "a device"),
+    "a link to nothing": (replaced("rng_state.json", "nowhere"), "it is missing"),
+    "a link to itself": (replaced("rng_state.json", "itself"), "rng_state.json: "),
+    "a link of the manifest to nothing": (replaced("manifest.json", "nowhere"), "manifest.json: "),
     "no JSON as manifest": (written("manifest.json", "{" * 5000), "manifest.json: "),
     "a list as manifest": (written("manifest.json", "[]"), "manifest.json: "),
     "binary as manifest": (written("manifest.json", b"\xff\0" * 99), "manifest.json: "),
-    "an endless manifest": (linked("manifest.json", "/dev/zero"), "manifest.json: "),
+    "an endless manifest": (replaced("manifest.json", "device"), "manifest.json: "),
     "a manifest with another step": (edited("manifest.json", step=3), "manifest.json: "),
     "a manifest without files": (edited("manifest.json", files=None), "manifest.json: "),
     "a signed manifest of another step": (
@@ -268,7 +264,7 @@ def test_a_run_resumes_from_the_newest_whole_checkpoint_with_a_warning(
 def test_without_a_whole_checkpoint_nothing_is_trained(trained: Path, tmp_path: Path) -> None:
     out = copied(trained, tmp_path / "out", 2, 4)
     for step in (2, 4):
-        removed("scheduler.json")(out / f"checkpoint-{step}")
+        replaced("scheduler.json", "gone")(out / f"checkpoint-{step}")
     for keys in ({"resume_from_checkpoint": True}, {"auto_resume_from_checkpoints": True}):
         with pytest.raises(AttnimgError, match="checkpoint-4 is damaged") as caught:
             check_output_dir(Config(base_model="m", output_dir=str(out), **keys))
@@ -284,7 +280,7 @@ def test_the_newest_whole_checkpoint_of_another_run_is_offered(
     trained: Path, tmp_path: Path
 ) -> None:
     old = copied(trained, tmp_path / "old", 2, 4)
-    removed(ADAPTER)(old / "checkpoint-4")
+    replaced(ADAPTER, "gone")(old / "checkpoint-4")
     keys = {"base_model": "m", "output_dir": str(tmp_path / "new")}
     with pytest.raises(AttnimgError) as caught:
         check_output_dir(Config(**keys, resume_from_checkpoint=str(old / "checkpoint-4")))
@@ -365,7 +361,7 @@ def test_a_checkpoint_of_two_processes_resumes_in_one_with_a_warning(
     run(tiny, tmp_path / "out", **KEYS, gradient_accumulation_steps=2, resume_from_checkpoint=True)
     said = capsys.readouterr().err
     assert "processes: 2 until checkpoint-4, 1 now: dropout uses other random numbers" in said
-    removed("rng_state_1.json")(place)
+    replaced("rng_state_1.json", "gone")(place)
     assert find_damage(place) == ["rng_state_1.json: it is missing"]
 
 
@@ -436,14 +432,14 @@ EARLIER_NAMED: dict[str, tuple[Damage, str]] = {
     "the optimizer cut off": (cut("optimizer.pt"), "optimizer.pt: it is cut off"),
     "the optimizer emptied": (cut("optimizer.pt", left=0), "optimizer.pt: it is cut off"),
     "the random states cut off": (cut("rng_state.pth"), "rng_state.pth: it is cut off"),
-    "no schedule": (removed("scheduler.pt"), "scheduler.pt: it is missing"),
+    "no schedule": (replaced("scheduler.pt", "gone"), "scheduler.pt: it is missing"),
     "the weights cut off": (cut(ADAPTER, left=0.9), f"{ADAPTER}: found "),
     "the weights emptied": (cut(ADAPTER, left=0), f"{ADAPTER}: it has no header"),
     "the header of the weights damaged": (written(ADAPTER, b"\xff" * 999), ADAPTER),
-    "a pipe for the weights": (fifo(ADAPTER), f"{ADAPTER}: found a pipe"),
-    "a pipe for the optimizer": (fifo("optimizer.pt"), "optimizer.pt: found a pipe"),
-    "a link of the optimizer to a device": (linked("optimizer.pt", "/dev/zero"), "needed a file"),
-    "no trainer_state.json": (removed("trainer_state.json"), "trainer_state.json"),
+    "a pipe for the weights": (replaced(ADAPTER, "pipe"), f"{ADAPTER}: found a pipe"),
+    "a pipe for the optimizer": (replaced("optimizer.pt", "pipe"), "optimizer.pt: found a pipe"),
+    "a link of the optimizer to a device": (replaced("optimizer.pt", "device"), "needed a file"),
+    "no trainer_state.json": (replaced("trainer_state.json", "gone"), "trainer_state.json"),
     "half of trainer_state.json": (cut("trainer_state.json"), "trainer_state.json"),
     "a list for trainer_state.json": (written("trainer_state.json", "[]"), "trainer_state.json"),
     "another global_step": (edited("trainer_state.json", global_step=3), "global_step 3, needed 4"),
@@ -510,8 +506,8 @@ EARLIER_HARMLESS: dict[str, tuple[Damage, int]] = {
     "nothing": (lambda _: None, 1),
     "a README": (written("README.md", "hello"), 1),
     "code in what is never read": (code_in("training_args.bin"), 1),
-    "no random states": (removed("rng_state.pth"), 2),
-    "no attnimg.json, as of transformers' Trainer": (removed("attnimg.json"), 1),
+    "no random states": (replaced("rng_state.pth", "gone"), 2),
+    "no attnimg.json, as of transformers' Trainer": (replaced("attnimg.json", "gone"), 1),
 }
 
 

@@ -14,6 +14,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[3]
+# The variables that docker/build.py reads.
+VARIABLES = ("CACHE", "CACHE_WRITE", "WHEELS", "TRIM", "JOBS", "BASE_IMAGE", "TORCH_INDEX")
+
+
+def build(
+    *arguments: str, docker: Path | None = None, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run docker/build.py with no other of its variables; a docker of `docker` is called."""
+    env = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    path = f"{docker}:{env['PATH']}" if docker else env["PATH"]
+    return subprocess.run(
+        [sys.executable, "docker/build.py", *arguments],
+        cwd=ROOT, env={**env, "PATH": path, **variables},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -28,13 +43,7 @@ ROOT = Path(__file__).parents[3]
     ],
 )
 def test_an_image_that_can_not_be_built_is_refused_in_words(name: str, why: str, do: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "docker/build.py", name, "--check"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = build(name, "--check")
     assert done.returncode == 1
     first, second, third = done.stderr.splitlines()
     assert first.startswith("build: ")
@@ -43,8 +52,7 @@ def test_an_image_that_can_not_be_built_is_refused_in_words(name: str, why: str,
 
 
 def test_an_image_that_can_be_built_is_not_refused() -> None:
-    command = [sys.executable, "docker/build.py", "hopper", "--check"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = build("hopper", "--check")
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -131,12 +139,7 @@ def test_the_labels_say_what_is_used(docker: Path) -> None:
 
 def bake(docker: Path, *arguments: str, **variables: str) -> list[str]:
     """Return the words of the one docker command that builds."""
-    path = f"{docker}:{os.environ['PATH']}"
-    done = subprocess.run(
-        [sys.executable, "docker/build.py", *arguments],
-        cwd=ROOT, env={**os.environ, "PATH": path, **variables},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = build(*arguments, docker=docker, **variables)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1].split()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from test_docker_build import build
 
 ROOT = Path(__file__).parents[3]
 sys.path.insert(0, str(ROOT / "docker"))
@@ -43,16 +43,6 @@ def docker(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def build(docker: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "PATH": f"{docker}:{os.environ['PATH']}", "HAS": "", "ERROR": ""}
-    for name in ("CACHE", "CACHE_WRITE", "WHEELS", "TRIM", "KERNEL"):
-        env.pop(name, None)
-    return subprocess.run(
-        [sys.executable, "docker/build.py", *arguments],
-        cwd=ROOT, env={**env, **variables}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-
-
 def settings(done: subprocess.CompletedProcess[str]) -> list[str]:
     assert done.returncode == 0, done.stderr
     return [after for word, after in pairwise(done.stdout.split()) if word == "--set"]
@@ -66,7 +56,7 @@ def test_a_kernel_of_the_cache_replaces_its_target_everywhere(
     docker: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    done = build(docker, "hopper", CACHE=CACHE, HAS="flash-attn-4 flash-attn")
+    done = build("hopper", docker=docker, CACHE=CACHE, HAS="flash-attn-4 flash-attn")
     place = f"docker-image://{reference('flash-attn-4')}"
     assert {text for text in settings(done) if "contexts" in text} == {
         f"hopper_wheels.contexts.flash-attn-4={place}",
@@ -76,7 +66,7 @@ def test_a_kernel_of_the_cache_replaces_its_target_everywhere(
 
 
 def test_without_a_cache_nothing_is_asked(docker: Path) -> None:
-    assert settings(build(docker, "hopper", ERROR="asked")) == []
+    assert settings(build("hopper", docker=docker, ERROR="asked")) == []
 
 
 def test_layers_are_read_from_the_image_and_its_torch_and_written_only_where_asked(
@@ -84,22 +74,21 @@ def test_layers_are_read_from_the_image_and_its_torch_and_written_only_where_ask
 ) -> None:
     place = f"type=registry,ref={CACHE}/attnimg-cache"
     read = [f"hopper.cache-from={place}:hopper", f"hopper.cache-from={place}:2.14.1-cu130"]
-    assert settings(build(docker, "hopper", CACHE=f"{CACHE}/")) == read
-    *found, written = settings(build(docker, "hopper", CACHE=CACHE, CACHE_WRITE="1"))
+    assert settings(build("hopper", docker=docker, CACHE=f"{CACHE}/")) == read
+    *found, written = settings(build("hopper", docker=docker, CACHE=CACHE, CACHE_WRITE="1"))
     assert found == read
     assert written.startswith(f"hopper.cache-to={place}:hopper,mode=min,")
 
 
 def test_the_shared_layers_are_written_under_their_lock(docker: Path) -> None:
-    found = settings(build(docker, "hopper", "--stage", "stack", "--to-cache", CACHE=CACHE))
+    found = settings(build("hopper", "--stage", "stack", "--to-cache", docker=docker, CACHE=CACHE))
     assert found[0] == "hopper_common.target=stack"
     [written] = [text for text in found if ".cache-to=" in text]
     assert f"ref={CACHE}/attnimg-cache:2.14.1-cu130," in written
 
 
 def test_only_missing_kernels_are_compiled_and_pushed(docker: Path) -> None:
-    done = build(
-        docker, "hopper", "--to-cache", CACHE=CACHE,
+    done = build("hopper", "--to-cache", docker=docker, CACHE=CACHE,
         HAS="flash-attn flash-attn-3 sageattention xformers",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -111,7 +100,7 @@ def test_only_missing_kernels_are_compiled_and_pushed(docker: Path) -> None:
 
 
 def test_one_kernel_can_be_asked_for(docker: Path) -> None:
-    done = build(docker, "hopper", "--to-cache", "--kernel", "xformers", CACHE=CACHE)
+    done = build("hopper", "--to-cache", "--kernel", "xformers", docker=docker, CACHE=CACHE)
     assert done.returncode == 0, done.stderr
     assert [line.split()[-1] for line in done.stdout.splitlines() if " bake " in line] == [
         "hopper_xformers"
@@ -128,15 +117,26 @@ def test_one_kernel_can_be_asked_for(docker: Path) -> None:
         pytest.param(["hopper"], {"ERROR": "401 Unauthorized"}, "401", id="without a login"),
         pytest.param(["hopper"], {"TRIM": "1"}, "found TRIM and CACHE", id="a small build"),
         pytest.param(
+            ["hopper", "--to-cache"], {"CACHE": ""}, "no CACHE", id="kernels for no cache"
+        ),
+        pytest.param(
+            ["hopper", "--stage", "stack", "--to-cache"], {"CACHE": ""}, "no CACHE",
+            id="layers for no cache",
+        ),
+        pytest.param(
             ["hopper", "--to-cache", "--kernel", "torchao"], {}, "flash-attn", id="a public wheel"
         ),
         pytest.param(["cpu", "--to-cache"], {}, "none", id="an image without kernels"),
+        pytest.param(
+            ["turing", "--stage", "unit", "--kernel", "flash-attn"], {"CACHE": ""}, "xformers",
+            id="one file of a kernel that the image does not have",
+        ),
     ],
 )  # fmt: skip
 def test_a_cache_that_can_not_be_used_is_refused_instead_of_compiling(
     docker: Path, arguments: list[str], variables: dict[str, str], why: str
 ) -> None:
-    done = build(docker, *arguments, CACHE=CACHE, **variables)
+    done = build(*arguments, docker=docker, **{"CACHE": CACHE, **variables})
     assert done.returncode == 1
     (reason,) = [line for line in done.stderr.splitlines() if line.startswith("  why:")]
     assert why in reason

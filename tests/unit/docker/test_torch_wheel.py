@@ -7,14 +7,12 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import zipfile
 from collections.abc import Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from loopback import serve_files
 
 ROOT = Path(__file__).parents[3]
 CPU = "torch-2.13.0+cpu-cp311-cp311-manylinux_2_28_x86_64.whl"
@@ -40,21 +38,9 @@ def write_wheel(path: Path, *, note: str = "") -> str:
 def pypi(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     """An index on loopback (PEP 503) that has only the CUDA build, as PyPI; its address, folder."""
     write_wheel(tmp_path / "index/simple/torch" / CUDA)
-    handler = partial(QuietHandler, directory=str(tmp_path / "index"))
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}/simple", tmp_path / "index/simple/torch"
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-class QuietHandler(SimpleHTTPRequestHandler):
-    """A folder as a package index; its listing is a page of links, as PEP 503 asks."""
-
-    def log_message(self, *_: object) -> None:
-        """Print nothing."""
+    # The listing of a folder is a page of links, as PEP 503 asks.
+    with serve_files(tmp_path / "index") as (url, _):
+        yield f"{url}/simple", tmp_path / "index/simple/torch"
 
 
 @pytest.fixture

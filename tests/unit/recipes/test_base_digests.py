@@ -10,17 +10,15 @@ import gzip
 import hashlib
 import json
 import shutil
-import socket
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
 import httpx
 import pytest
+from loopback import Handler, Server, free_port
 
 from attnimg.errors import AttnimgError
 from recipes.read import read_recipes
@@ -31,6 +29,14 @@ ROOT = Path(__file__).resolve().parents[3]
 RECIPES = read_recipes(ROOT)
 OCI = "application/vnd.oci.image"
 DOCKER = "application/vnd.docker"
+IMAGE_KINDS = {
+    OCI: f"{OCI}.manifest.v1+json",
+    DOCKER: f"{DOCKER}.distribution.manifest.v2+json",
+}
+INDEX_KINDS = {
+    OCI: f"{OCI}.index.v1+json",
+    DOCKER: f"{DOCKER}.distribution.manifest.list.v2+json",
+}
 # htpasswd -nbB reader secret
 HTPASSWD = "reader:$2y$05$MxnDFHRHVTUWSyEnQSPEvOrOWUTJDgpwWvRp0dGGrVVQ7jGKY1kzS\n"
 
@@ -76,11 +82,7 @@ class Registry:
 
     def push_image(self, name: str, tag: str, architecture: str, *, vendor: str = OCI) -> str:
         config = json.dumps({"os": "linux", "architecture": architecture, "rootfs": {}}).encode()
-        kind = (
-            f"{OCI}.manifest.v1+json"
-            if vendor == OCI
-            else f"{DOCKER}.distribution.manifest.v2+json"
-        )
+        kind = IMAGE_KINDS[vendor]
         kinds = (f"{OCI}.config.v1+json", f"{OCI}.layer.v1.tar")
         if vendor == DOCKER:
             kinds = (f"{DOCKER}.container.image.v1+json", f"{DOCKER}.image.rootfs.diff.tar.gzip")
@@ -93,11 +95,6 @@ class Registry:
 
     def push_index(self, name: str, tag: str, *, vendor: str = OCI) -> tuple[str, dict[str, str]]:
         """Push an index for two platforms, and an attestation as BuildKit adds one."""
-        image = (
-            f"{OCI}.manifest.v1+json"
-            if vendor == OCI
-            else f"{DOCKER}.distribution.manifest.v2+json"
-        )
         digests = {
             platform: self.push_image(name, "", platform.split("/")[1], vendor=vendor)
             for platform in ("linux/amd64", "linux/arm64")
@@ -108,28 +105,18 @@ class Registry:
             {"os": "unknown", "architecture": "unknown"},
         ]
         entries = [
-            {"mediaType": image, "size": 9, "digest": digest, "platform": platform}
+            {"mediaType": IMAGE_KINDS[vendor], "size": 9, "digest": digest, "platform": platform}
             for platform, digest in zip(
                 platforms, [*digests.values(), digests["linux/amd64"]], strict=True
             )
         ]
-        kind = (
-            f"{OCI}.index.v1+json"
-            if vendor == OCI
-            else f"{DOCKER}.distribution.manifest.list.v2+json"
-        )
+        kind = INDEX_KINDS[vendor]
         content = {"schemaVersion": 2, "mediaType": kind, "manifests": entries}
         return self.push(name, tag, kind, content), digests
 
 
 def sha256(content: bytes) -> str:
     return "sha256:" + hashlib.sha256(content).hexdigest()
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def start_registry(folder: Path, **rest: str) -> Iterator[Registry]:
@@ -177,7 +164,7 @@ def test_what_the_registry_does_not_have_is_refused(
     registry: Registry, name: str, why: str
 ) -> None:
     registry.push_image("python", "3.11", "amd64")
-    kind = f"{OCI}.index.v1+json"
+    kind = INDEX_KINDS[OCI]
     registry.push("config", "1", kind, {"schemaVersion": 2, "mediaType": kind, "manifests": []})
     with pytest.raises(AttnimgError, match="the registry has no digest of 127") as caught:
         resolve_tag(f"{registry.host}/{name}")
@@ -192,32 +179,32 @@ def test_a_registry_that_asks_for_a_login_is_named(tmp_path: Path) -> None:
         assert caught.value.why == "it asks for a login, or has no such image (401 Unauthorized)"
 
 
-class TokenHandler(BaseHTTPRequestHandler):
+class TokenHandler(Handler):
     """Docker Hub's way in front of a registry: 401 with the address of tokens, then the answer."""
 
     registry: Registry
     field = "token"
     tokens = 0
 
-    def do_GET(self) -> None:
+    def route(self) -> None:
         host = self.headers["Host"]
         if self.path.startswith("/token?"):
             asked = httpx.URL(self.path).params
             type(self).tokens += 1
             ok = asked["scope"] == "repository:team/python:pull" and asked["service"] == "here"
             secret = base64.b64encode(b"pull").decode()
-            self.answer(200 if ok else 403, json.dumps({self.field: secret}).encode(), {})
+            self.send(200 if ok else 403, json.dumps({self.field: secret}).encode(), {})
         elif self.headers.get("Authorization") != "Bearer " + base64.b64encode(b"pull").decode():
             scope = f'scope="repository:{self.path.split("/v2/")[1].split("/manifests")[0]}:pull"'
             realm = f'Bearer realm="http://{host}/token",service="here",{scope}'
-            self.answer(401, b"{}", {"WWW-Authenticate": realm})
+            self.send(401, b"{}", {"WWW-Authenticate": realm})
         else:
             accept = {"Accept": self.headers["Accept"]}
             got = httpx.get(f"http://{self.registry.host}{self.path}", headers=accept)
             names = ("Content-Type", "Docker-Content-Digest")
-            self.answer(got.status_code, got.content, {n: got.headers.get(n, "") for n in names})
+            self.send(got.status_code, got.content, {n: got.headers.get(n, "") for n in names})
 
-    def answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+    def send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -225,54 +212,36 @@ class TokenHandler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, *_: object) -> None:
-        """Print nothing."""
-
-
-def serve(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-    try:
-        yield f"127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
 
 @pytest.mark.parametrize("field", ["token", "access_token"])
 def test_a_token_is_asked_for_as_docker_hub_and_ghcr_do(registry: Registry, field: str) -> None:
     digest, platforms = registry.push_index("team/python", "3.11")
     handler = type("Handler", (TokenHandler,), {"registry": registry, "field": field})
-    for host in serve(handler):
-        assert resolve_tag(f"{host}/team/python:3.11") == TagDigests(digest, platforms)
+    with Server(handler) as server:
+        assert resolve_tag(f"{server.host}/team/python:3.11") == TagDigests(digest, platforms)
         assert handler.tokens == 1
 
 
 def test_a_token_that_is_refused_is_named(registry: Registry) -> None:
     handler = type("Handler", (TokenHandler,), {"registry": registry})
-    for host in serve(handler):
+    with Server(handler) as server:
         with pytest.raises(AttnimgError) as caught:
-            resolve_tag(f"{host}/private/python:3.11")
+            resolve_tag(f"{server.host}/private/python:3.11")
         assert caught.value.why == "it refuses access, or has no such image (403 Forbidden)"
 
 
-class WrongAnswer(BaseHTTPRequestHandler):
+class WrongAnswer(Handler):
     """What is no registry, or one whose bytes are not those that it names."""
 
     body = b"<html>captive portal</html>"
     headers_sent: ClassVar[dict[str, str]] = {}
 
-    def do_GET(self) -> None:
+    def route(self) -> None:
         self.send_response(200)
         for name, value in self.headers_sent.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(self.body)
-
-    def log_message(self, *_: object) -> None:
-        """Print nothing."""
 
 
 @pytest.mark.parametrize(
@@ -291,14 +260,14 @@ class WrongAnswer(BaseHTTPRequestHandler):
     ],
 )
 def test_what_is_no_registry_is_refused(body: bytes, headers: dict[str, str], why: str) -> None:
-    for host in serve(type("Handler", (WrongAnswer,), {"body": body, "headers_sent": headers})):
+    with Server(type("Handler", (WrongAnswer,), {"body": body, "headers_sent": headers})) as server:
         with pytest.raises(AttnimgError) as caught:
-            resolve_tag(f"{host}/python:3.11")
+            resolve_tag(f"{server.host}/python:3.11")
         assert why in caught.value.why
 
 
-INDEX = {"Content-Type": f"{OCI}.index.v1+json"}
-MANIFEST = {"Content-Type": f"{OCI}.manifest.v1+json"}
+INDEX = {"Content-Type": INDEX_KINDS[OCI]}
+MANIFEST = {"Content-Type": IMAGE_KINDS[OCI]}
 AMD64 = {"os": "linux", "architecture": "amd64"}
 
 
@@ -345,17 +314,17 @@ def index_of(**entry: Any) -> bytes:
     ],
 )  # fmt: skip
 def test_a_damaged_answer_is_refused(body: bytes, headers: dict[str, str], why: str) -> None:
-    for host in serve(type("Handler", (WrongAnswer,), {"body": body, "headers_sent": headers})):
+    with Server(type("Handler", (WrongAnswer,), {"body": body, "headers_sent": headers})) as server:
         with pytest.raises(AttnimgError) as caught:
-            resolve_tag(f"{host}/team/python:3.11")
+            resolve_tag(f"{server.host}/team/python:3.11")
         assert why in caught.value.why
 
 
 def test_of_two_images_for_a_platform_the_first_counts() -> None:
     entries = [{"digest": f"sha256:{sign * 64}", "platform": AMD64} for sign in "ab"]
     body = json.dumps({"manifests": entries}).encode()
-    for host in serve(type("Handler", (WrongAnswer,), {"body": body, "headers_sent": INDEX})):
-        found = resolve_tag(f"{host}/team/python:3.11")
+    with Server(type("Handler", (WrongAnswer,), {"body": body, "headers_sent": INDEX})) as server:
+        found = resolve_tag(f"{server.host}/team/python:3.11")
         assert dict(found.platforms) == {"linux/amd64": "sha256:" + "a" * 64}
 
 
@@ -366,15 +335,15 @@ class OtherTokens(TokenHandler):
     given: ClassVar[dict[str, Any]] = {}
     sent: ClassVar[list[str]] = []
 
-    def do_GET(self) -> None:
+    def route(self) -> None:
         if self.path.startswith("/token"):
-            self.answer(200, json.dumps(self.given).encode(), {})
+            self.send(200, json.dumps(self.given).encode(), {})
         elif "Authorization" in self.headers:
             self.sent.append(self.headers["Authorization"])
-            self.answer(404, b"{}", {})
+            self.send(404, b"{}", {})
         else:
             realm = self.realm.format(host=self.headers["Host"])
-            self.answer(401, b"{}", {"WWW-Authenticate": f'Bearer realm="{realm}",service="s"'})
+            self.send(401, b"{}", {"WWW-Authenticate": f'Bearer realm="{realm}",service="s"'})
 
 
 @pytest.mark.parametrize(
@@ -384,9 +353,9 @@ class OtherTokens(TokenHandler):
 )  # fmt: skip
 def test_what_is_no_token_is_not_sent(given: dict[str, Any]) -> None:
     handler = type("Handler", (OtherTokens,), {"given": given, "sent": []})
-    for host in serve(handler):
+    with Server(handler) as server:
         with pytest.raises(AttnimgError, match="has no digest") as caught:
-            resolve_tag(f"{host}/team/python:3.11")
+            resolve_tag(f"{server.host}/team/python:3.11")
         assert "token" in caught.value.why
     assert handler.sent == []
 
@@ -397,9 +366,9 @@ def test_what_is_no_token_is_not_sent(given: dict[str, Any]) -> None:
      "http://" + "a" * 70 + ".x/"],
 )  # fmt: skip
 def test_a_wrong_address_of_tokens_is_refused(realm: str) -> None:
-    for host in serve(type("Handler", (OtherTokens,), {"realm": realm})):
+    with Server(type("Handler", (OtherTokens,), {"realm": realm})) as server:
         with pytest.raises(AttnimgError) as caught:
-            resolve_tag(f"{host}/team/python:3.11")
+            resolve_tag(f"{server.host}/team/python:3.11")
         assert f"it names the address {realm!r}" in caught.value.why
 
 
@@ -408,24 +377,24 @@ class Redirecting(TokenHandler):
 
     times = 0
 
-    def do_GET(self) -> None:
+    def route(self) -> None:
         count = int(httpx.URL(self.path).params.get("n", "0"))
         if count < self.times:
-            self.answer(307, b"", {"Location": f"{self.path.partition('?')[0]}?n={count + 1}"})
+            self.send(307, b"", {"Location": f"{self.path.partition('?')[0]}?n={count + 1}"})
         else:
-            self.answer(200, index_of(platform=AMD64), INDEX)
+            self.send(200, index_of(platform=AMD64), INDEX)
 
 
 @pytest.mark.parametrize(("times", "passes"), [(1, True), (5, True), (6, False)])
 def test_redirects_are_followed_five_times(times: int, passes: bool) -> None:
-    for host in serve(type("Handler", (Redirecting,), {"times": times})):
+    with Server(type("Handler", (Redirecting,), {"times": times})) as server:
         if passes:
-            assert dict(resolve_tag(f"{host}/python:3.11").platforms) == {
+            assert dict(resolve_tag(f"{server.host}/python:3.11").platforms) == {
                 "linux/amd64": "sha256:" + "a" * 64
             }
         else:
             with pytest.raises(AttnimgError, match="has no digest") as caught:
-                resolve_tag(f"{host}/python:3.11")
+                resolve_tag(f"{server.host}/python:3.11")
             assert caught.value.why == "it redirects more than 5 times"
 
 
@@ -445,8 +414,8 @@ def test_a_registry_that_is_not_there_is_unreachable() -> None:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    (tmp_path / "recipes").mkdir()
-    shutil.copy(ROOT / "recipes/bases.toml", tmp_path / "recipes")
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
     return tmp_path
 
 
@@ -463,11 +432,6 @@ def test_lock_writes_digests_and_leaves_the_rest(checkout: Path) -> None:
         new for old, new in zip(before, path.read_text().splitlines(), strict=True) if old != new
     ]
     assert [text.partition(" = ")[0] for text in changed] == ["digest", "platforms"]
-    for name in ("images", "kernels", "patches"):
-        shutil.copytree(ROOT / "recipes" / name, checkout / "recipes" / name)
-    for name in ("torch", "cuda", "pairs", "allowed", "cves"):
-        shutil.copy(ROOT / f"recipes/{name}.toml", checkout / "recipes")
-    shutil.copy(ROOT / "pyproject.toml", checkout)
     base = read_recipes(checkout).bases["bookworm"]
     assert (base.digest, dict(base.platforms)) == (found.digest, digests)
     (line,) = lock_bases(read_recipes(checkout), root=checkout, resolve=lambda _: found)

@@ -117,6 +117,15 @@ def test_times_are_those_of_the_build_that_compiled(again: dict[str, object], se
     assert made["kernels"][0]["seconds"] == seconds
 
 
+def test_an_earlier_wheel_that_nobody_compiled_has_no_jobs_to_keep() -> None:
+    before = {key: FIRST[key] for key in ("name", "version", "trimmed", "seconds")}
+    again = {**FIRST, "seconds": 30, "objects_compiled": 0, "objects_reused": 13}
+    manifest = {"image": "hopper", "abi": "x", "kernels": [again]}
+    text = build_record(manifest, {}, day="d", machine="m", earlier={"kernels": [before]})
+    [made] = json.loads(text)["kernels"]
+    assert (made["seconds"], made["jobs"]) == (900, 2)
+
+
 WHOLE = {key: FIRST[key] for key in ("name", "version", "trimmed", "wheel")} | {"key": "aaaa"}
 
 
@@ -135,6 +144,7 @@ WHOLE = {key: FIRST[key] for key in ("name", "version", "trimmed", "wheel")} | {
             id="nameless kernels",
         ),
         pytest.param({"image": "hopper", "abi": "x"}, "lists no kernels", id="no kernels at all"),
+        pytest.param({"image": "hopper", "kernels": [WHOLE]}, "found the abi None", id="no abi"),
         pytest.param(["hopper"], "found the image None", id="no manifest"),
     ],
 )

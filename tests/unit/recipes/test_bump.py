@@ -56,10 +56,12 @@ def index(packages: dict[str, list[dict[str, Any]]]) -> Iterator[PackageIndex]:
     def answer(path: str, _: object) -> Any:
         name = path.strip("/").rpartition("/")[2]
         files = packages.get(name)
+        if isinstance(files, bytes):
+            return files
         return None if files is None else {"meta": {"api-version": "1.1"}, "files": files}
 
     with serve_json(answer) as url:
-        yield PackageIndex(f"{url}/simple/")
+        yield PackageIndex(f"{url}/simple/", base=RECIPES.bases["bookworm"])
 
 
 def find(index: PackageIndex, pin: str = "") -> list[Bump]:
@@ -128,6 +130,34 @@ def test_an_index_that_lacks_a_pin_is_refused(
     del packages["xformers"]
     with pytest.raises(AttnimgError, match="xformers can't be looked up"):
         find(index)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"", b"[]", b'{"files": 1}', b'{"files": [1]}', b'{"files": [{"hashes": {}}]}', b"\xff"],
+)
+def test_an_index_that_answers_otherwise_is_refused(
+    index: PackageIndex, packages: dict[str, Any], answer: bytes
+) -> None:
+    packages["xformers"] = answer
+    with pytest.raises(AttnimgError, match="xformers can't be looked up") as refused:
+        find(index)
+    assert "needed the JSON of PEP 691" in refused.value.why
+
+
+@pytest.mark.parametrize(("name", "newer"), [("bookworm", "2"), ("trixie", "1")])
+def test_a_wheel_is_one_for_the_base(
+    packages: dict[str, list[dict[str, Any]]], name: str, newer: str
+) -> None:
+    base = RECIPES.bases[name]
+    tag = f"cp{base.python.replace('.', '')}-none-manylinux_2_{base.glibc[2:]}_x86_64"
+    packages["torchao"] += [
+        file("torchao-99.1-cp313-none-manylinux_2_41_x86_64.whl", "1" * 64),
+        file("torchao-99.1-cp311-none-manylinux_2_36_x86_64.whl", "2" * 64),
+    ]
+    with serve_json(lambda path, _: {"files": packages[path.split("/")[-2]]}) as url:
+        found = PackageIndex(f"{url}/simple", base=base).newest("torchao", form="wheel")
+    assert (tag.startswith("cp3"), found.sha256) == (True, newer * 64)
 
 
 @pytest.fixture
@@ -208,6 +238,13 @@ def test_what_locking_changes_without_a_pin_gets_a_commit_of_its_own(checkout: P
     assert 'trl==99.0"' in (checkout / "pyproject.toml").read_text()
     assert git(checkout, "show", "--name-only", "--format=", "HEAD~1") == "recipes/bases.toml"
     assert calls == ["", ""]
+
+
+def test_a_package_that_another_holds_back_is_named(checkout: Path) -> None:
+    held = Bump("urllib3", "2.8.0", "99.1", "requirements/lock.txt")
+    [(subject, error)] = commit_bumps([held], checkout, relock=lambda *_: None, today=TODAY)
+    assert (subject, "holds it back" in error) == (str(held), True)
+    assert git(checkout, "log", "--format=%s") == "One"
 
 
 def test_a_checkout_with_changes_is_refused_and_keeps_them(checkout: Path) -> None:

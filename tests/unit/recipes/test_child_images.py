@@ -6,26 +6,20 @@ from pathlib import Path
 
 import pytest
 from small_image import SITE, package, save
+from test_gates import KEY, PLAN, read
 
 from attnimg.errors import AttnimgError
-from recipes.artifact.read import read_image
-from recipes.child_images import mark_child
-from recipes.gates import ExpectedContents, gate_named
-from recipes.read import read_recipes
+from recipes.child_images import is_childs_own, mark_child
+from recipes.gates import ExpectedContents, GateFinding, gate_named
 from recipes.run_gates import GateResult, format_report, run_all
-from recipes.solve.plan import solve
 
-ROOT = Path(__file__).resolve().parents[3]
-RECIPES = read_recipes(ROOT)
-PLAN = solve(RECIPES.images["cpu"], RECIPES)
 OURS = package("torch", "2.13.0+cpu", version__py=b"ours") | package("rich", "15.0.0")
 HISTORY = ("RUN base", "RUN python -B /image_files.py cpu /wheels", "RUN pip install")
-KEY = "-----BEGIN OPENSSH PRIVATE KEY-----\n" + "b3BlbnNzaC1r" * 8
 
 
 def judge(tmp_path: Path, child: dict[str, bytes | str]) -> dict[str, GateResult]:
     image = save(tmp_path / "child.tar", {"etc/os": b""}, OURS, child, history=HISTORY)
-    artifact = mark_child(read_image(image, log=lambda _: None))
+    artifact = mark_child(read(image))
     pins = {"torch": "2.13.0", "rich": "15.0.0"}
     expected = ExpectedContents(plan=PLAN, pins=pins, fixed=frozenset({"torch"}))
     gates = [gate_named(name) for name in ("layers", "licences", "pins", "secrets")]
@@ -83,6 +77,19 @@ def test_another_torch_and_a_secret_are_refused(
     assert any(found in finding.found for finding in judge(tmp_path, child)[gate].findings)
 
 
+@pytest.mark.parametrize(
+    ("files", "own"), [("a", True), ("a, b", True), ("etc/os", False), ("a, etc/os", False)]
+)
+def test_a_finding_is_the_childs_if_all_its_files_are(
+    tmp_path: Path, files: str, own: bool
+) -> None:
+    layers = {"etc/os": b""}, OURS, {"a": b"a", "b": b"b"}
+    artifact = mark_child(read(save(tmp_path / "child.tar", *layers, history=HISTORY)))
+    finding = GateFinding(files, found="no GPU code", needed="sm_90", do="build it")
+    found = is_childs_own(finding, gate="machine-code", artifact=artifact, fixed=frozenset())
+    assert found is own
+
+
 def test_a_declaration_in_a_virtual_environment_is_no_second_torch(tmp_path: Path) -> None:
     """As docker/added/image_venv.py writes it."""
     info = "opt/axolotl/lib/python3.11/site-packages/torch-2.13.0+cpu.dist-info"
@@ -97,5 +104,5 @@ def test_a_declaration_in_a_virtual_environment_is_no_second_torch(tmp_path: Pat
 def test_an_image_that_is_not_built_from_an_attnimg_image_is_refused(tmp_path: Path) -> None:
     image = save(tmp_path / "other.tar", OURS, history=("RUN pip install torch",))
     with pytest.raises(AttnimgError) as caught:
-        mark_child(read_image(image, log=lambda _: None))
+        mark_child(read(image))
     assert caught.value.code == "no-child"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import replace
 from datetime import date, timedelta
 from pathlib import Path
@@ -125,14 +126,10 @@ def test_an_expired_or_endless_answer_is_refused(days: int, why: str) -> None:
     ],
 )
 def test_a_cves_toml_with_another_form_is_refused(tmp_path: Path, text: str) -> None:
-    (tmp_path / "recipes").symlink_to(tmp_path / "copy")
-    for path in (ROOT / "recipes").rglob("*.toml"):
-        copy = tmp_path / "copy" / path.relative_to(ROOT / "recipes")
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(path.read_bytes())
-    (tmp_path / "pyproject.toml").write_bytes((ROOT / "pyproject.toml").read_bytes())
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
     read_recipes(tmp_path)
-    (tmp_path / "copy/cves.toml").write_text(text)
+    (tmp_path / "recipes/cves.toml").write_text(text)
     with pytest.raises(AttnimgError, match=r"recipes/cves\.toml"):
         read_recipes(tmp_path)
 

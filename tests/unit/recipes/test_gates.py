@@ -87,6 +87,7 @@ def test_a_cache_that_a_later_layer_deletes_still_ships(tmp_path: Path, deletion
     [
         pytest.param({"opt/.wh.big": b""}, "deletes", id="deleted"),
         pytest.param({".wh.opt": b""}, "deletes", id="its folder is deleted"),
+        pytest.param({".wh..wh..opq": b""}, "deletes", id="everything is deleted"),
         pytest.param({"opt/big": b"small"}, "replaces", id="replaced"),
         pytest.param({"opt/": b""}, None, id="only its folder is touched"),
     ],
@@ -225,6 +226,7 @@ def test_sizes_are_those_of_zstd_3(tmp_path: Path) -> None:
         pytest.param(
             [("numpy", "2.4.6+trim")], [("numpy", "version 2.4.6+trim")], id="a trimmed build"
         ),
+        pytest.param([("numpy", "main")], [("numpy", "version main")], id="no version at all"),
         pytest.param(
             [("numpy", "2.4.6"), ("NumPy", "2.4.6")],
             [("numpy", f"{SITE}/NumPy-2.4.6.dist-info and {SITE}/numpy-2.4.6.dist-info")],

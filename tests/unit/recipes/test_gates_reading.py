@@ -1,19 +1,17 @@
-"""Images are read whatever wrote them, what is none is refused, and verdicts say it all."""
+"""Images of all tools are read, other files are refused, and a report has every finding."""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
-import io
 import json
 import re
-import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 import zstandard
-from small_image import save, wheelhouse
+from small_image import save, tar_of, wheelhouse
 from test_gates import KEY, PLAN, RECIPES, ROOT, read, run_gate
 
 from attnimg.errors import AttnimgError
@@ -25,7 +23,7 @@ from recipes.gates import ExpectedContents, GateFinding, all_gates, gate_named, 
 from recipes.solve.plan import solve_all
 
 
-def oci(path: Path, layer: bytes) -> Path:
+def oci(path: Path, layer: bytes, *, attested: bool = False) -> Path:
     """Write an OCI archive with one layer, as other tools than Docker do."""
     blobs: dict[str, bytes] = {}
 
@@ -36,27 +34,20 @@ def oci(path: Path, layer: bytes) -> Path:
 
     config = put(json.dumps({"config": {}, "history": []}).encode())
     manifest = put(json.dumps({"config": config, "layers": [put(layer)]}).encode())
-    index = put(json.dumps({"manifests": [manifest]}).encode())
+    others = [{**put(b"{}"), "platform": {"os": "unknown"}}] if attested else []
+    index = put(json.dumps({"manifests": [manifest, *others]}).encode())
     blobs["index.json"] = json.dumps({"manifests": [index]}).encode()
-    with tarfile.open(path, "w") as tar:
-        for name, data in blobs.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
+    path.write_bytes(tar_of(blobs))
     return path
 
 
 @pytest.mark.parametrize(
-    "squeeze", [bytes, gzip.compress, zstandard.compress], ids=["plain", "gzip", "zstd"]
+    "compress", [bytes, gzip.compress, zstandard.compress], ids=["plain", "gzip", "zstd"]
 )
 def test_an_oci_archive_is_read_whatever_its_layers_are_compressed_with(
-    tmp_path: Path, squeeze
+    tmp_path: Path, compress
 ) -> None:
-    save(tmp_path / "docker.tar", {"root/key": KEY})
-    with tarfile.open(tmp_path / "docker.tar") as tar:
-        layer = tar.extractfile("layer0.tar")
-        assert layer is not None
-        made = oci(tmp_path / "oci.tar", squeeze(layer.read()))
+    made = oci(tmp_path / "oci.tar", compress(tar_of({"root/key": KEY})))
     assert [file for file, _ in run_gate("secrets", read(made))] == ["root/key"]
 
 
@@ -89,17 +80,29 @@ def test_an_archive_that_was_cut_off_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", [b"{", b"[]", b"{}", b'[{"Config": "manifest.json"}]', b"[3]"])
 def test_an_archive_with_a_damaged_manifest_is_refused(tmp_path: Path, text: bytes) -> None:
-    with tarfile.open(tmp_path / "image.tar", "w") as tar:
-        info = tarfile.TarInfo("manifest.json")
-        info.size = len(text)
-        tar.addfile(info, io.BytesIO(text))
+    (tmp_path / "image.tar").write_bytes(tar_of({"manifest.json": text}))
     with pytest.raises(AttnimgError, match="can't be read as an image"):
         read(tmp_path / "image.tar")
 
 
-@pytest.mark.parametrize("squeeze", [gzip.compress, zstandard.compress], ids=["gzip", "zstd"])
-def test_an_archive_with_a_damaged_layer_is_refused(tmp_path: Path, squeeze) -> None:
-    layer = bytearray(squeeze(bytes(range(256)) * 99))
+def test_an_archive_of_two_images_is_refused(tmp_path: Path) -> None:
+    image = tmp_path / "image.tar"
+    manifest = json.dumps([{"Config": "config.json", "Layers": []}] * 2)
+    image.write_bytes(tar_of({"manifest.json": manifest, "config.json": "{}"}))
+    with pytest.raises(AttnimgError, match="can't be read as an image") as caught:
+        read(image)
+    assert "found 2 images, needed one" in caught.value.why
+
+
+def test_an_attestation_is_no_second_image(tmp_path: Path) -> None:
+    """BuildKit adds one to the index of an OCI archive."""
+    made = oci(tmp_path / "oci.tar", tar_of({"root/key": KEY}), attested=True)
+    assert [file for file, _ in run_gate("secrets", read(made))] == ["root/key"]
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, zstandard.compress], ids=["gzip", "zstd"])
+def test_an_archive_with_a_damaged_layer_is_refused(tmp_path: Path, compress) -> None:
+    layer = bytearray(compress(bytes(range(256)) * 99))
     layer[20:60] = bytes(40)
     with pytest.raises(AttnimgError, match="can't be read as an image"):
         read(oci(tmp_path / "oci.tar", bytes(layer)))
@@ -114,6 +117,49 @@ def test_a_manifest_that_lists_no_kernels_fails_the_pins(tmp_path: Path) -> None
 def test_a_folder_without_wheels_is_no_wheelhouse(tmp_path: Path) -> None:
     with pytest.raises(AttnimgError, match="is not a wheelhouse"):
         read_wheelhouse(tmp_path, over=None, log=lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("sums", "equal"),
+    [
+        pytest.param("{} *x-1.whl\n", True, id="as sha256sum -b writes them"),
+        pytest.param("{}  x-1.whl\n", True, id="as sha256sum writes them"),
+        pytest.param("{}  y-1.whl\n", False, id="of another file"),
+        pytest.param("\udcff\n", False, id="no UTF-8"),
+    ],
+)
+def test_the_sums_of_a_wheelhouse_are_compared(tmp_path: Path, sums: str, equal: bool) -> None:
+    made = wheelhouse(tmp_path / "wheels", {"x-1.whl": {"x.py": b""}}, {})
+    digest = hashlib.sha256((made / "x-1.whl").read_bytes()).hexdigest()
+    (made / "SHA256SUMS").write_bytes(sums.format(digest).encode(errors="surrogateescape"))
+    assert read_wheelhouse(made, over=None, log=id).sums["x-1.whl"] is equal
+
+
+@pytest.mark.parametrize("place", ["compressed data", "method", "encrypted"])
+def test_a_damaged_wheel_is_refused(tmp_path: Path, place: str) -> None:
+    path = tmp_path / "x-1.whl"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as wheel:
+        wheel.writestr("x.py", "x" * 999)
+    content = bytearray(path.read_bytes())
+    listed = content.index(b"PK\x01\x02")  # the entry of the central directory
+    if place == "compressed data":
+        content[34:38] = b"\xff" * 4
+    elif place == "method":
+        content[8], content[listed + 10] = 98, 98
+    else:
+        content[6], content[listed + 8] = 1, 1
+    path.write_bytes(content)
+    with pytest.raises(AttnimgError, match=r"x-1\.whl is not a wheel"):
+        read_wheelhouse(tmp_path, over=None, log=id)
+
+
+def test_an_image_without_settings_has_no_variables(tmp_path: Path) -> None:
+    image = save(tmp_path / "image.tar", {"a": b"a"})
+    content = image.read_bytes()
+    old, new = b'"config": {"Env": []}', b'"config": null       '
+    assert len(old) == len(new)
+    image.write_bytes(content.replace(old, new))
+    assert read(image).env == {}
 
 
 def test_an_allowance_takes_its_finding_away_and_says_why(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,47 @@ def test_refuses_a_patch(tmp_path: Path, text: str) -> None:
 def test_a_patch_has_a_dated_reason(path: Path) -> None:
     reason, _, _ = path.read_text(encoding="utf-8").partition("--- a/")
     assert re.search(r"\b2026-\d\d-\d\d\b", reason)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "says"),
+    [
+        pytest.param(
+            "allowed", "[[alowed]]\n", "alowed: unknown key; needed [[allowed]]", id="typo"
+        ),
+        pytest.param("cves", "[cve]\n", "cve: found a table, needed [[cve]]", id="one table"),
+        pytest.param("pairs", "", "", id="no entry"),
+    ],
+)
+def test_a_list_of_entries_has_no_other_key(
+    tmp_path: Path, file: str, text: str, says: str
+) -> None:
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (tmp_path / f"recipes/{file}.toml").write_text(text)
+    if not says:
+        assert read_recipes(tmp_path).pairs == ()
+        return
+    with pytest.raises(AttnimgError, match=rf"recipes/{file}\.toml") as caught:
+        read_recipes(tmp_path)
+    assert says in caught.value.why
+
+
+@pytest.mark.parametrize("file", ["cuda.toml", "images/cpu.toml", "patches/flash-attn/cxx20.patch"])
+def test_a_file_that_can_not_be_read_is_named(tmp_path: Path, file: str) -> None:
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (tmp_path / "recipes" / file).write_bytes(b"# caf\xe9\n")
+    with pytest.raises(AttnimgError, match=f"recipes/{file} is not a valid recipe") as caught:
+        read_recipes(tmp_path)
+    assert "it is not UTF-8" in caught.value.why
+
+
+def test_a_file_that_is_missing_is_named(tmp_path: Path) -> None:
+    (tmp_path / "recipes").mkdir()
+    with pytest.raises(AttnimgError, match=r"recipes/bases\.toml is not a valid recipe") as caught:
+        read_recipes(tmp_path)
+    assert caught.value.why == "No such file or directory"
 
 
 def test_an_unresolved_value_keeps_its_reason() -> None:

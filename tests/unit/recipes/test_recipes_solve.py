@@ -1,4 +1,4 @@
-"""The solver: what can be built is planned whole, what can't is refused with reasons and a way."""
+"""The solver plans an image that can be built, and refuses others with all reasons and a fix."""
 
 from __future__ import annotations
 
@@ -509,8 +509,9 @@ def test_the_next_base_is_refused_with_all_that_moving_there_takes() -> None:
 
 
 def test_the_python_and_debian_that_are_served_are_those_in_the_files() -> None:
-    prune = (ROOT / "docker/install/prune.py").read_text(encoding="utf-8")
-    assert set(re.findall(r"python(3[.]\d+)", prune)) == {SERVED["python"][0]}
+    for name in ("install/prune.py", "install/copy_headers.py", "Dockerfile"):
+        text = (ROOT / "docker" / name).read_text(encoding="utf-8")
+        assert set(re.findall(r"python(3[.]\d+)", text)) == {SERVED["python"][0]}, name
     stand_in = (ROOT / "docker/base.sh").read_text(encoding="utf-8")
     assert set(re.findall(r"bookworm|trixie", stand_in)) == {SERVED["debian"][0]}
 

@@ -134,11 +134,12 @@ def test_the_metadata_is_beside_each_wheel_with_its_hash(index: Path) -> None:
     assert content["versions"] == ["0.1+abi"]
 
 
-def test_files_may_be_elsewhere(wheels: Path, tmp_path: Path) -> None:
-    base = "https://example.org/download/v1/"
-    write_index("hopper", wheels, tmp_path / "index", base_url=base)
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_files_may_be_elsewhere(wheels: Path, tmp_path: Path, slash: str) -> None:
+    base = "https://example.org/download/v1"
+    write_index("hopper", wheels, tmp_path / "index", base_url=base + slash)
     page = (tmp_path / "index/simple/other/index.html").read_text()
-    assert f'href="{base}other-0.1%2Babi-py3-none-any.whl#sha256=' in page
+    assert f'href="{base}/other-0.1%2Babi-py3-none-any.whl#sha256=' in page
 
 
 def test_an_index_is_replaced_as_a_whole(wheels: Path, index: Path, tmp_path: Path) -> None:

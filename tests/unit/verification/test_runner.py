@@ -7,56 +7,46 @@ from pathlib import Path
 
 import pytest
 from run_facts import a_geometry
-from served_kernels import serve
+from served_kernels import prove_served
 
 from attnimg.run_facts import Proof
-from attnimg.verification.runner import Candidate, _message, run
+from attnimg.verification.runner import _message
 
-SOURCES = Path(__file__).parents[2] / "fixtures/wrong_kernels"
+STATE = Path(__file__).parents[2] / "fixtures/wrong_kernels/state.py"
 GEOMETRY = a_geometry(
     heads=2, kv_heads=2, head_dim_qk=16, head_dim_v=16, packing=True, dense=False, sequence_len=64
 )
-# The fault of a kernel, its file, and the code of the reason; None where the proof passes.
+# The fault of a kernel, and the code of the reason; None where the proof passes.
 FAULTS = [
-    ("garbage", "parent", None),
-    ("a forged proof", "parent", None),
-    ("a long line", "parent", None),
-    ("forks", "parent", "process-state"),
-    ("a daemon", "parent", "process-state"),
-    ("none", "parent", None),
-    ("closes everything", "parent", "crash"),
-    ("cwd", "state", "process-state"),
-    ("none", "state", None),
-    ("floods", "parent", "process-state"),
-    ("leaves a fork behind", "parent", "crash"),
-    ("dies of a real-time signal", "parent", "crash"),
+    ("garbage", None),
+    ("a forged proof", None),
+    ("a long line", None),
+    ("forks", "process-state"),
+    ("a daemon", "process-state"),
+    ("none", None),
+    ("closes everything", "crash"),
+    ("cwd", "process-state"),
+    ("floods", "process-state"),
+    ("leaves a fork behind", "crash"),
+    ("dies of a real-time signal", "crash"),
 ]
 NAMES = [f"parent/kernel-{number}" for number in range(len(FAULTS))]
 
 
 @pytest.fixture(scope="module")
 def proofs(tmp_path_factory: pytest.TempPathFactory) -> list[Proof]:
-    root = tmp_path_factory.mktemp("kernels")
-    entries = [
-        f"{name}={serve(root / name.partition('/')[2], fault, source=SOURCES / f'{source}.py')}"
-        for name, (fault, source, _) in zip(NAMES, FAULTS, strict=True)
-    ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LOCAL_KERNELS", ":".join(entries))
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setenv("OMP_NUM_THREADS", "1")
-        return run(
-            [Candidate(backend=name, geometries=(GEOMETRY,), trusted=True) for name in NAMES],
-            device="cpu",
-        )
+    return prove_served(
+        tmp_path_factory.mktemp("kernels"),
+        [(name, STATE, fault, GEOMETRY) for name, (fault, _) in zip(NAMES, FAULTS, strict=True)],
+    )
 
 
 pytestmark = pytest.mark.timeout(600)
 
 
-@pytest.mark.parametrize("place", range(len(FAULTS)), ids=[fault for fault, _, _ in FAULTS])
+@pytest.mark.parametrize("place", range(len(FAULTS)), ids=[fault for fault, _ in FAULTS])
 def test_the_parent_returns_a_proof_of_each_kernel(proofs: list[Proof], place: int) -> None:
-    _, _, code = FAULTS[place]
+    _, code = FAULTS[place]
     proof = proofs[place]
     assert proof.backend == NAMES[place]
     assert [reason.code for reason in proof.reasons] == ([code] if code else [])
