@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 from attnimg.cgroup import cpu_quota
+from attnimg.distributions import distributions
 from attnimg.machine.container import (
     CACHES,
     LIBCUDA,
@@ -109,17 +110,17 @@ class Host:
 
 def this_host(*, shm: Path = Path("/dev/shm")) -> Host:
     """Return the state of this host, without importing packages or writing files."""
-    distributions = {_name_and_version(dist): dist for dist in metadata.distributions()}
+    found = {_name_and_version(dist): dist for dist in distributions()}
     # Of two versions in several folders of sys.path, the first is imported.
-    installed = dict(reversed(distributions.keys()))
+    installed = dict(reversed(found.keys()))
     flash = {
         name: dist
-        for (name, version), dist in distributions.items()
+        for (name, version), dist in found.items()
         if name.startswith("flash-attn") and installed[name] == version
     }
     changed = {name: changed_files(dist, read_record(dist)) for name, dist in flash.items()}
     cute = "flash_attn/cute/"
-    owners = [name for (name, _), d in distributions.items() if read_record(d, under=cute)]
+    owners = [name for (name, _), d in found.items() if read_record(d, under=cute)]
     home = os.environ.get("HOME", "")
     user = None
     with suppress(KeyError, OSError):  # OSError from Python 3.13 on

@@ -18,7 +18,7 @@ _CHUNK = 1 << 20
 # Larger files are not searched for secrets: no person or tool stores one in them.
 _MAX_SECRET_BYTES = 1 << 20
 # Files whose text is kept.
-_METADATA = re.compile(r"\.dist-info/(METADATA|RECORD)$")
+_METADATA = re.compile(r"\.dist-info/(METADATA|RECORD|INSTALLER)$")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
