@@ -320,9 +320,13 @@ def _check_user(host: Host) -> Check:
         do = "set USER and LOGNAME, for example -e USER=me -e LOGNAME=me"
         return Check("user", "fail", what, do)
     if host.uid == 0:
-        what = f"{host.user} (0): files that root writes to a mounted folder belong to root"
+        name = host.account or host.user
+        what = f"{name} (0): files that root writes to a mounted folder belong to root"
         return Check("user", "warn", what, "start the container with --user $(id -u):$(id -g)")
-    return Check("user", "ok", f"{host.user} ({host.uid})")
+    if host.account is None:
+        what = f"user {host.uid}, who is not in /etc/passwd; programs get the name {host.user}"
+        return Check("user", "ok", what)
+    return Check("user", "ok", f"{host.account} ({host.uid})")
 
 
 def _check_folders(host: Host) -> Iterator[Check]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import os
+import pwd
 import re
 import shutil
 import sys
@@ -64,7 +65,9 @@ class Host:
 
     Attributes:
         uid: the user's id.
-        user: the result of getpass.getuser(); None where it raises.
+        user: the result of getpass.getuser(), which reads USER and others first; None where it
+            raises.
+        account: the user's name in /etc/passwd; None without one, as with --user in a container.
         folders: HOME, the caches and the working folder.
         shm_bytes: size of /dev/shm; None without one.
         installed: every distribution, by its normalized name (PEP 503) -> its version.
@@ -88,6 +91,7 @@ class Host:
 
     uid: int
     user: str | None
+    account: str | None
     folders: tuple[Folder, ...]
     shm_bytes: int | None
     installed: Mapping[str, str]
@@ -125,9 +129,13 @@ def this_host(*, shm: Path = Path("/dev/shm")) -> Host:
     user = None
     with suppress(KeyError, OSError):  # OSError from Python 3.13 on
         user = getpass.getuser()
+    account = None
+    with suppress(KeyError):
+        account = pwd.getpwuid(os.getuid()).pw_name
     return Host(
         uid=os.getuid(),
         user=user,
+        account=account,
         folders=tuple(_folders(home)),
         shm_bytes=shutil.disk_usage(shm).total if shm.is_dir() else None,
         installed=installed,
