@@ -13,8 +13,6 @@ from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
-from attnimg.distributions import version
-
 # FlashAttention-4's cache key has only the first three. But quack's functions are traced into the
 # kernels too, and CuTe DSL's build, for CUDA 12 or 13, decides which driver the kernels need.
 # Source: flash-attn-4 4.0.0b36, cache_utils.py (2026-11-21).
@@ -101,7 +99,7 @@ def source_hash(folder: Path) -> str:
 
 def _version(name: str) -> str:
     try:
-        return version(name)
+        return metadata.version(name)
     except metadata.PackageNotFoundError:
         return ABSENT
 

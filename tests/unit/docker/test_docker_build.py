@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[3]
     ("name", "why", "do"),
     [
         pytest.param(
-            "hoper", "found no target of that name", "recipes/images/hoper.toml", id="typo"
+            "hoper", "known: ampere, ampere-frontier, ", "recipes/images/hoper.toml", id="typo"
         ),
         pytest.param(
             "rocm", "PyPI has no torch for ROCm", "recipes/images/rocm.toml", id="no torch"
