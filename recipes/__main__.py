@@ -239,10 +239,8 @@ def verify(arguments: Namespace) -> None:
 
     name, root, env = arguments.name, arguments.root, os.environ
     _plan(name, root)
-    digest = arguments.digest
-    if digest is None:
-        digest = command.find_digest(arguments.tag, root=root, env=env)
-    _print(command.verify(name, digest, root=root, env=env))
+    tag = arguments.tag or ""
+    _print(command.verify(name, arguments.digest, tag=tag, root=root, env=env))
 
 
 def pull(arguments: Namespace) -> None:
