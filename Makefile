@@ -303,6 +303,9 @@ test/reproducible: .venv/ready engine ## Build attnimg:cpu twice without a cache
 	@mkdir -p build
 	@$(BIN)/python tests/reproducible/run.py
 
+test/shared-layers: ## Show that the built images with the same torch share its layer; needs two, such as cpu and cpu-devel
+	@docker/shared_layers.py
+
 test/children: .venv/ready build/cpu build/cpu-devel ## Build examples/child-images on attnimg:cpu: JupyterLab, axolotl, an extension; 10 minutes
 	CHILDREN_RECORD=1 IMAGE=attnimg:cpu $(BIN)/pytest --timeout 3600 tests/children
 

@@ -26,7 +26,10 @@ Status = Literal["ok", "warn", "fail"]
 
 # Packages that are named in one line.
 _SHOWN = 8
-_REBUILD = "build the child image again from a fresh attnimg image, and install without it"
+_REBUILD = (
+    "build the child image again from a fresh attnimg image, without another version of these; of "
+    "those in /opt/added: start a new container, with an empty volume or none there"
+)
 _DO_ABOUT_KERNELS = {
     "kernels-arch": "run the image that is made for this GPU",
     "kernels-mixed-gpus": "select GPUs of one kind with CUDA_VISIBLE_DEVICES",

@@ -133,19 +133,15 @@ def test_packages_of_a_user_come_before_the_image_s(docker: Run, options: tuple[
     assert "a Dockerfile keeps them" in done.stderr
 
 
-# Without the constraint, as a person does who wants another torch. Forced in, it is found, and can
-# be removed.
+# Without the constraint, as a person does who wants another torch. Forced in, it is found.
 ANOTHER_TORCH = """
 export PIP_CONSTRAINT=
 install() { pip install -q --no-index --no-deps "$@" /wheels/torch-99.0-py3-none-any.whl; }
 ! install || exit 1
-attnimg doctor >/tmp/before || true
+attnimg doctor || true
 install --ignore-installed || exit 1
-attnimg doctor >/tmp/forced; test $? = 1 || exit 1
-pip uninstall -qy torch || exit 1
-attnimg doctor >/tmp/after || true
-python -c 'import torch; torch.zeros(1)' || exit 1
-grep -h . /tmp/before /tmp/forced /tmp/after
+attnimg doctor
+test $? = 1
 """
 
 
@@ -160,9 +156,7 @@ def test_doctor_finds_a_torch_that_a_user_forced_in(docker: Run, tmp_path: Path)
     done = docker("bash", "-c", ANOTHER_TORCH, options=(f"--volume={tmp_path}:/wheels:ro",))
     assert done.returncode == 0, done.stderr
     assert "Cannot uninstall torch" in done.stderr
-    assert [line for line in faults(done.stdout) if "torch" in line] == [
-        line for line in done.stdout.splitlines() if " -> 99.0" in line
-    ]
+    assert ["torch" in line for line in faults(done.stdout)] == [True]
     assert done.stdout.count(" -> 99.0") == 1
 
 
