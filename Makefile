@@ -288,7 +288,7 @@ test/reload: .venv/ready ## Train 110 model types, save and reload them: full an
 release-tools: ## Install skopeo and cosign, which move and sign images, from Debian; needs root
 	@docker/release_tools.sh skopeo cosign
 
-test/release: .venv/ready ## Release attnimg:cpu to a registry on this machine; refuse tampered images; 1 minute
+test/release: .venv/ready ## Release attnimg:cpu to a registry on this machine; refuse tampered images; 2 minutes
 	@docker/release_tools.sh skopeo cosign docker-registry
 	$(BIN)/pytest -v tests/release tests/unit/recipes/test_base_digests.py
 

@@ -40,16 +40,18 @@ _SYSTEM_PROGRAMS = "/usr/local/sbin:/usr/sbin:/sbin"
 # For documentation only, so that no registry is there (RFC 5737). If the bridge has no address,
 # dockerd gives it one of 65,536 that may be in use elsewhere.
 _ADDRESS = "203.0.113.253/30"
-# Keep the bridge for as long as the engine runs. Both end when this process ends, also if it is
-# killed: then setpriv signals the shell, and the shell's end signals dockerd.
+# Keep the bridge for as long as the engine runs. Both end with this process, also if it is killed
+# and sudo is in between: then the shell's standard input ends. $! is the engine, the last process.
 _WITH_BRIDGE = """
 ip=$1 bridge=$2 address=$3; shift 3
-trap '"$ip" link delete "$bridge" 2>/dev/null' EXIT
+"$ip" link add "$bridge" type bridge || exit
+exec 3<&0
+{ cat <&3 >/dev/null; kill $$; } & reader=$!
+trap 'trap "" TERM; kill $! $reader 2>/dev/null; wait $!; "$ip" link delete "$bridge"' EXIT
 trap exit TERM
-"$ip" link add "$bridge" type bridge && "$ip" address add "$address" dev "$bridge" || exit
-setpriv --pdeathsig=TERM "$@" & engine=$!
-trap 'kill $engine' TERM
-while kill -0 $engine 2>/dev/null; do wait $engine; done
+"$ip" address add "$address" dev "$bridge" || exit
+"$@" </dev/null 3<&- &
+wait $!
 """
 _CONFIG = Path("/etc/docker/daemon.json")
 # What this machine's engine needs to reach a registry; other settings are about its own images,
@@ -100,7 +102,7 @@ def _running(folder: Path, *, size: int, sudo: list[str]) -> Iterator[str]:
         at.write_text(short, encoding="utf-8")
         config = Path(short, "daemon.json")
         config.write_text(json.dumps(engine_settings(_CONFIG)), encoding="utf-8")
-        command = [*sudo, "setpriv", "--pdeathsig=TERM", "sh", "-c", _WITH_BRIDGE, "engine"]
+        command = [*sudo, "sh", "-c", _WITH_BRIDGE, "engine"]
         command += [str(_program("ip")), bridge, _ADDRESS]
         command += [str(_program("dockerd")), f"--config-file={config}", f"--host={host}"]
         command += [f"--data-root={folder.resolve()}", f"--exec-root={short}/exec"]
@@ -110,7 +112,9 @@ def _running(folder: Path, *, size: int, sudo: list[str]) -> Iterator[str]:
         command += [f"--containerd-plugins-namespace={bridge}-plugins"]
         log = Path(short, "log")
         with log.open("w") as out:
-            engine = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
+            engine = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=out, stderr=out, start_new_session=True
+            )
         try:
             if _answers(host, engine):
                 yield host
@@ -177,7 +181,6 @@ def _fault() -> str:
     for program, package in (
         ("dockerd", "Docker's engine"),
         ("ip", "iproute2"),
-        ("setpriv", "util-linux"),
     ):
         if _program(program) is None:
             return f"{program} is not installed (it is in {package})"
@@ -241,6 +244,8 @@ def _stop(engine: subprocess.Popen[bytes], sudo: list[str]) -> None:
             # The whole group: dockerd would go on without the shell.
             subprocess.run([*sudo, "kill", "-9", "--", f"-{engine.pid}"], check=False)
             engine.wait()
+    assert engine.stdin is not None
+    engine.stdin.close()
 
 
 def _remove_bridge(name: str, sudo: list[str]) -> None:

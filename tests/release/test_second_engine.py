@@ -21,8 +21,10 @@ NETWORKS = Path("/sys/class/net")
 DOCKER0 = NETWORKS / "docker0/ifindex"
 # It holds an engine until its input ends.
 HOLD = """
-import sys
+import os, sys
 from pathlib import Path
+if "sudo" in sys.argv:
+    os.geteuid = lambda: 1000
 from recipes.release.clean_engine import clean_engine
 with clean_engine(Path(sys.argv[1]), size=0) as host:
     print(host, flush=True)
@@ -49,9 +51,27 @@ def docker(*arguments: str, host: str = "") -> str:
     return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
 
 
-def start(folder: Path) -> subprocess.Popen[str]:
+# As sudo does, it waits for the program and passes SIGTERM on.
+SUDO = """#!/bin/sh
+shift
+exec 3<&0
+trap 'kill $program' TERM
+"$@" <&3 3<&- & program=$!
+wait $program; wait $program
+"""
+
+
+def start(folder: Path, *, sudo: bool = False) -> subprocess.Popen[str]:
+    """Start a process that holds an engine, as root or as a user with sudo, which is simulated."""
+    env = dict(os.environ)
+    if sudo:
+        programs = folder.with_name("programs")
+        programs.mkdir()
+        (programs / "sudo").write_text(SUDO)
+        (programs / "sudo").chmod(0o755)
+        env["PATH"] = f"{programs}:{env['PATH']}"
     return subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(folder)],
+        [sys.executable, "-c", HOLD, str(folder), *(["sudo"] if sudo else [])], env=env,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -91,8 +111,11 @@ def test_the_running_engine_keeps_its_bridge_and_its_containers_their_network(
         assert docker(*run, "/sys/class/net/eth0/operstate") == "up\n"
 
 
-def test_an_engine_whose_process_is_killed_leaves_no_bridge_and_no_engine(folder: Path) -> None:
-    process = start(folder)
+@pytest.mark.parametrize("sudo", [False, True], ids=["root", "sudo"])
+def test_an_engine_whose_process_is_killed_leaves_no_bridge_and_no_engine(
+    folder: Path, sudo: bool
+) -> None:
+    process = start(folder, sudo=sudo)
     assert process.stdout is not None
     assert process.stdout.readline().startswith("unix://")
     assert (NETWORKS / bridge_of(folder)).exists()
@@ -126,6 +149,17 @@ def test_the_next_engine_replaces_one_whose_every_process_was_killed(folder: Pat
     with clean_engine(folder, size=0) as host:
         assert docker("info", "--format", "{{.Driver}}", host=host)
     assert not (NETWORKS / bridge).exists()
+    assert not engines(folder)
+
+
+def test_an_engine_of_a_user_with_sudo_ends_without_a_rest(folder: Path) -> None:
+    process = start(folder, sudo=True)
+    assert process.stdout is not None
+    host = process.stdout.readline().strip()
+    assert docker("info", "--format", "{{.Driver}}", host=host)
+    process.communicate("")
+    assert process.returncode == 0
+    assert not (NETWORKS / bridge_of(folder)).exists()
     assert not engines(folder)
 
 

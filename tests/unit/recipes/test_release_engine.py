@@ -153,12 +153,12 @@ def test_starting_an_engine_removes_what_was_left_and_follows_no_link(
     start()
 
 
-@pytest.mark.parametrize("program", ["dockerd", "ip", "setpriv"])
+@pytest.mark.parametrize("program", ["dockerd", "ip"])
 def test_without_a_program_there_is_no_engine_and_the_reason_is_shown(
     program: str, engine_folder: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    for name in {"dockerd", "ip", "setpriv"} - {program}:
+    for name in {"dockerd", "ip"} - {program}:
         (tmp_path / name).write_text("#!/bin/sh\nexit 1\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
