@@ -67,10 +67,6 @@ def clean_engine(folder: Path, *, size: int) -> Iterator[str]:
         folder: for its images, removed before and after.
         size: of the compressed image in bytes: where memory has room, the folder is there.
     """
-    if fault := _fault():
-        report(f"  no second engine: {fault}")
-        yield ""
-        return
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(f"{folder.name}.lock").open("w") as lock:
         # The engine does not inherit it: it ends with this process.
@@ -79,6 +75,10 @@ def clean_engine(folder: Path, *, size: int) -> Iterator[str]:
         except BlockingIOError:
             report(f"  waiting for the second engine of another process in {folder.parent}")
             fcntl.flock(lock, fcntl.LOCK_EX)
+        if fault := _fault():
+            report(f"  no second engine: {fault}")
+            yield ""
+            return
         with _running(folder, size=size, sudo=_sudo() or []) as host:
             yield host
 

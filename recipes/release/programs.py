@@ -84,7 +84,7 @@ _REGISTRY = (
         r"x509:|tls: |server gave HTTP response to HTTPS client",
         "registry",
         "{asked} has no TLS certificate that this machine trusts",
-        "add its CA to this machine's certificates; only one on 127.0.0.1 may be without TLS",
+        "add its CA to this machine's certificates; a registry on 127.0.0.1 needs none",
     ),
     (
         r"connection refused|no such host|no route to host|i/o timeout|connection reset"
