@@ -192,8 +192,11 @@ podman: ## Install Podman for `make test/%`, from Debian's packages, if there is
 base: engine ## Pull the base image by its digest, or make a stand-in of Debian's packages
 	@docker/base_image.py
 
+# Refuse a name without a recipe, with the names that have one.
+KNOWN = docker/build.py $* --check
+
 # Start the engine, unless there is no recipe of the image.
-NEEDS_ENGINE = @docker/build.py $* --check && $(MAKE) engine
+NEEDS_ENGINE = @$(KNOWN) && $(MAKE) engine
 
 # $(call NEEDS_SET,FILE,WHAT): refuse an image whose recipe has nothing to compile ahead of time.
 NEEDS_SET = @[ -e docker/images/$*/$(1) ] || { printf '$@: %s\n  why: %s\n  do:  %s\n' "attnimg:$* has no $(2)" \
@@ -201,6 +204,9 @@ NEEDS_SET = @[ -e docker/images/$*/$(1) ] || { printf '$@: %s\n  why: %s\n  do: 
 
 # The image that a target tests or checks: attnimg:NAME in this engine; with DIGEST, that one, pulled from REGISTRY.
 SUBJECT = $(if $(DIGEST),$$($(BIN)/python -m recipes pull $* "$$DIGEST"),attnimg:$*)
+
+# Refuse an unknown image, and one that is not in the engine: docker run would ask docker.io for attnimg:NAME.
+NEEDS_IMAGE = $(if $(DIGEST),$(KNOWN),docker/build.py $* --built "$(or $(CHILD),attnimg:$*)")
 
 build/%: ## Build the image attnimg:%, for example build/cpu; WHEELS=dist/% uses existing wheels
 	$(NEEDS_ENGINE)
@@ -226,6 +232,7 @@ layers/%: ## Build the layers of torch and the stack, which images share, and pu
 	@CACHE="$(CACHE)" docker/build.py $* --stage stack --to-cache
 
 built/%: .venv/ready ## Record the contents of dist/% in docs/built; MACHINE="the build machine"
+	@$(KNOWN)
 	@[ -n "$(MACHINE)" ] || { printf 'built: %s\n  why: %s\n  do:  %s\n' "no build machine is given" \
 	  "found no MACHINE" "make $@ MACHINE='2 cores, no GPU', in general words" >&2; exit 2; }
 	@$(BIN)/python -m recipes built $* --wheels dist/$* --machine "$(MACHINE)"
@@ -235,6 +242,7 @@ unit/%: ## Compile one source file of flash-attn for attnimg:%; 5 minutes
 	@PROGRESS=plain docker/build.py $* --kernel flash-attn --stage unit
 
 fa4-kernels/%: .venv/ready ## Compile FlashAttention-4's kernels for attnimg:% into dist/; 10 minutes per architecture
+	@$(KNOWN)
 	$(call NEEDS_SET,fa4_kernels.json,kernels of FlashAttention-4)
 	$(NEEDS_ENGINE)
 	@PROGRESS=plain docker/build.py $* --stage fa4-kernels
@@ -249,6 +257,7 @@ fa4-kernels/%: .venv/ready ## Compile FlashAttention-4's kernels for attnimg:% i
 	  echo "  PATH is that of Python $$release; Debian bookworm's /usr/bin/python3.11 is 3.11.2"
 
 triton-kernels/%: .venv/ready ## Compile SageAttention's Triton kernels for attnimg:% into dist/; 1 to 3 minutes per architecture
+	@$(KNOWN)
 	$(call NEEDS_SET,triton_kernels.json,Triton kernels)
 	$(NEEDS_ENGINE)
 	@PROGRESS=plain docker/build.py $* --stage triton-kernels
@@ -275,7 +284,7 @@ test/reload: .venv/ready ## Train 110 model types, save and reload them: full an
 release-tools: ## Install skopeo and cosign, which move and sign images, from Debian; needs root
 	@docker/release_tools.sh skopeo cosign
 
-test/release: .venv/ready ## Release attnimg:cpu to a registry on this machine; refuse tampered images; 1 minute
+test/release: .venv/ready ## Release attnimg:cpu to a registry on this machine; refuse tampered images; 2 minutes
 	@docker/release_tools.sh skopeo cosign docker-registry
 	$(BIN)/pytest -v tests/release tests/unit/recipes/test_base_digests.py
 
@@ -290,17 +299,19 @@ test/reproducible: .venv/ready engine ## Build attnimg:cpu twice without a cache
 	@mkdir -p build
 	@$(BIN)/python tests/reproducible/run.py
 
+test/shared-layers: ## Show that the built images with the same torch share its layer; needs two, such as cpu and cpu-devel
+	@docker/shared_layers.py
+
 test/children: .venv/ready build/cpu build/cpu-devel ## Build examples/child-images on attnimg:cpu: JupyterLab, axolotl, an extension; 10 minutes
 	CHILDREN_RECORD=1 IMAGE=attnimg:cpu $(BIN)/pytest --timeout 3600 tests/children
 
 test/%: .venv/ready ## Test the image attnimg:%, or DIGEST=sha256:... pulled from REGISTRY; TESTS="tests/image/test_running.py"
+	@$(NEEDS_IMAGE)
 	@image=$(SUBJECT); IMAGE=$$image $(BIN)/pytest $(or $(TESTS),tests/image)
 
 gate/%: .venv/ready ## Check attnimg:% by all gates, or DIGEST=sha256:... from REGISTRY, ARCHIVE=file or folder, WHEELS=dist/%, CHILD=an image built FROM it; no GPU
-	@if [ -z "$${ARCHIVE-}$${WHEELS-}" ]; then \
-	  image=$(or $(CHILD),$(SUBJECT)); docker image inspect "$$image" >/dev/null 2>&1 || { printf 'gate: %s\n  why: %s\n  do:  %s\n' \
-	    "there is no image $$image" "docker image inspect does not find it" \
-	    "make build/$*, or make $@ ARCHIVE=FILE" >&2; exit 2; }; \
+	@$(if $(ARCHIVE)$(WHEELS),$(KNOWN),$(NEEDS_IMAGE))
+	@if [ -z "$${ARCHIVE-}$${WHEELS-}" ]; then image=$(or $(CHILD),$(SUBJECT)); \
 	  mkdir -p build; trap 'rm -f build/$*.tar' EXIT; \
 	  echo "gate: saving $$image to build/$*.tar"; docker save "$$image" -o build/$*.tar; fi; \
 	$(BIN)/python -m recipes gate $* $(if $(WHEELS),--wheels "$$WHEELS") $(if $(CHILD),--child) $(GATE_ARGS) \
@@ -325,10 +336,12 @@ index/%: .venv/ready ## Write the wheels of dist/% as a package index into dist/
 	@$(BIN)/python -m recipes index $* --wheels dist/$* --to dist/index/$* $(if $(BASE_URL),--base-url "$(BASE_URL)")
 
 run/%: ## Run attnimg:% on this folder, as this user: make run/cpu ARGS="train config.yaml"
+	@docker/build.py $* --built attnimg:$*
 	@docker run --rm --user "$$(id -u):$$(id -g)" -v "$$PWD:/workspace" -e ATTNIMG_IMAGE_DIGEST="$$(docker image inspect \
 	  --format '{{range .RepoDigests}}{{println .}}{{end}}' attnimg:$* 2>/dev/null | head -n 1)" attnimg:$* $(ARGS)
 
 gpu/%: $(if $(DIGEST),.venv/ready) ## Run the GPU tests inside attnimg:%, or DIGEST=sha256:... pulled from REGISTRY, on a machine with the GPU
+	@$(NEEDS_IMAGE)
 	@image=$(SUBJECT); docker run --rm --gpus all -v "$$PWD/tests:/tests:ro" --workdir /tests --entrypoint python \
 	  "$$image" -m pytest gpu
 

@@ -25,6 +25,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from attnimg.distributions import distribution
+
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
@@ -251,7 +253,7 @@ class CachedHasher:
             OSError: a file can't be read.
         """
         try:
-            found = metadata.distribution(name)
+            found = distribution(name)
         except metadata.PackageNotFoundError:
             return ""
         if found.files is None:

@@ -55,8 +55,8 @@ def read_targets(name: str) -> dict[str, dict[str, Any]]:
     if name not in images:
         fail(
             f"there is no image {name}",
-            f"found no target of that name in {BAKE}",
-            f"make help, or write recipes/images/{name}.toml and make render",
+            f"found {name!r}; known: {', '.join(sorted(images))}",
+            f"name one of these, or write recipes/images/{name}.toml and make render",
         )
     if torch := images[name]["unresolved"].get(f"images/{name}: torch"):
         fail(
@@ -70,6 +70,32 @@ def read_targets(name: str) -> dict[str, dict[str, Any]]:
 def needed_gb(name: str, targets: dict[str, dict[str, Any]]) -> int:
     """Return the free disk that the build of an image needs, with its kernels, in GB."""
     return NEEDED_GB[targets[f"{name}_common"]["args"]["ACCELERATOR"]]
+
+
+def check_built(name: str, reference: str) -> None:
+    """Exit if the Docker engine does not have an image; docker run would ask docker.io for it."""
+    try:
+        process = subprocess.run(
+            ["docker", "image", "inspect", "--format={{.Id}}", reference],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    except FileNotFoundError:
+        fail("docker is not installed", "found no program docker on PATH", "make engine")
+    error = process.stderr.strip()
+    if process.returncode and "no such image" in error.lower():
+        own = reference == f"attnimg:{name}"
+        fail(
+            f"there is no image {reference}",
+            "found no image of that name in the Docker engine",
+            f"make build/{name}"
+            if own
+            else f"docker build -t {reference} FOLDER; its Dockerfile has FROM attnimg:{name}",
+        )
+    if process.returncode and "permission denied" in error.lower():
+        do = 'sudo usermod -aG docker "$USER", and log in again'
+        fail("this user may not use the Docker engine", error, do)
+    if process.returncode:
+        fail("no Docker engine is running", error or "docker image inspect fails", "make engine")
 
 
 def check_free_disk(name: str, needed: int) -> None:
@@ -172,7 +198,10 @@ def main() -> None:
     parser.add_argument("--wheels-to", type=Path)
     parser.add_argument("--to-cache", action="store_true", help="push what CACHE lacks")
     parser.add_argument("--no-cache", action="store_true", help="use no layer of an earlier build")
-    parser.add_argument("--check", action="store_true", help="check only that the image exists")
+    parser.add_argument("--check", action="store_true", help="check only that there is a recipe")
+    parser.add_argument(
+        "--built", metavar="IMAGE", help="check only that, and that the engine has this image"
+    )
     arguments = parser.parse_args()
     # `make release` sets REGISTRY to where it pushes; bake would make it part of the image's tags.
     os.environ.pop("REGISTRY", None)
@@ -180,7 +209,9 @@ def main() -> None:
     if name.endswith(DEVEL) and stage == "runtime":
         name, stage = name.removesuffix(DEVEL), "devel"
     targets = read_targets(name)
-    if arguments.check:
+    if arguments.built:
+        check_built(arguments.name, arguments.built)
+    if arguments.check or arguments.built:
         return
     if not (jobs := os.environ.get("JOBS", "1")).isdigit() or int(jobs) < 1:
         fail(f"JOBS is {jobs!r}", "needed a number of compilers, 1 or more", "make ... JOBS=2")

@@ -247,10 +247,8 @@ def verify(arguments: Namespace) -> None:
 
     name, root, env = arguments.name, arguments.root, os.environ
     _plan(name, read_recipes(root))
-    digest = arguments.digest
-    if digest is None:
-        digest = command.find_digest(arguments.tag, root=root, env=env)
-    _print(command.verify(name, digest, root=root, env=env))
+    tag = arguments.tag or ""
+    _print(command.verify(name, arguments.digest, tag=tag, root=root, env=env))
 
 
 def pull(arguments: Namespace) -> None:
@@ -258,6 +256,7 @@ def pull(arguments: Namespace) -> None:
     from recipes.release import command
 
     root = arguments.root
+    _plan(arguments.name, root)
     _print(command.pull(arguments.name, arguments.digest, root=root, env=os.environ))
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from attnimg.cli import json_line
-from attnimg.errors import AttnimgError
+from attnimg.errors import AttnimgError, shortened
 from attnimg.machine import doctor as preflight
 from attnimg.machine import probe
 from attnimg.machine.doctor import Check
@@ -63,5 +63,22 @@ def selftest(only: str | None) -> None:
         )
     use_shipped_kernels(probe.this_machine(()))
     command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", str(_TESTS)]
-    done = subprocess.run([*command, *(["-k", only] if only else [])], check=False)
-    raise SystemExit(0 if done.returncode == 0 else 1)
+    selected = [] if only is None else ["-k", only]
+    code = subprocess.run([*command, *selected], check=False).returncode
+    # pytest's exit codes for a wrong argument, and for no test.
+    if only is not None and code in (4, 5):
+        raise _nothing_selected(only)
+    raise SystemExit(0 if code == 0 else 1)
+
+
+def _nothing_selected(only: str) -> AttnimgError:
+    names = sorted(path.stem.removeprefix("test_") for path in _TESTS.glob("test_*.py"))
+    return AttnimgError(
+        "no test was run",
+        why=f"found --only {shortened(repr(only))}, which is in the name of no test; needed words "
+        f"of one, joined by and, or, not; the files of tests are {', '.join(names)}",
+        do=f"attnimg selftest --only {names[0]}, or omit --only to run all tests"
+        if names
+        else "docker run IMAGE selftest",
+        code="no-tests",
+    )

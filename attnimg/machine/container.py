@@ -6,7 +6,7 @@ is therefore decided there. `attnimg` applies these settings when it starts; in 
 attnimg_container.pth applies them at the start of every other Python program, and main() prints
 them for docker/entrypoint.sh. They depend on the environment, the user and the file system only, so
 that `docker exec` and a HEALTHCHECK get the same. docs/runtimes.md has the rules. With the folders,
-other programs get the number of OpenMP's threads (threads.py).
+other programs get the variables of OpenMP's threads (threads.py).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from attnimg.machine.threads import SET_HERE, THREAD_VARIABLES, set_number, set_threads
+from attnimg.machine.threads import SET_HERE, THREAD_VARIABLES, set_threads, set_without_load
 
 CACHE = "ATTNIMG_CACHE"
 # Set with the folder that could not be used, so that a later process can still report it.
@@ -334,9 +334,9 @@ def working_folder() -> Path:
 
 
 def set_up_program() -> None:
-    """Set the variables for a program that is not attnimg: folders, and the number of threads."""
+    """Set the variables for a program that is not attnimg: folders, and OpenMP's threads."""
     apply(create=False)
-    set_number(os.environ)
+    set_without_load(os.environ)
     _mark()
 
 

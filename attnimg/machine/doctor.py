@@ -26,7 +26,10 @@ Status = Literal["ok", "warn", "fail"]
 
 # Packages that are named in one line.
 _SHOWN = 8
-_REBUILD = "build the child image again from a fresh attnimg image, and install without it"
+_REBUILD = (
+    "build the child image again from a fresh attnimg image, without another version of these; of "
+    "those in /opt/added: start a new container, with an empty volume or none there"
+)
 _DO_ABOUT_KERNELS = {
     "kernels-arch": "run the image that is made for this GPU",
     "kernels-mixed-gpus": "select GPUs of one kind with CUDA_VISIBLE_DEVICES",
@@ -320,9 +323,13 @@ def _check_user(host: Host) -> Check:
         do = "set USER and LOGNAME, for example -e USER=me -e LOGNAME=me"
         return Check("user", "fail", what, do)
     if host.uid == 0:
-        what = f"{host.user} (0): files that root writes to a mounted folder belong to root"
+        name = host.account or host.user
+        what = f"{name} (0): files that root writes to a mounted folder belong to root"
         return Check("user", "warn", what, "start the container with --user $(id -u):$(id -g)")
-    return Check("user", "ok", f"{host.user} ({host.uid})")
+    if host.account is None:
+        what = f"user {host.uid}, who is not in /etc/passwd; programs get the name {host.user}"
+        return Check("user", "ok", what)
+    return Check("user", "ok", f"{host.account} ({host.uid})")
 
 
 def _check_folders(host: Host) -> Iterator[Check]:

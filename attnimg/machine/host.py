@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import os
+import pwd
 import re
 import shutil
 import sys
@@ -14,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 
 from attnimg.cgroup import cpu_quota
+from attnimg.distributions import distributions
 from attnimg.machine.container import (
     CACHES,
     LIBCUDA,
@@ -65,7 +67,9 @@ class Host:
 
     Attributes:
         uid: the user's id.
-        user: the result of getpass.getuser(); None where it raises.
+        user: the result of getpass.getuser(), which reads USER and others first; None where it
+            raises.
+        account: the user's name in /etc/passwd; None without one, as with --user in a container.
         folders: HOME, the caches and the working folder.
         shm_bytes: size of /dev/shm; None without one.
         installed: every distribution, by its normalized name (PEP 503) -> its version.
@@ -89,6 +93,7 @@ class Host:
 
     uid: int
     user: str | None
+    account: str | None
     folders: tuple[Folder, ...]
     shm_bytes: int | None
     installed: Mapping[str, str]
@@ -111,24 +116,28 @@ class Host:
 
 def this_host() -> Host:
     """Return the state of this host, without importing packages or writing files."""
-    distributions = {_name_and_version(dist): dist for dist in metadata.distributions()}
+    found = {_name_and_version(dist): dist for dist in distributions()}
     # Of two versions in several folders of sys.path, the first is imported.
-    installed = dict(reversed(distributions.keys()))
+    installed = dict(reversed(found.keys()))
     flash = {
         name: dist
-        for (name, version), dist in distributions.items()
+        for (name, version), dist in found.items()
         if name.startswith("flash-attn") and installed[name] == version
     }
     changed = {name: changed_files(dist, read_record(dist)) for name, dist in flash.items()}
     cute = "flash_attn/cute/"
-    owners = [name for (name, _), d in distributions.items() if read_record(d, under=cute)]
+    owners = [name for (name, _), d in found.items() if read_record(d, under=cute)]
     home = os.environ.get("HOME", "")
     shm, user = Path("/dev/shm"), None
     with suppress(KeyError, OSError):  # OSError from Python 3.13 on
         user = getpass.getuser()
+    account = None
+    with suppress(KeyError):
+        account = pwd.getpwuid(os.getuid()).pw_name
     return Host(
         uid=os.getuid(),
         user=user,
+        account=account,
         folders=tuple(_folders(home)),
         shm_bytes=shutil.disk_usage(shm).total if shm.is_dir() else None,
         installed=installed,

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from attnimg.backends.flash_attention_2 import VARLEN
+from attnimg.distributions import distribution
 from attnimg.errors import AttnimgError
 from attnimg.facts import LocalKernel, Vendor
 from attnimg.files import read_regular
@@ -129,7 +130,7 @@ def torch_build(version: str | None) -> TorchBuild:
     """
     own = _major_minor(version or "")
     try:
-        located = metadata.distribution("torch").locate_file("torch/version.py")
+        located = distribution("torch").locate_file("torch/version.py")
         text = Path(str(located)).read_text(encoding="utf-8")
     except (metadata.PackageNotFoundError, OSError):
         text = ""

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from attnimg.backends import kernel_variables
 from attnimg.cgroup import memory_limit
+from attnimg.distributions import distribution, version
 from attnimg.errors import AttnimgError
 from attnimg.facts import LocalKernel, Machine
 from attnimg.machine.container import find_driver_program
@@ -140,7 +141,7 @@ def find_shadowed(installed: Collection[str]) -> tuple[str, ...]:
         package
         for package, other, path in _CLAIMED_TWICE
         if {package, other} <= set(installed)
-        and changed_files(found := metadata.distribution(package), read_record(found, under=path))
+        and changed_files(found := distribution(package), read_record(found, under=path))
     )
 
 
@@ -236,7 +237,7 @@ def _versions(names: Iterable[str]) -> dict[str, str]:
     found = {}
     for name in sorted(names):
         with suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
+            found[name] = version(name)
     return found
 
 

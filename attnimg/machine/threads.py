@@ -20,7 +20,7 @@ names the variables that this module has set: a process that inherits them choos
 its own mask and LOCAL_WORLD_SIZE.
 
 attnimg's commands and the image's entrypoint measure the load; other Python programs in an image
-(machine/container.py) only get the number of threads, as measuring would delay each start.
+(machine/container.py) get the values of an idle machine, as measuring would delay each start.
 """
 
 from __future__ import annotations
@@ -72,13 +72,14 @@ def set_threads(environ: MutableMapping[str, str]) -> None:
     _set(environ, thread_settings(environ, load=cpu_load()))
 
 
-def set_number(environ: MutableMapping[str, str]) -> None:
-    """Set OpenMP's number of threads alone, without measuring the load.
+def set_without_load(environ: MutableMapping[str, str]) -> None:
+    """Set OpenMP's variables as on an idle machine; how long to wait is kept if it is inherited.
 
     Args:
         environ: os.environ, or the environment of a new process.
     """
-    _set(environ, _set_here(environ) | _number_of_threads(environ))
+    idle = thread_settings(environ, load=0)
+    _set(environ, idle | _set_here(environ) | _number_of_threads(environ))
 
 
 def _set(environ: MutableMapping[str, str], settings: Mapping[str, str]) -> None:

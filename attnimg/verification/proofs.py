@@ -16,6 +16,7 @@ from attnimg.backends import kernel_variables, local_kernel
 from attnimg.backends._loading import hub_folder
 from attnimg.backends.flash_attention_2 import DENSE
 from attnimg.context import build_context
+from attnimg.distributions import version
 from attnimg.facts import Backend, Machine
 from attnimg.files import CachedHasher, cache_folder, read_checked, write_checked
 from attnimg.run_facts import Geometry, LayerGroup, Problem, Proof, RunContext
@@ -222,7 +223,7 @@ def versions_of(packages: Iterable[str]) -> dict[str, str]:
     versions: dict[str, str] = {}
     for name in (*_LIBRARIES, *packages):
         with suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
+            versions[name] = version(name)
     return versions
 
 

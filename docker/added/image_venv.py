@@ -31,11 +31,12 @@ def fail(what: str, why: str, do: str) -> NoReturn:
 def declare_packages(own: Path, site: Path) -> None:
     """Write a dist-info folder for each package of the image.
 
-    RECORD of a package that may not be replaced names the image's files; that of another one names
-    none, so that an installer can replace the declaration by the package in another version.
+    A package that may not be replaced gets no RECORD, without which pip and uv refuse to uninstall
+    it, and so to install another version. RECORD of another package names this folder alone, so
+    that an installer can replace the declaration by the package in another version. INSTALLER marks
+    it as a declaration (attnimg/distributions.py); pip's refusal names it.
     """
     fixed = {line.partition("==")[0] for line in FIXED.read_text(encoding="utf-8").splitlines()}
-    above = os.path.relpath(own, site)
     for source in own.glob("*.dist-info"):
         info = site / source.name
         info.mkdir(exist_ok=True)
@@ -46,11 +47,9 @@ def declare_packages(own: Path, site: Path) -> None:
         for name in copied:
             (info / name).write_bytes((source / name).read_bytes())
         (info / "INSTALLER").write_text("attnimg\n", encoding="utf-8")
-        record = [f"{source.name}/{name},," for name in (*copied, "INSTALLER", "RECORD")]
-        if re.sub(r"[-_.]+", "-", source.name.partition("-")[0]).lower() in fixed:
-            lines = (source / "RECORD").read_text(encoding="utf-8").splitlines()
-            record = [f"{above}/{line}" for line in lines]
-        (info / "RECORD").write_text("\n".join(record) + "\n", encoding="utf-8")
+        if re.sub(r"[-_.]+", "-", source.name.partition("-")[0]).lower() not in fixed:
+            record = [f"{source.name}/{name},," for name in (*copied, "INSTALLER", "RECORD")]
+            (info / "RECORD").write_text("\n".join(record) + "\n", encoding="utf-8")
 
 
 def copy_programs(folder: Path, own: Path) -> None:
@@ -73,9 +72,12 @@ def make(folder: Path) -> None:
         fail(
             f"{folder} has the packages of another user", why, "mount another volume there, or none"
         )
-    if config.exists() and (folder / TESTED.name).read_bytes() != TESTED.read_bytes():
-        why = f"{folder / TESTED.name} has other versions than {TESTED}"
-        fail(f"{folder} was made in another image", why, "use an empty folder or volume")
+    # It is written last: without it, the environment was not finished.
+    if config.exists() and (tested := folder / TESTED.name).exists():
+        if tested.read_bytes() != TESTED.read_bytes():
+            why = f"{tested} has other versions than {TESTED}"
+            fail(f"{folder} was made in another image", why, "use an empty folder or volume")
+        return
     found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if not config.exists() and found - {"lost+found"}:
         why = "found files there, and no pyvenv.cfg"

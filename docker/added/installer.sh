@@ -14,6 +14,9 @@ if ! { [ -O "$added/pyvenv.cfg" ] && cmp -s "$added/tested.txt" /etc/pip/tested.
   echo "attnimg: packages go to $added, which ends with this container unless a volume is mounted there;" \
     "a Dockerfile keeps them: FROM the image, USER root, RUN pip install ..., USER 1000:1000" >&2
 fi
+case " $* " in
+  *" uninstall "*) echo "attnimg: what was installed into $added can be uninstalled; the image's own packages stay" >&2 ;;
+esac
 # A user's own folder is the default here; in a virtual environment pip refuses to be told so.
 unset PIP_USER
 arguments=()

@@ -17,7 +17,7 @@ from recipes.artifact.secret_patterns import secrets_in
 # Larger files are not searched for secrets: no person or tool stores one in them.
 _MAX_SECRET_BYTES = 1 << 20
 # Files whose text is kept.
-_METADATA = re.compile(r"\.dist-info/(METADATA|RECORD)$")
+_METADATA = re.compile(r"\.dist-info/(METADATA|RECORD|INSTALLER)$")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

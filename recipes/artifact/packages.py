@@ -19,6 +19,7 @@ from typing import Any
 
 from packaging.utils import canonicalize_name
 
+from attnimg.distributions import DECLARED
 from attnimg.errors import AttnimgError
 from recipes.artifact.archive import archive_kind
 from recipes.artifact.facts import Distribution, File
@@ -32,23 +33,24 @@ def find_distributions(files: Iterable[File]) -> tuple[Distribution, ...]:
     """Return the packages that a container sees, by name."""
     texts = {file.path: file.text for file in files if file.visible and file.text}
     folders = (path.removesuffix("/METADATA") for path in texts if path.endswith("/METADATA"))
-    found = [
+    installed = [
         _read_distribution(folder, texts)
         for folder in folders
         if posixpath.basename(posixpath.dirname(folder)) in _SITES
+        and not _is_declaration(folder, texts)
     ]
-    installed = (one for one in found if not _is_declaration(one))
     return tuple(sorted(installed, key=lambda one: (one.name, one.folder)))
 
 
-def _is_declaration(package: Distribution) -> bool:
+def _is_declaration(folder: str, texts: Mapping[str, str]) -> bool:
     """Return whether a dist-info folder only says that the image has a package elsewhere.
 
-    docker/added/image_venv.py writes such ones; every file that they list is in another folder.
+    docker/added/image_venv.py writes such ones, which list no file of a package.
     """
-    site = posixpath.dirname(package.folder)
-    return bool(package.files) and not any(
-        path.startswith(f"{site}/".lstrip("/")) for path in package.files
+    listed = texts.get(f"{folder}/RECORD", "").splitlines()
+    own = f"{posixpath.basename(folder)}/"
+    return texts.get(f"{folder}/INSTALLER", "").strip() == DECLARED and all(
+        line.startswith(own) for line in listed
     )
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from datetime import date
+from collections.abc import Mapping
 from pathlib import Path
 
-from attnimg.errors import AttnimgError
-from recipes.facts import Cve, ImagePlan, Recipes
+from recipes.facts import ImagePlan, Recipes
 from recipes.files import read_if_exists, write_all
 from recipes.release.provenance import find_builder, provenance
 from recipes.release.publishable import OCI
@@ -18,24 +16,6 @@ from recipes.release.vex import vex
 from recipes.run_gates import evidence
 
 _LOCKS = ("torch-{lock}", "stack-{lock}", "toolchain-{lock}", "{name}")
-
-
-def refuse_expired(cves: Iterable[Cve], *, today: date) -> None:
-    """Check that every answer to a vulnerability counts on the day on which it is signed.
-
-    Raises:
-        AttnimgError: one does not (code "no-vex").
-    """
-    expired = [f"{cve.id}: its answer expired on {cve.expires}" for cve in cves
-               if cve.expires < today]  # fmt: skip
-    if expired:
-        raise AttnimgError(
-            "the image has vulnerabilities without an answer",
-            why="\n".join(expired),
-            do="read the advisory and the package again, and correct recipes/cves.toml",
-            code="no-vex",
-            exit_code=1,
-        )
 
 
 def write_predicates(

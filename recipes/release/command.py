@@ -7,6 +7,7 @@ from pathlib import Path
 
 from attnimg.errors import AttnimgError
 from recipes.facts import ImagePlan, Recipes
+from recipes.release import page as release_page
 from recipes.release import steps, transfer
 from recipes.release.checking import check_released
 from recipes.release.programs import report, run
@@ -61,7 +62,10 @@ def release(
         # Before hours of building.
         if not job.rehearsal:
             refuse_unresolved(plan)
-        refuse_fewer_tests(job.tests, rehearsal=job.rehearsal)
+        refuse_fewer_tests(job.tests, name=job.name, rehearsal=job.rehearsal)
+    if step is None:
+        # Before hours of building, too.
+        choose_signing(job.registry, job.repository, env=env, folder=root / FOLDER, sign=True)
     record = _STEPS[step](job) if step else steps.release(job)
     return _summary(record, step)
 
@@ -80,59 +84,67 @@ def _is_rehearsal(env: Mapping[str, str]) -> bool:
     return True
 
 
-def find_digest(tag: str, *, root: Path, env: Mapping[str, str]) -> str:
+def find_digest(tag: str, repository: Repository) -> str:
     """Return the digest of the image that has a tag in the registry.
 
-    Args:
-        tag: of the image.
-        root: the checkout.
-        env: REGISTRY.
-
     Raises:
-        AttnimgError: it is not a tag (code "bad-reference"), or no image has it (code "no-image").
+        AttnimgError: no image has it (code "no-image"), or the registry does not answer.
     """
-    repository = find_repository(root, env)
-    if not TAG.fullmatch(tag):
-        raise AttnimgError(
-            "the tag can't be read",
-            why=f"found {tag!r}, needed at most 128 letters, digits, dots, dashes and _",
-            do="correct TAG, or set DIGEST=sha256:... instead",
-            code="bad-reference",
-        )
     digest = transfer.find_tag(tag, repository)
     if digest is None:
         raise AttnimgError(
             f"there is no image {repository.name}:{tag}",
             why=f"the registry {repository.host} has no such tag",
-            do="name a tag that is published, or a digest",
+            do=f"set TAG to one that {release_page.PAGE} lists, or DIGEST=sha256:...; or correct "
+            "REGISTRY",
             code="no-image",
         )
     return digest
 
 
-def verify(name: str, digest: str, *, root: Path, env: Mapping[str, str]) -> str:
+def verify(
+    name: str, digest: str | None, *, tag: str = "", root: Path, env: Mapping[str, str]
+) -> str:
     """Verify an image of the registry without a record; return what was verified.
+
+    What the user gave is checked first, then the key, and then the registry is asked.
 
     Args:
         name: of the image.
-        digest: of the image.
+        digest: of the image; None for the one that has the tag.
+        tag: of the image.
         root: the checkout.
         env: REGISTRY, COSIGN_PUBLIC_KEY.
 
     Raises:
-        AttnimgError: it is not a digest (code "bad-reference"), or as check_released.
+        AttnimgError: it is neither a digest nor a tag (code "bad-reference"), or as choose_signing,
+            find_digest and check_released.
     """
-    refuse_no_digest(digest)
+    if digest is not None:
+        refuse_no_digest(digest, name=name)
+    elif not TAG.fullmatch(tag):
+        raise AttnimgError(
+            "the tag can't be read",
+            why=f"found {tag!r}, needed at most 128 letters, digits, dots, dashes and _",
+            do=f"correct TAG, for example TAG={name}, or set DIGEST=sha256:... instead",
+            code="bad-reference",
+        )
     repository = find_repository(root, env)
     signer = choose_signing(
         read_registry(root), repository, env=env, folder=root / FOLDER, sign=False
     )
+    if digest is None:
+        digest = find_digest(tag, repository)
     where = check_released(digest, repository, signer, name=name, folder=root / FOLDER)
     return f"verify: {repository.at(digest)} is signed ({signer.text}); pulled into {where}"
 
 
-def refuse_no_digest(image: str) -> None:
+def refuse_no_digest(image: str, *, name: str) -> None:
     """Check that a text is the digest of an image.
+
+    Args:
+        image: the text.
+        name: of the image that it should name, for the error.
 
     Raises:
         AttnimgError: it is something else (code "bad-reference").
@@ -141,7 +153,8 @@ def refuse_no_digest(image: str) -> None:
         raise AttnimgError(
             "the digest can't be read",
             why=f"found {image!r}, needed sha256: and 64 digits 0-9a-f",
-            do="set DIGEST=sha256:..., from build/release/NAME.json or the page of releases",
+            do=f"set DIGEST to one that {release_page.PAGE} lists; after a release of your own, "
+            f"build/release/{name}.json has it",
             code="bad-reference",
         )
 
@@ -152,7 +165,7 @@ def pull(name: str, digest: str, *, root: Path, env: Mapping[str, str]) -> str:
     Raises:
         AttnimgError: the registry does not have it, or it is another image.
     """
-    refuse_no_digest(digest)
+    refuse_no_digest(digest, name=name)
     repository: Repository = find_repository(root, env)
     reference = repository.at(digest)
     report(f"pull: {reference}")
@@ -163,7 +176,7 @@ def pull(name: str, digest: str, *, root: Path, env: Mapping[str, str]) -> str:
         raise AttnimgError(
             f"{reference} is not the image {name}",
             why=f"found the title {title or 'none'}, needed attnimg:{name}",
-            do="correct DIGEST, or name the target of its image",
+            do=f"correct DIGEST; if the image is right, name it in the target, not {name}",
             code="other-image",
         )
     return reference

@@ -84,7 +84,7 @@ def refuse_other_rehearsal(repository: Repository, *, rehearsal: bool) -> None:
         )
 
 
-def refuse_fewer_tests(tests: str, *, rehearsal: bool) -> None:
+def refuse_fewer_tests(tests: str, *, name: str, rehearsal: bool) -> None:
     """Check that a release, unlike a rehearsal, is tested by all tests of images.
 
     Raises:
@@ -94,7 +94,7 @@ def refuse_fewer_tests(tests: str, *, rehearsal: bool) -> None:
         raise AttnimgError(
             "a release runs all tests of the image",
             why=f"found TESTS={tests or '(none)'}, needed {ALL_TESTS}",
-            do="unset TESTS and make tested/NAME, or set REHEARSAL=1 with a registry of this "
+            do=f"unset TESTS and make tested/{name}, or set REHEARSAL=1 with a registry of this "
             "machine",
             code="fewer-tests",
         )

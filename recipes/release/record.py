@@ -180,6 +180,27 @@ def needed_record(name: str, repository: Repository, root: Path, *, after: str) 
     return record
 
 
+def record_to_verify(name: str, repository: Repository, root: Path) -> Record:
+    """Return the record of a release to this registry that is signed and attested.
+
+    Raises:
+        AttnimgError: there is none (code "no-step"): then somebody may want to verify another image
+            of the registry, for which DIGEST or TAG is missing.
+    """
+    try:
+        return needed_record(name, repository, root, after="attest")
+    except AttnimgError as error:
+        if error.code != "no-step":
+            raise
+        raise AttnimgError(
+            "no image to verify is named",
+            why=f"found neither TAG nor DIGEST; {error.what}: {error.why}",
+            do=f"make verify/{name} TAG={name}, or DIGEST=sha256:..., for an image of the registry "
+            f"{repository.registry}; to continue a release of your own: {error.do}",
+            code="no-step",
+        ) from error
+
+
 def write_record(record: Record, root: Path) -> Record:
     """Write a record, whole or not at all; return it."""
     text = json.dumps(asdict(record), indent=1) + "\n"

@@ -18,6 +18,8 @@ from recipes.artifact import code_list
 from recipes.release.programs import run
 from recipes.release.repository import Registry, Repository
 
+# Characters of the first line of a key's file.
+_LINE = 100
 # What is attested -> its name for cosign, and the predicate type of the statement.
 KINDS = {
     "cyclonedx": ("cyclonedx", "https://cyclonedx.org/bom"),
@@ -64,17 +66,18 @@ def choose_signing(
         registry: whose signer signs published images.
         repository: where the image is.
         env: COSIGN_KEY and COSIGN_PUBLIC_KEY name a key pair.
-        folder: of the key pair of rehearsals, which is made if it is missing.
+        folder: of the key pair of rehearsals, which is made if it is to sign and there is none.
         sign: whether it has to sign, and not to verify only.
 
     Raises:
-        AttnimgError: there is nothing to sign with, or a file of a key is missing (code "no-key").
+        AttnimgError: there is nothing to sign or to verify with, a file of a key is missing (code
+            "no-key"), or has no public key (code "bad-key").
     """
     key = env.get("COSIGN_KEY", "")
     public = env.get("COSIGN_PUBLIC_KEY", "")
     extra: dict[str, str] = {}
     if repository.loopback and not key and not public:
-        key, public, extra = *_rehearsal_keys(folder), {"COSIGN_PASSWORD": ""}
+        key, public, extra = *_rehearsal_keys(folder, make=sign), {"COSIGN_PASSWORD": ""}
     elif key and not public:
         public = _public_of(key)
     if sign and not key and "ACTIONS_ID_TOKEN_REQUEST_URL" not in env:
@@ -87,6 +90,8 @@ def choose_signing(
     for name, file in (("COSIGN_KEY", key if sign else ""), ("COSIGN_PUBLIC_KEY", public)):
         if file and not _is_uri(file) and not Path(file).is_file():
             raise _no_key(name, f"found no file {file}, needed that of the key")
+    if public and not _is_uri(public):
+        _refuse_other_key(Path(public))
     return Signing(
         key=key,
         public=public,
@@ -95,6 +100,24 @@ def choose_signing(
         logged=not repository.loopback,
         env=extra,
     )
+
+
+def _refuse_other_key(path: Path) -> None:
+    """Check that a file has a public key, before any registry is asked."""
+    try:
+        with path.open(encoding="utf-8", errors="replace") as stream:
+            first = stream.readline(_LINE).strip()
+        begins = f"it begins with {first!r}" if first else "it is empty"
+        fault = "" if "PUBLIC KEY" in first else begins
+    except OSError as error:
+        fault = str(error.strerror)
+    if fault:
+        raise AttnimgError(
+            f"{path} is not a public key",
+            why=f"{fault}, needed -----BEGIN PUBLIC KEY-----",
+            do="set COSIGN_PUBLIC_KEY to the public key of who signed the image, cosign.pub",
+            code="bad-key",
+        )
 
 
 def _is_uri(key: str) -> bool:
@@ -125,7 +148,8 @@ def sign(
     """Sign an image of the registry; `notes` become annotations of the signature."""
     command = ["cosign", "sign", *_signing_options(signing)]
     command += [f"--annotations={key}={value}" for key, value in notes.items()]
-    run([*command, repository.at(digest)], host=repository.host, env=signing.env)
+    reference = repository.at(digest)
+    run([*command, reference], host=repository.host, env=signing.env, writes=True)
 
 
 def attest(
@@ -133,8 +157,8 @@ def attest(
 ) -> None:
     """Attach a signed statement to an image, in place of an earlier one of its kind."""
     command = ["cosign", "attest", *_signing_options(signing), "--replace=true"]
-    command += [f"--type={KINDS[kind][0]}", f"--predicate={predicate}"]
-    run([*command, repository.at(digest)], host=repository.host, env=signing.env)
+    command += [f"--type={KINDS[kind][0]}", f"--predicate={predicate}", repository.at(digest)]
+    run(command, host=repository.host, env=signing.env, writes=True)
 
 
 def verify_signature(digest: str, repository: Repository, signing: Signing) -> None:
@@ -206,7 +230,7 @@ def _not_verified(what: str, why: str) -> AttnimgError:
     return AttnimgError(
         what,
         why=why,
-        do="do not use it; if you made it, make attest/NAME with the key that verifies it",
+        do="do not use it; if you made it, sign it with the key that verifies it",
         code="not-verified",
         exit_code=1,
     )
@@ -218,9 +242,17 @@ def _statement(line: str) -> dict[str, Any]:
     return statement
 
 
-def _rehearsal_keys(folder: Path) -> tuple[str, str]:
+def _rehearsal_keys(folder: Path, *, make: bool) -> tuple[str, str]:
     key, public = folder / "rehearsal.key", folder / "rehearsal.pub"
-    if not key.exists() or not public.exists():
+    if not make and not public.exists():
+        raise AttnimgError(
+            "there is no key to verify with",
+            why=f"found neither COSIGN_PUBLIC_KEY nor {public}, the key of a rehearsal in this "
+            "checkout",
+            do="set COSIGN_PUBLIC_KEY to the public key of who signed the image, cosign.pub",
+            code="no-key",
+        )
+    if make and not (key.exists() and public.exists()):
         folder.mkdir(parents=True, exist_ok=True)
         key.unlink(missing_ok=True)
         run(

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from attnimg.errors import AttnimgError
+from recipes.cves import refuse_expired
 from recipes.facts import ImagePlan, Recipes
 from recipes.release import publishable, signing, tags, transfer
-from recipes.release.attesting import refuse_expired, write_predicates
+from recipes.release.attesting import write_predicates
 from recipes.release.checking import check_released
 from recipes.release.gates_result import GatesResult, gates_result_path, read_gates_result
 from recipes.release.programs import report, run
@@ -28,6 +29,7 @@ from recipes.release.record import (
     needed_record,
     now,
     read_record,
+    record_to_verify,
     write_record,
 )
 from recipes.release.repository import Registry, Repository
@@ -185,7 +187,7 @@ def attest(job: Release) -> Record:
 
     Raises:
         AttnimgError: the statements in dist/ are about another image (code "not-checked"), or an
-            answer to a vulnerability has expired (code "no-vex").
+            answer to a vulnerability has expired (code "expired-cve").
     """
     record = needed_record(job.name, job.repository, job.root, after="test")
     refuse_other_evidence(job, record)
@@ -221,7 +223,7 @@ def attest(job: Release) -> Record:
 
 def verify(job: Release) -> Record:
     """Verify the image and its statements from the registry, in a second, empty engine."""
-    record = needed_record(job.name, job.repository, job.root, after="attest")
+    record = record_to_verify(job.name, job.repository, job.root)
     start = time.monotonic()
     checked_in = check_released(
         record.digest,
@@ -248,11 +250,11 @@ def promote(job: Release) -> Record:
 
     Raises:
         AttnimgError: the immutable tag names another image (code "tag-taken"), not all tests ran
-            (code "fewer-tests"), or an answer to a vulnerability has expired (code "no-vex").
+            (code "fewer-tests"), or an answer to a vulnerability has expired (code "expired-cve").
     """
     record = needed_record(job.name, job.repository, job.root, after="verify")
     refuse_expired(job.recipes.cves, today=datetime.now(UTC).date())
-    publishable.refuse_fewer_tests(record.tests, rehearsal=job.rehearsal)
+    publishable.refuse_fewer_tests(record.tests, name=job.name, rehearsal=job.rehearsal)
     start = time.monotonic()
     fixed = tags.immutable_tag(job.plan, version=record.version, revision=record.revision)
     tags.refuse_changed(fixed, found=transfer.find_tag(fixed, job.repository), digest=record.digest)

@@ -57,7 +57,7 @@ def refuse_changed(tag: str, *, found: str | None, digest: str) -> None:
     if found not in (None, digest):
         raise AttnimgError(
             f"the tag {tag} is taken",
-            why=f"found {found} under it, needed {digest} or nothing: people have pinned this tag",
+            why=f"found {found} under it, needed {digest} or nothing: others may have pinned it",
             do="release another commit, or another version of pyproject.toml; never move this tag",
             code="tag-taken",
             exit_code=1,
@@ -78,6 +78,6 @@ def refuse_shared(plans: Mapping[str, ImagePlan]) -> None:
         raise AttnimgError(
             "two images have the same tag",
             why="\n".join(twice),
-            do="rename an alias in recipes/images/",
+            do="correct `aliases` in the files of these images in recipes/images/",
             code="tag-twice",
         )

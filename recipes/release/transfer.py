@@ -25,7 +25,7 @@ def push(layout: Path, digest: str, repository: Repository) -> None:
     tls = [f"--dest-tls-verify={not repository.loopback}".lower()]
     command = ["skopeo", "copy", "--preserve-digests", *tls]
     command += [f"oci:{layout}", f"docker://{repository.at(digest)}"]
-    run(command, host=repository.host, show=True)
+    run(command, host=repository.host, show=True, writes=True)
 
 
 def pull(digest: str, repository: Repository, folder: Path) -> None:
@@ -163,6 +163,7 @@ def tag(digest: str, name: str, repository: Repository) -> None:
     run(
         [*command, f"docker://{repository.at(digest)}", f"docker://{repository.name}:{name}"],
         host=repository.host,
+        writes=True,
     )
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from datetime import date
 from typing import Any
 from urllib.parse import quote, unquote
 
@@ -38,7 +37,7 @@ def vex(
     author: str,
     moment: str,
 ) -> dict[str, Any]:
-    """Return the document.
+    """Return the document; whether an answer has expired is checked before (recipes/cves.py).
 
     Args:
         cves: every entry of cves.toml, also those about packages that the image does not have.
@@ -49,16 +48,14 @@ def vex(
         moment: when, as RFC 3339.
 
     Raises:
-        AttnimgError: an answer is for another version than the image has, has expired, or
-            contradicts another; the SBOM doesn't tell whether the image has the package (code
-            "no-vex").
+        AttnimgError: an answer is for another version than the image has, or contradicts another;
+            the SBOM doesn't tell whether the image has the package (code "no-vex").
     """
     installed = _installed(sbom)
     name = repository.rpartition("/")[2]
     product = (
         f"pkg:oci/{name}@{quote(digest, safe='')}?repository_url={quote(repository, safe='/')}"
     )
-    today = date.fromisoformat(moment[:10])
     statements, faults, answered = [], [], set()
     if not installed:
         faults.append("the SBOM lists no package: it doesn't tell which packages the image has")
@@ -77,8 +74,6 @@ def vex(
             for version in versions.values()
             if version != cve.version
         ]
-        if cve.expires < today:
-            faults.append(f"{cve.id}: its answer expired on {cve.expires}")
         absent = f"pkg:{'deb/debian' if kind == 'deb' else kind}/{quote(package, safe='')}"
         statements.append(_statement(cve, product, absent, list(versions)))
     if faults:

@@ -6,11 +6,13 @@ The children that take minutes (JupyterLab, axolotl, an extension in C++) are in
 from __future__ import annotations
 
 import subprocess
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import GID, UID, Run, faults
+from small_image import package
 
 CA = Path("/etc/ssl/certs/ca-certificates.crt")
 INSTALL = "--mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt pip install "
@@ -98,7 +100,8 @@ uv pip install -q 'rich==14.3.0'
 (pip install -q 'torch==2.12.1' 2>&1 || true) | grep -q ResolutionImpossible
 ! uv pip install -q 'torch==2.12.1' 2>/dev/null
 pip install -q --user six
-pip uninstall -qy torch
+! pip uninstall -qy torch 2>/dev/null
+! uv pip uninstall -q torch 2>/dev/null
 python -c 'import einops, rich, six, torch; print(einops.__file__, rich.__file__, torch.__file__)'
 /opt/added/bin/python -c 'from importlib.metadata import entry_points as found
 found(group="distutils.commands", name="dist_info")["dist_info"]'
@@ -128,6 +131,33 @@ def test_packages_of_a_user_come_before_the_image_s(docker: Run, options: tuple[
     assert "einops" in done.stdout
     assert faults(done.stdout) == []
     assert "a Dockerfile keeps them" in done.stderr
+
+
+# Without the constraint, as a person does who wants another torch. Forced in, it is found.
+ANOTHER_TORCH = """
+export PIP_CONSTRAINT=
+install() { pip install -q --no-index --no-deps "$@" /wheels/torch-99.0-py3-none-any.whl; }
+! install || exit 1
+attnimg doctor || true
+install --ignore-installed || exit 1
+attnimg doctor
+test $? = 1
+"""
+
+
+def test_doctor_finds_a_torch_that_a_user_forced_in(docker: Run, tmp_path: Path) -> None:
+    wheel = tmp_path / "torch-99.0-py3-none-any.whl"
+    files = package("torch", "99.0", site="", __init____py=b"__version__ = '99.0'")
+    files["torch-99.0.dist-info/WHEEL"] = b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\n"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for path, content in files.items():
+            archive.writestr(path, content)
+    tmp_path.chmod(0o755)
+    done = docker("bash", "-c", ANOTHER_TORCH, options=(f"--volume={tmp_path}:/wheels:ro",))
+    assert done.returncode == 0, done.stderr
+    assert "Cannot uninstall torch" in done.stderr
+    assert ["torch" in line for line in faults(done.stdout)] == [True]
+    assert done.stdout.count(" -> 99.0") == 1
 
 
 @pytest.mark.parametrize(

@@ -244,6 +244,7 @@ def test_exec_and_healthcheck_see_what_the_entrypoint_chose(
         k: v for k, v in inside.items() if k not in differing
     }
     assert int(inside["OMP_NUM_THREADS"]) >= 1
+    assert int(inside["GOMP_SPINCOUNT"]) <= 30_000, "as long as by default, without the entrypoint"
     assert health.startswith("healthy"), health
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,35 +23,38 @@ def small(make_small: MakeSmall) -> Small:
     return make_small("for other registries")
 
 
-def answers(repository: Repository, small: Small, folder: Path) -> Iterator[AttnimgError]:
-    """Yield the error of each program that talks to the registry."""
+def answers(
+    repository: Repository, small: Small, folder: Path
+) -> Iterator[tuple[AttnimgError, bool]]:
+    """Yield the error of each program that talks to the registry, and whether it writes there."""
     signer = make_signer(repository, folder)
-    calls = (
-        lambda: transfer.push(small.layout, small.digest, repository),
-        lambda: transfer.find_tag("cpu", repository),
-        lambda: signing.sign(small.digest, repository, signer, notes={}),
-        lambda: signing.verify_signature(small.digest, repository, signer),
+    calls: tuple[tuple[Callable[[], object], bool], ...] = (
+        (lambda: transfer.push(small.layout, small.digest, repository), True),
+        (lambda: transfer.find_tag("cpu", repository), False),
+        (lambda: signing.sign(small.digest, repository, signer, notes={}), True),
+        (lambda: signing.verify_signature(small.digest, repository, signer), False),
     )
-    for call in calls:
+    for call, writes in calls:
         with pytest.raises(AttnimgError) as caught:
             call()
-        yield caught.value
+        yield caught.value, writes
 
 
 def test_a_registry_that_is_down_is_told(small: Small, tmp_path: Path) -> None:
     with running_registry(tmp_path / "registry") as running:
         repository = running.repository
-    for error in answers(repository, small, tmp_path):
+    for error, writes in answers(repository, small, tmp_path):
         assert error.what == f"the registry {repository.host} can't be reached"
         assert "connection refused" in error.why
-        assert "it continues" in error.do
+        assert ("it continues" in error.do) == writes
 
 
 def test_a_registry_that_wants_credentials_is_told(small: Small, tmp_path: Path) -> None:
     with running_registry(tmp_path / "registry", users=USERS) as running:
-        for error in answers(running.repository, small, tmp_path):
+        for error, writes in answers(running.repository, small, tmp_path):
             assert error.what == f"the registry {running.repository.host} refuses the credentials"
             assert error.do.startswith(f"docker login {running.repository.host}")
+            assert ("push" in error.do) == writes
 
 
 def test_a_registry_with_a_full_disk_is_told_and_continues(small: Small, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -77,3 +78,76 @@ def test_an_image_without_kernels_to_compile_ahead_is_refused(programs: Path, ta
     assert "attnimg:turing has no " in what
     assert "docker/images/turing/" in why
     assert "hopper" in do
+
+
+# Each target for an image, with what it needs beside the name.
+VARIABLES = {"kernels": ["CACHE=host/name"], "layers": ["CACHE=host/name"], "built": ["MACHINE=x"]}
+FOR_AN_IMAGE = [
+    target
+    for target in re.findall(r"^([a-z0-9-]+)/%:", (ROOT / "Makefile").read_text(), re.M)
+    if target != "matrix"  # of a part of the matrix; IMAGE names the image
+]
+
+
+@pytest.mark.parametrize("target", FOR_AN_IMAGE)
+def test_every_target_refuses_an_unknown_image_with_the_known_ones(
+    target: str, tmp_path: Path
+) -> None:
+    """Before it starts an engine, asks a registry or runs a test."""
+    (tmp_path / "docker").write_text("#!/bin/sh\necho docker was called >&2\nexit 1\n")
+    (tmp_path / "docker").chmod(0o755)
+    env = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+    for variables in ([], [f"DIGEST=sha256:{'0' * 64}"]):
+        done = subprocess.run(
+            ["make", "-o", ".venv/ready", "-o", "build/audit/ready", f"{target}/hoper",
+             *VARIABLES.get(target, []), *variables],
+            cwd=ROOT, env={**env, "PATH": f"{tmp_path}:{env['PATH']}"},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert "docker was called" not in done.stderr
+        what, why, do, _ = done.stderr.splitlines()
+        assert re.search(r": there is no image '?hoper'?$", what)
+        assert "known: ampere, " in why
+        assert "turing" in why
+        assert do.startswith("  do:  name one of these")
+        if target not in ("test", "gpu", "gate", "verify"):
+            break
+
+
+IN_THE_ENGINE = [["run/cpu"], ["test/cpu"], ["gate/cpu"], ["gpu/cpu"], ["gate/cpu", "CHILD=mine"]]
+
+
+@pytest.mark.parametrize("arguments", IN_THE_ENGINE, ids=" ".join)
+@pytest.mark.parametrize(
+    ("answer", "what", "do"),
+    [
+        ("Error response from daemon: No such image: x", "there is no image ", " build"),
+        ("permission denied while trying to connect to the Docker daemon socket at unix:///x",
+         "this user may not use the Docker engine", "usermod"),
+        ("Cannot connect to the Docker daemon at unix:///x. Is the docker daemon running?",
+         "no Docker engine is running", "make engine"),
+    ],
+    ids=["no image", "no permission", "no engine"],
+)  # fmt: skip
+def test_what_is_not_in_the_engine_is_not_run(
+    programs: Path, arguments: list[str], answer: str, what: str, do: str
+) -> None:
+    """docker run would ask docker.io for it, and pytest would fail in every test."""
+    other = '[ "$1 $2" = "image inspect" ] || echo docker "$@" ran >&2'
+    (programs / "docker").write_text(f"#!/bin/sh\n{other}\necho '{answer}' >&2\nexit 1\n")
+    (programs / "pytest").write_text("#!/bin/sh\necho pytest ran >&2\n")
+    for name in ("docker", "pytest"):
+        (programs / name).chmod(0o755)
+    env = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+    (programs / "python").rename(programs / "python-of-venv")
+    done = subprocess.run(
+        ["make", "-o", ".venv/ready", f"BIN={programs}", *arguments],
+        cwd=ROOT, env={**env, "PATH": f"{programs}:{env['PATH']}"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert " ran\n" not in done.stderr
+    lines = done.stderr.splitlines()
+    assert what in lines[0]
+    assert do in lines[2].replace("make build", "docker build")

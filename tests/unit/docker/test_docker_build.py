@@ -35,7 +35,7 @@ def build(
     ("name", "why", "do"),
     [
         pytest.param(
-            "hoper", "found no target of that name", "recipes/images/hoper.toml", id="typo"
+            "hoper", "known: ampere, ampere-frontier, ", "recipes/images/hoper.toml", id="typo"
         ),
         pytest.param(
             "rocm", "PyPI has no torch for ROCm", "recipes/images/rocm.toml", id="no torch"

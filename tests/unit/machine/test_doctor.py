@@ -24,6 +24,7 @@ PACKAGES = {"torch": "2.14.1", "flash-attn": "2.8.3.post2", "rich": "15.0.0"}
 HOST = Host(
     uid=1000,
     user="attnimg",
+    account="attnimg",
     folders=(HOME, WORK),
     shm_bytes=8 * GIB,
     installed=PACKAGES,
@@ -157,7 +158,10 @@ def test_gpu_and_driver(
             "fail", "/a hides the one in /b", id="a kernel in two folders fails",
         ),
         pytest.param(replace(HOST, user=None, uid=77), "fail", "77", id="a nameless user fails"),
-        pytest.param(replace(HOST, user="root", uid=0), "warn", "root", id="root warns"),
+        pytest.param(
+            replace(HOST, user="attnimg", account="root", uid=0), "warn", "root (0)",
+            id="root warns, also under another name in USER",
+        ),
         pytest.param(
             replace(HOST, folders=(replace(HOME, writable=False), WORK)),
             "fail", "HOME", id="a HOME that can't be written fails",
@@ -252,6 +256,23 @@ def test_another_version_fails_if_kernels_depend_on_it_and_warns_otherwise(
     (found,) = findings(host=host, image=replace(image, packages=packages))
     assert (found.code, found.status) == ("packages", status)
     assert f"{name} 1.0 -> 2.0" in found.what
+
+
+@pytest.mark.parametrize(
+    ("host", "text"),
+    [
+        (HOST, "attnimg (1000)"),
+        (replace(HOST, user="me"), "attnimg (1000)"),
+        (
+            replace(HOST, uid=4242, account=None),
+            "user 4242, who is not in /etc/passwd; programs get the name attnimg",
+        ),
+    ],
+    ids=["an entry", "another name in USER", "no entry"],
+)
+def test_a_user_is_named_as_the_system_does(host: Host, text: str) -> None:
+    checks = check_machine(gpu("sm_90"), host, image=None, images={})
+    assert text in [check.what for check in checks]
 
 
 def test_of_two_versions_on_sys_path_the_first_is_installed(

@@ -17,8 +17,8 @@ from attnimg.machine.threads import (
     cpu_load,
     proof_settings,
     read_threads,
-    set_number,
     set_threads,
+    set_without_load,
     thread_settings,
 )
 
@@ -121,8 +121,32 @@ def test_a_number_of_threads_is_read_as_openmp_reads_it(text: str, number: int |
 @pytest.mark.parametrize("mark", ["", "x", "=", "HOME=/", "OMP_NUM_THREADS", "OMP_NUM_THREADS=8"])
 def test_a_mark_removes_nothing_else(mark: str) -> None:
     environ = {SET_HERE: mark, "HOME": "/", "OMP_NUM_THREADS": "6"}
-    set_number(environ)
+    set_without_load(environ)
     assert (environ["HOME"], environ["OMP_NUM_THREADS"]) == ("/", "6")
+
+
+@pytest.mark.usefixtures("cpus")
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [
+        ({}, "30000"),
+        ({"MKL_NUM_THREADS": "2"}, "30000"),
+        ({"GOMP_SPINCOUNT": "3000", SET_HERE: "GOMP_SPINCOUNT=3000"}, "3000"),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "passive"}, None),
+        ({"KMP_BLOCKTIME": "0"}, None),
+    ],
+    ids=["none", "a number of the user", "the entrypoint's", "the user's", "passive", "LLVM's"],
+)
+def test_without_the_load_threads_wait_as_on_an_idle_machine(
+    given: dict[str, str], spins: str | None
+) -> None:
+    environ = dict(given)
+    set_without_load(environ)
+    assert environ.get("GOMP_SPINCOUNT") == spins
+    before = dict(environ)
+    set_without_load(environ)
+    assert environ == before, "a child would get other values"
 
 
 @pytest.mark.usefixtures("cpus")

@@ -90,15 +90,34 @@ def test_a_finding_is_the_childs_if_all_its_files_are(
     assert found is own
 
 
+MINE = "opt/axolotl/lib/python3.11/site-packages"
+
+
+def declaration(name: str, version: str, *, record: bool) -> dict[str, bytes | str]:
+    """Return the files that docker/added/image_venv.py writes."""
+    info = f"{name}-{version}.dist-info"
+    found: dict[str, bytes | str] = {
+        f"{MINE}/{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
+        f"{MINE}/{info}/INSTALLER": "attnimg\n",
+    }
+    lines = "".join(f"{info}/{file},,\n" for file in ("METADATA", "INSTALLER", "RECORD"))
+    return found | ({f"{MINE}/{info}/RECORD": lines} if record else {})
+
+
 def test_a_declaration_in_a_virtual_environment_is_no_second_torch(tmp_path: Path) -> None:
-    """As docker/added/image_venv.py writes it."""
-    info = "opt/axolotl/lib/python3.11/site-packages/torch-2.13.0+cpu.dist-info"
-    above = "../../../../venv/lib/python3.11/site-packages"
-    results = judge(tmp_path, {
-        f"{info}/METADATA": b"Metadata-Version: 2.1\nName: torch\nVersion: 2.13.0+cpu\n",
-        f"{info}/RECORD": f"{above}/torch/version.py,,\n".encode(),
-    })  # fmt: skip
+    declared = declaration("torch", "2.13.0+cpu", record=False)
+    declared |= declaration("rich", "15.0.0", record=True)
+    results = judge(tmp_path, declared)
     assert (results["pins"].findings, results["pins"].own) == ((), ())
+
+
+@pytest.mark.parametrize("installer", ["pip", "attnimg"])
+def test_a_torch_beside_its_declaration_is_refused(tmp_path: Path, installer: str) -> None:
+    """Also if its dist-info folder is marked as a declaration: it lists files of its own."""
+    theirs = dict(package("torch", "2.13.0", site=MINE, version__py=b"theirs"))
+    theirs[f"{MINE}/torch-2.13.0.dist-info/INSTALLER"] = installer.encode()
+    declared = declaration("torch", "2.13.0+cpu", record=False)
+    assert "opt/axolotl" in judge(tmp_path, declared | theirs)["pins"].findings[0].found
 
 
 def test_an_image_that_is_not_built_from_an_attnimg_image_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -416,11 +417,32 @@ def test_a_record_is_read_as_it_was_written_and_a_rehearsal_has_its_own(tmp_path
     ],
 )
 def test_errors_of_a_registry_become_plain_messages(output: str, what: str) -> None:
-    error = answer_error("skopeo", f"first line\n{output}" if output else "", host="example.com")
+    output = f"first line\n{output}" if output else ""
+    error = answer_error("skopeo", output, host="example.com", writes=True)
     assert what in error.what
     assert error.why
     assert error.do
     assert "level=fatal" not in error.why
+    # Who verifies or pulls an image has no release that continues, and pushes nothing.
+    reading = answer_error("skopeo", output, host="example.com")
+    assert not re.search("continue|push|sent twice", reading.do)
+    assert "what it gets" not in reading.what
+    assert "{" not in f"{error} {reading}"
+
+
+@pytest.mark.parametrize(
+    ("output", "code", "what"),
+    [
+        ("received unexpected HTTP status: 500 Internal Server Error", "registry", "has a fault"),
+        ("failed to register layer: no space left on device", "local", "this machine can't store"),
+    ],
+)
+def test_a_fault_of_a_registry_that_is_read_is_not_a_full_disk_there(
+    output: str, code: str, what: str
+) -> None:
+    error = answer_error("docker", output, host="example.com")
+    assert error.code == code
+    assert what in error.what
 
 
 @pytest.mark.parametrize("value", ["0", "no", "false", "off", "NO", " ", ""])

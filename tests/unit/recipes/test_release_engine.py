@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes.release.clean_engine import clean_engine, left_over
+from recipes.release.clean_engine import bridge_of, clean_engine, engine_settings, left_over
 
 
 @pytest.fixture
@@ -129,6 +129,7 @@ def test_starting_an_engine_removes_what_was_left_and_follows_no_link(
             assert not engine_folder.is_symlink()
         assert not os.path.lexists(engine_folder)
         assert not os.path.lexists(at)
+        assert not Path("/sys/class/net", bridge_of(engine_folder)).exists()
         assert (work / "thesis").read_text() == "years"
 
     at.write_text(str(short))
@@ -150,3 +151,52 @@ def test_starting_an_engine_removes_what_was_left_and_follows_no_link(
     start()
     at.symlink_to(work / "thesis")
     start()
+
+
+@pytest.mark.parametrize("program", ["dockerd", "ip"])
+def test_without_a_program_there_is_no_engine_and_the_reason_is_shown(
+    program: str, engine_folder: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    for name in {"dockerd", "ip"} - {program}:
+        (tmp_path / name).write_text("#!/bin/sh\nexit 1\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("recipes.release.clean_engine._SYSTEM_PROGRAMS", str(tmp_path))
+    with clean_engine(engine_folder, size=0) as host:
+        assert host == ""
+    assert f"no second engine: {program} is not installed" in capsys.readouterr().err
+    assert not engine_folder.exists()
+
+
+def test_two_folders_have_two_bridges_whose_names_linux_takes(tmp_path: Path) -> None:
+    names = {bridge_of(tmp_path / "one/engine"), bridge_of(tmp_path / "two/engine")}
+    assert len(names) == 2
+    assert {len(name.encode()) for name in names} == {15}
+
+
+NO_SETTINGS = {"features": {"containerd-snapshotter": False}}
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ('{"data-root": "/data", "bip": "10.0.0.1/24", "default-runtime": "nvidia"}', {}),
+        ('{"insecure-registries": ["a:5000"], "hosts": []}', {"insecure-registries": ["a:5000"]}),
+        ('{"proxies": {"https-proxy": "http://p:1"}}', {"proxies": {"https-proxy": "http://p:1"}}),
+        ('{"features": {"containerd-snapshotter": true}}', {}),
+        ("[]", {}),
+        ("{", {}),
+        ("[" * 100_000, {}),
+        ("", {}),
+    ],
+    ids=["its own", "a registry without TLS", "a proxy", "the image store", "a list",
+         "no JSON", "deep", "empty"],
+)  # fmt: skip
+def test_of_the_machines_settings_those_about_registries_are_kept(
+    text: str, kept: dict[str, object], tmp_path: Path
+) -> None:
+    config = tmp_path / "daemon.json"
+    assert engine_settings(config) == NO_SETTINGS
+    config.write_text(text)
+    assert engine_settings(config) == {**kept, **NO_SETTINGS}

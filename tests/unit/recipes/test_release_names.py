@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ REMOTE, LOCAL = (
 )
 def test_what_is_neither_a_digest_nor_a_tag_is_refused_before_anything_runs(image: str) -> None:
     env = {"REGISTRY": LOCAL.registry, "PATH": ""}
-    for action in (verify, pull):
+    for action in (partial(verify, tag="cpu"), pull):
         with pytest.raises(AttnimgError) as caught:
             action("cpu", image, root=ROOT, env=env)
         assert caught.value.code == "bad-reference"
@@ -119,6 +120,9 @@ def chosen(
     return choose_signing(read_registry(ROOT), repository, env=env, folder=folder, sign=sign)
 
 
+PUBLIC = "-----BEGIN PUBLIC KEY-----\n"
+
+
 @pytest.mark.parametrize("name", ["cosign.key", "my.pem", "key"])
 def test_the_public_key_is_beside_the_private_one(tmp_path: Path, name: str) -> None:
     key = tmp_path / name
@@ -127,13 +131,13 @@ def test_the_public_key_is_beside_the_private_one(tmp_path: Path, name: str) -> 
         chosen(tmp_path, COSIGN_KEY=str(key))
     assert caught.value.code == "no-key"
     public = key.with_suffix(".pub")
-    public.touch()
+    public.write_text(PUBLIC)
     found = chosen(tmp_path, COSIGN_KEY=str(key))
     assert (found.key, found.public, found.text) == (str(key), str(public), f"key {public.name}")
 
 
 def test_a_missing_file_of_a_key_is_named(tmp_path: Path) -> None:
-    (tmp_path / "cosign.pub").touch()
+    (tmp_path / "cosign.pub").write_text(PUBLIC)
     private, public = str(tmp_path / "cosign.key"), str(tmp_path / "cosign.pub")
     with pytest.raises(AttnimgError, match="COSIGN_KEY does not name a key"):
         chosen(tmp_path, COSIGN_KEY=private)
@@ -155,3 +159,34 @@ def test_a_key_in_a_variable_needs_its_public_key(tmp_path: Path) -> None:
         chosen(tmp_path, COSIGN_KEY="env://KEY")
     found = chosen(tmp_path, COSIGN_KEY="env://KEY", COSIGN_PUBLIC_KEY="env://PUBLIC")
     assert found.public == "env://PUBLIC"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"-----BEGIN ENCRYPTED SIGSTORE PRIVATE KEY-----\n", b"\x00\xff" * 999, b"ssh-ed25519 A"],
+    ids=["empty", "the private one", "binary", "of SSH"],
+)
+def test_a_file_that_has_no_public_key_is_refused(tmp_path: Path, content: bytes) -> None:
+    public = tmp_path / "cosign.pub"
+    public.write_bytes(content)
+    with pytest.raises(AttnimgError, match="is not a public key") as caught:
+        chosen(tmp_path, sign=False, COSIGN_PUBLIC_KEY=str(public))
+    assert caught.value.code == "bad-key"
+
+
+@pytest.mark.parametrize("kind", ["PUBLIC KEY", "RSA PUBLIC KEY"])
+def test_every_public_key_is_taken(tmp_path: Path, kind: str) -> None:
+    public = tmp_path / "cosign.pub"
+    public.write_text(f"-----BEGIN {kind}-----\n")
+    assert chosen(tmp_path, sign=False, COSIGN_PUBLIC_KEY=str(public)).public == str(public)
+
+
+def test_who_only_verifies_a_rehearsal_makes_no_key(tmp_path: Path) -> None:
+    """It would be another key than the image's, which then seems to be signed by somebody else."""
+    with pytest.raises(AttnimgError, match="there is no key to verify with") as caught:
+        chosen(tmp_path, sign=False, repository=LOCAL)
+    assert caught.value.code == "no-key"
+    assert not [*tmp_path.iterdir()]
+    (tmp_path / "rehearsal.pub").write_text(PUBLIC)
+    found = chosen(tmp_path, sign=False, repository=LOCAL)
+    assert found.public == str(tmp_path / "rehearsal.pub")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -16,7 +17,6 @@ from test_release import DIGEST, FINDING, LABELS, LOCAL, PASSED, PLAN, RECIPES, 
 from attnimg.errors import AttnimgError
 from recipes.files import write_all
 from recipes.release import command, steps
-from recipes.release.attesting import refuse_expired
 from recipes.release.gates_result import gates_result_path, read_gates_result
 from recipes.release.publishable import refuse_fewer_tests
 from recipes.release.record import (
@@ -28,7 +28,7 @@ from recipes.release.record import (
     record_path,
     write_record,
 )
-from recipes.release.repository import Repository, read_registry
+from recipes.release.repository import Repository, parse_repository, read_registry
 from recipes.release.steps import Release
 from recipes.run_gates import GateResult, checked_by, evidence, sha256_of
 
@@ -162,8 +162,8 @@ def test_an_image_that_not_all_tests_passed_is_not_promoted(tmp_path: Path) -> N
         with pytest.raises(AttnimgError, match="runs all tests of the image") as caught:
             steps.promote(make_job(tmp_path))
         assert caught.value.code == "fewer-tests"
-    refuse_fewer_tests("tests/image", rehearsal=False)
-    refuse_fewer_tests("tests/image/test_running.py", rehearsal=True)
+    refuse_fewer_tests("tests/image", name="cpu", rehearsal=False)
+    refuse_fewer_tests("tests/image/test_running.py", name="cpu", rehearsal=True)
 
 
 # ---- the gates' result --------------------------------------------------------------------------
@@ -241,23 +241,27 @@ def test_only_statements_about_the_pushed_image_are_signed(tmp_path: Path) -> No
     steps.refuse_other_evidence(job, tested)
 
 
-def test_an_answer_that_has_expired_when_it_is_signed_is_refused() -> None:
-    first = min(RECIPES.cves, key=lambda cve: cve.expires)
-    refuse_expired(RECIPES.cves, today=first.expires)
-    with pytest.raises(AttnimgError) as caught:
-        refuse_expired(RECIPES.cves, today=date(first.expires.year + 2, 1, 1))
-    assert caught.value.code == "no-vex"
-    assert f"{first.id}: its answer expired on {first.expires}" in caught.value.why
+EXPIRED = replace(
+    RECIPES, cves=tuple(replace(cve, expires=date(2020, 1, 1)) for cve in RECIPES.cves)
+)
+
+
+def test_an_answer_that_has_expired_when_it_is_signed_is_refused(tmp_path: Path) -> None:
+    write_record(done(RECORD, "push", "test"), tmp_path)
+    write_gates_result(tmp_path)
+    job = replace(make_job(tmp_path, LOCAL, rehearsal=True), recipes=EXPIRED)
+    with pytest.raises(AttnimgError, match="is not in force") as caught:
+        steps.attest(job)
+    assert caught.value.code == "expired-cve"
 
 
 def test_an_answer_that_expires_before_the_tags_are_set_is_refused(tmp_path: Path) -> None:
     write_record(replace(done(RECORD, "push", "test", "attest", "verify"), tests="x"), tmp_path)
-    expired = [replace(cve, expires=date(2020, 1, 1)) for cve in RECIPES.cves]
-    job = replace(make_job(tmp_path, repository=LOCAL), recipes=replace(RECIPES, cves=expired))
-    with pytest.raises(AttnimgError, match="vulnerabilities without an answer") as caught:
+    job = replace(make_job(tmp_path, repository=LOCAL), recipes=EXPIRED)
+    with pytest.raises(AttnimgError, match="is not in force") as caught:
         steps.promote(job)
-    assert caught.value.code == "no-vex"
-    assert "its answer expired on 2020-01-01" in caught.value.why
+    assert caught.value.code == "expired-cve"
+    assert "expired on 2020-01-01" in caught.value.why
 
 
 def test_the_commit_is_that_of_the_checkout_and_not_of_a_repository_around_it(
@@ -289,13 +293,65 @@ def test_the_commit_is_that_of_the_checkout_and_not_of_a_repository_around_it(
 @pytest.mark.parametrize("digest", ["", "abc", "cpu", "sha256:abc", f"sha256:{'A' * 64}"])
 def test_a_wrong_digest_is_never_taken_for_a_tag(tmp_path: Path, digest: str) -> None:
     with pytest.raises(AttnimgError, match="the digest can't be read") as caught:
-        command.verify("cpu", digest, root=tmp_path, env={})
+        command.verify("hopper", digest, root=tmp_path, env={})
     assert caught.value.code == "bad-reference"
-    command.refuse_no_digest(DIGEST)
+    assert "build/release/hopper.json has it" in caught.value.do
+    (page,) = re.findall(r"docs/\S+[.]md", caught.value.do)
+    assert "<!-- published:" in (ROOT / page).read_text()
+    command.refuse_no_digest(DIGEST, name="cpu")
 
 
 @pytest.mark.parametrize("tag", ["", "-x", "a b", "a" * 129, DIGEST])
 def test_what_can_t_be_a_tag_is_refused(tag: str) -> None:
     with pytest.raises(AttnimgError, match="the tag can't be read") as caught:
-        command.find_digest(tag, root=ROOT, env={"REGISTRY": LOCAL.registry})
+        command.verify("cpu", None, tag=tag, root=ROOT, env={"REGISTRY": LOCAL.registry})
     assert caught.value.code == "bad-reference"
+
+
+@pytest.mark.parametrize("which", [{"digest": DIGEST}, {"digest": None, "tag": "cpu"}], ids=str)
+def test_the_key_is_checked_before_a_registry_is_asked(
+    which: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "skopeo").write_text("#!/bin/sh\ntouch $0.ran; echo no such host >&2; exit 1\n")
+    (tmp_path / "skopeo").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    key = tmp_path / "cosign.pub"
+    env = {"REGISTRY": REMOTE.registry, "COSIGN_PUBLIC_KEY": str(key)}
+    with pytest.raises(AttnimgError) as caught:
+        command.verify("cpu", **which, root=ROOT, env=env)
+    assert caught.value.code == "no-key"
+    key.write_text("-----BEGIN ENCRYPTED SIGSTORE PRIVATE KEY-----\n")
+    with pytest.raises(AttnimgError) as caught:
+        command.verify("cpu", **which, root=ROOT, env=env)
+    assert caught.value.code == "bad-key"
+    assert not (tmp_path / "skopeo.ran").exists()
+    key.write_text("-----BEGIN PUBLIC KEY-----\n")
+    with pytest.raises(AttnimgError, match="can't be reached") as caught:
+        command.verify("cpu", **which, root=ROOT, env=env)
+    assert (tmp_path / "skopeo.ran").exists()
+    # Nobody releases anything here, and nothing continues.
+    assert "continues" not in caught.value.do
+    assert "push" not in caught.value.do
+
+
+def test_a_verification_without_a_name_tells_both_ways_to_name_an_image(tmp_path: Path) -> None:
+    at_remote = replace(RECORD, registry=REMOTE.registry, reference=REMOTE.at(DIGEST))
+    elsewhere = replace(make_job(tmp_path, REMOTE), repository=parse_repository("example.com/x"))
+    for record, job, own in (
+        (None, make_job(tmp_path), "make push/cpu"),
+        (done(at_remote, "push"), make_job(tmp_path), "make tested/cpu"),
+        (done(at_remote, *RECORDED), elsewhere, f"set REGISTRY={REMOTE.registry}"),
+    ):
+        if record:
+            write_record(record, tmp_path)
+        with pytest.raises(AttnimgError, match="no image to verify is named") as caught:
+            steps.verify(job)
+        assert "make verify/cpu TAG=cpu, or DIGEST=sha256:..." in caught.value.do
+        assert own in caught.value.do
+
+
+def test_a_whole_release_checks_its_key_before_it_builds(tmp_path: Path) -> None:
+    env = {"REGISTRY": LOCAL.registry, "REHEARSAL": "1", "COSIGN_KEY": str(tmp_path / "gone.key")}
+    with pytest.raises(AttnimgError, match="does not name a key") as caught:
+        command.release(PLAN, RECIPES, step=None, root=ROOT, env=env)
+    assert caught.value.code == "no-key"
