@@ -256,7 +256,7 @@ def pull(arguments: Namespace) -> None:
     from recipes.release import command
 
     root = arguments.root
-    _plan(arguments.name, root)
+    _plan(arguments.name, read_recipes(root))
     _print(command.pull(arguments.name, arguments.digest, root=root, env=os.environ))
 
 
