@@ -95,8 +95,8 @@ def load_tokenizer(config: Config, *, log: Callable[[str], None]) -> Any:
 
 def _load(config: Config, source: str) -> Any:
     """Load a tokenizer."""
-    loader = find_class("tokenizer_type", config.tokenizer_type, default="AutoTokenizer")
     with _tokenizer_errors(config, source):
+        loader = find_class("tokenizer_type", config.tokenizer_type, default="AutoTokenizer")
         return loader.from_pretrained(
             source,
             revision=config.revision_of_model,
@@ -114,10 +114,13 @@ def _tokenizer_errors(config: Config, source: str) -> Iterator[None]:
         OSError, ValueError, ImportError, LookupError, RuntimeError, TypeError, AttributeError,
         AssertionError,
     ) as error:  # fmt: skip
+        do = "put the tokenizer's files beside the model, or set tokenizer_config to its folder"
+        if isinstance(error, ImportError):
+            do = "install the packages that it names"
         raise AttnimgError(
             f"no tokenizer could be loaded from {source}",
-            why=str(error).splitlines()[0] if str(error) else type(error).__name__,
-            do="put the tokenizer's files beside the model, or set tokenizer_config to its folder",
+            why=next(filter(str.strip, str(error).splitlines()), type(error).__name__),
+            do=do,
             code="bad-model",
             key="tokenizer_config" if config.tokenizer_config else "base_model",
         ) from error

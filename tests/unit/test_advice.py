@@ -578,7 +578,7 @@ CASES: dict[str, Case] = {
        )},
     "a class of another task": Case(code="not-causal-lm", machine=CPU, values={
         "model_type": "LlamaForSequenceClassification"}),
-    "a class of nobody": Case(code="bad-value", machine=CPU, values={"model_type": "LLamaLM"}),
+    "a class of nobody": Case(code="not-causal-lm", machine=CPU, values={"model_type": "LLamaLM"}),
     "a tokenizer of nobody": Case(code="bad-value", records=TEXTS,
                                   values={"tokenizer_type": "LLamaTokenizer"}),
     "a tokenizer without tokens": Case(code="bad-model", records=TEXTS, values={
