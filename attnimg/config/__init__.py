@@ -31,7 +31,7 @@ from attnimg.config.other_names import (
     with_written_name,
     without_unset,
 )
-from attnimg.config.read import parse_value, read_yaml, with_overrides
+from attnimg.config.read import parse_value, read_yaml, split_settings, with_overrides
 from attnimg.config.rules import value_errors
 from attnimg.config.schema import (
     CheckResult,
@@ -47,7 +47,7 @@ from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, Backend, Finding
 from attnimg.redact import is_secret_key, mask_secrets, redact
 
-__all__ = ["check_file", "check_values", "parse_torch", "with_overrides"]
+__all__ = ["check_file", "check_values", "parse_torch", "split_settings", "with_overrides"]
 
 _WITHOUT_DEFAULT = ("base_model", "learning_rate", "datasets", "pretraining_dataset")
 # What data/keys.toml advises for memory.
