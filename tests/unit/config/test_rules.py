@@ -752,7 +752,8 @@ NEEDS = {
         kernel-wrong-at-run, check_log_probs loss-differs, compute_likelihood
         _loss_differs_error, prove_run AttnimgError, replace_by_hub_layers not-applied,
         replace_proven_layers not-applied, require_equal _loss_differs_error, require_equal
-        _model_raised_error, run _model_raised_error, simulate_quantization not-applied,
+        _model_raised_error, run _model_raised_error, on_pre_optimizer_step not-applied,
+        simulate_quantization not-applied,
         write_errors AttnimgError
     """,
 }
