@@ -234,10 +234,14 @@ def _schema_error(item: Any, *, flag: bool) -> Finding:
     if item["type"] == "literal_error":
         return _literal_error(key, item, flag=flag)
     message = item["msg"].removeprefix("Value error, ")
+    if item["type"] in ("dict_type", "model_type"):
+        message = "needed a mapping of keys"
     why = f"found {_short(item['input'])}; {message[0].lower()}{message[1:]}"
     do = f"set {key} to a valid value"
     if isinstance(item["input"], str) and _is_quoted(item["input"]):
         do = f"set {key}: {item['input']}, without quotes"
+    elif key == "qat.weight_dtype":  # its default is refused
+        do = f"set {key}: int4"
     elif key not in _WITHOUT_DEFAULT and not key.endswith(("]", ".path")):
         do += ", or remove it for its default"
     return make_error("bad-value", key, f"{key} has an invalid value", why, do)

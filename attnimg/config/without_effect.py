@@ -61,6 +61,17 @@ def value_warnings(config: Config, failed: Collection[str]) -> Iterator[Finding]
         key = "peft_init_lora_weights"
         what = f"{key}: false has no effect, as in axolotl: adapters start without an effect"
         yield make_warning("without-effect", key, what, f"remove {key}")
+    if (
+        config.qat
+        and config.max_steps
+        and (config.qat.fake_quant_after_n_steps or 0) >= config.max_steps
+    ):
+        first = config.qat.fake_quant_after_n_steps
+        what = (
+            f"qat has no effect: it begins after {first} steps, and the run has {config.max_steps}"
+        )
+        do = "set a smaller qat.fake_quant_after_n_steps, or remove qat"
+        yield make_warning("without-effect", "qat", what, do)
     for key, value, same in (("activation_offloading", "disk", "true"),
                              ("gradient_checkpointing", "offload_disk", "offload")):  # fmt: skip
         if getattr(config, key) == value:

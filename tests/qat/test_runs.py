@@ -163,6 +163,15 @@ def test_the_rounding_begins_after_the_steps_without_it(base: Path, tmp_path: Pa
     assert found["from the first step"][0] != found["without"][0]
 
 
+def test_a_rounding_that_never_begins_is_said(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for first, wanted in ((2, False), (50, True)):
+        qat = {**INPUTS, "fake_quant_after_n_steps": first}
+        tiny_run.run(base, tmp_path / str(first), qat=qat, max_steps=None, num_epochs=1)
+        assert ("qat has no effect: it begins after 50 steps" in capsys.readouterr().err) is wanted
+
+
 @pytest.mark.parametrize("first", [2, 3])
 def test_a_resumed_run_ends_with_the_same_weights(base: Path, tmp_path: Path, first: int) -> None:
     keys = {"qat": {**INPUTS, "fake_quant_after_n_steps": first}, "save_steps": 3}

@@ -480,6 +480,11 @@ UNUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no evaluations": ({"evals_per_epoch": 0, "val_set_size": 0, "eval_strategy": "no"}, []),
     "an adapter that starts without an effect": (
         {"adapter": "lora", "peft_init_lora_weights": False}, ["peft_init_lora_weights"]),
+    "a rounding that never begins": (
+        {"qat": {"weight_dtype": "int4", "fake_quant_after_n_steps": 9}, "max_steps": 9}, ["qat"]),
+    "a rounding that begins": (
+        {"qat": {"weight_dtype": "int4", "fake_quant_after_n_steps": 8}, "max_steps": 9}, []),
+    "a rounding from the first step": ({"qat": {"weight_dtype": "int4"}, "max_steps": 9}, []),
     "the default of an adapter": ({"adapter": "lora", "peft_init_lora_weights": True}, []),
 }  # fmt: skip
 
