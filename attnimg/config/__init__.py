@@ -49,7 +49,10 @@ from attnimg.redact import is_secret_key, mask_secrets, redact
 
 __all__ = ["check_file", "check_values", "parse_torch", "split_settings", "with_overrides"]
 
-_WITHOUT_DEFAULT = ("base_model", "learning_rate", "datasets", "pretraining_dataset")
+# Keys without a default, or with one that is refused.
+_WITHOUT_DEFAULT = (
+    "base_model", "learning_rate", "datasets", "pretraining_dataset", "qat.weight_dtype",
+)  # fmt: skip
 # What data/keys.toml advises for memory.
 _MEMORY = "gradient_checkpointing: true, a smaller micro_batch_size or adapter: qlora"
 # The values in pydantic's message, quoted if they are text.
@@ -240,8 +243,6 @@ def _schema_error(item: Any, *, flag: bool) -> Finding:
     do = f"set {key} to a valid value"
     if isinstance(item["input"], str) and _is_quoted(item["input"]):
         do = f"set {key}: {item['input']}, without quotes"
-    elif key == "qat.weight_dtype":  # its default is refused
-        do = f"set {key}: int4"
     elif key not in _WITHOUT_DEFAULT and not key.endswith(("]", ".path")):
         do += ", or remove it for its default"
     return make_error("bad-value", key, f"{key} has an invalid value", why, do)

@@ -358,6 +358,8 @@ CASES: dict[str, Case] = {
         "qat": {"weight_dtype": "nvfp4", "activation_dtype": "nvfp4", "group_size": 16}}),
     "weights that int8 inputs do not fit": Case(code="bad-value", options=2, values={
         "qat": {"activation_dtype": "int8"}}),
+    "qat that never begins": Case(code="without-effect", options=2, values={
+        "qat": {"weight_dtype": "int4", "fake_quant_after_n_steps": 9}, "max_steps": 9}),
     "an unknown key of qat": Case(code="unknown-key", values={
         "qat": {"weight_dtype": "int4", "groups": 8}}),
     "qat of an adapter": Case(code="bad-value", options=2, values={
