@@ -343,12 +343,19 @@ def _accelerator(config: Config) -> Iterator[Finding]:
 
 
 def _trackers(config: Config) -> Iterator[Finding]:
-    """Yield an error for a tracker that is turned off and has a project: axolotl turns it on."""
+    """Yield an error for a tracker that is turned off, and on by its project or in report_to.
+
+    axolotl turns on a tracker with a project.
+    """
     for flag, key in (("use_wandb", "wandb_project"), ("use_mlflow", "mlflow_experiment_name")):
         if getattr(config, flag) is False and getattr(config, key):
             what = f"{key} contradicts {flag}: false"
             why = f"found {flag}: false, and {key}, which turns the tracker on"
             yield bad_value(key, what, why, f"remove {key}, or set {flag}: true")
+    for name in config.report_to or ():
+        if getattr(config, flag := f"use_{name}") is False:
+            what, why = f"report_to contradicts {flag}: false", f"found report_to: {name}"
+            yield bad_value("report_to", what, why, f"remove report_to, or set {flag}: true")
 
 
 # Each rule, and the keys that it depends on: it is skipped if their values are invalid.

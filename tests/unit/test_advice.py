@@ -360,6 +360,8 @@ CASES: dict[str, Case] = {
         "qat": {"activation_dtype": "int8"}}),
     "qat that never begins": Case(code="without-effect", options=2, values={
         "qat": {"weight_dtype": "int4", "fake_quant_after_n_steps": 9}, "max_steps": 9}),
+    "a tracker on and off": Case(code="bad-value", options=2, values={
+        "report_to": "mlflow", "use_mlflow": False}),
     "an unknown key of qat": Case(code="unknown-key", values={
         "qat": {"weight_dtype": "int4", "groups": 8}}),
     "qat of an adapter": Case(code="bad-value", options=2, values={

@@ -33,6 +33,11 @@ def chat(**keys: Any) -> dict[str, Any]:
 
 # What is wrong: the config, and the code and the key of its only error.
 WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
+    "a tracker that is turned on and off": (
+        {"report_to": ["wandb"], "use_wandb": False}, "bad-value", "report_to"),
+    "a tracker that attnimg does not have": (
+        {"report_to": ["wandb", "comet_ml"]}, "bad-value", "report_to"),
+    "all trackers": ({"report_to": "all"}, "bad-value", "report_to"),
     "a class that transformers does not have": (
         {"model_type": "MambaLMHeadModel"}, "not-causal-lm", "model_type"),
     "a class of another task": (
