@@ -63,7 +63,12 @@ COMMANDS = {
         "check",
         "Check the values of configs: no model, no GPU, no network. Lists every error.",
         (
-            _argument("files", "YAML files.", metavar="CONFIG", nargs="+"),
+            _argument(
+                "arguments",
+                "YAML files, and keys to set in all of them: learning_rate=1e-4.",
+                metavar="CONFIG_OR_KEY=VALUE",
+                nargs="+",
+            ),
             _ON,
             _argument(
                 "--torch", "Check for this version of torch, such as 2.13.", metavar="VERSION"
@@ -116,6 +121,7 @@ COMMANDS = {
         "Prove every backend that fits here: outputs, gradients, and no leak between documents.",
         (
             _argument("file", "Prove for this config's model.", metavar="CONFIG", nargs="?"),
+            _SETTINGS,
             _JSON,
         ),
     ),

@@ -85,3 +85,14 @@ def turn_fake_quantizers(model: Any, *, on: bool) -> int:
     for module in found:
         module.enabled = on
     return len(found)
+
+
+def rounding_layers(model: Any) -> dict[str, Any]:
+    """Return the layers that have fake quantizers, by their names."""
+    from torchao.quantization.qat.fake_quantizer import FakeQuantizerBase
+
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if any(isinstance(part, FakeQuantizerBase) for part in module.children())
+    }

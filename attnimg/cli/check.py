@@ -26,16 +26,23 @@ _FLAGS = (
 )
 
 
-def check(files: list[str], on: str | None, torch: str | None, as_json_lines: bool) -> None:
+def check(arguments: list[str], on: str | None, torch: str | None, as_json_lines: bool) -> None:
     """Check the values of configs: no model, no GPU, no network. Lists every error."""
     with _without_garbage_collection():
-        failed = [file for file in files if not _check(file, on, torch, as_json_lines)]
+        from attnimg import config  # imports pydantic, half the time of a fast command
+
+        files, settings = config.split_settings(arguments)
+        if not files:  # what is a setting can't be read, which says what to do
+            files, settings = arguments[:1], ()
+        failed = [file for file in files if not _check(file, settings, on, torch, as_json_lines)]
     raise SystemExit(2 if failed else 0)
 
 
-def _check(file: str, on: str | None, torch: str | None, as_json_lines: bool) -> bool:
+def _check(
+    file: str, settings: tuple[str, ...], on: str | None, torch: str | None, as_json_lines: bool
+) -> bool:
     """Check one file and print the findings; return whether it has no error."""
-    from attnimg import config  # imports pydantic, half the time of a fast command
+    from attnimg import config
 
     arch = None
     if on is not None:
@@ -45,7 +52,11 @@ def _check(file: str, on: str | None, torch: str | None, as_json_lines: bool) ->
     if torch is not None:
         config.parse_torch(torch)
     checked = config.check_file(
-        file, on=arch, torch=torch, variable=os.environ.get("ATTNIMG_BACKEND", "").strip()
+        file,
+        on=arch,
+        torch=torch,
+        overrides=settings,
+        variable=os.environ.get("ATTNIMG_BACKEND", "").strip(),
     )
     if as_json_lines:
         print(json_line(checked_json(checked)))

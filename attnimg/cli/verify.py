@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,7 @@ _SIZES = (
 _SEQUENCE_LEN = 1024
 
 
-def verify(file: str | None, as_json_lines: bool) -> None:
+def verify(file: str | None, settings: list[str], as_json_lines: bool) -> None:
     """Prove every backend that fits here: outputs, gradients, and no leak between documents."""
     require_parsable(os.environ)
     console = as_text.console(sys.stderr)
@@ -43,7 +44,7 @@ def verify(file: str | None, as_json_lines: bool) -> None:
     machine = installed_machine()
     use_shipped_kernels(machine)
     results: list[tuple[Problem, Proof]] = []
-    for task in _tasks(file, machine):
+    for task in _tasks(file, settings, machine):
         results += prove_fitting(task, log=log)
     ok = bool(results) and all(proof.passed for _, proof in results)
     if as_json_lines:
@@ -55,7 +56,7 @@ def verify(file: str | None, as_json_lines: bool) -> None:
     raise SystemExit(0 if ok else 1)
 
 
-def _tasks(file: str | None, machine: Machine) -> list[Task]:
+def _tasks(file: str | None, settings: list[str], machine: Machine) -> list[Task]:
     """Return the tasks whose backends are verified: the config's, or one packed and one not."""
     if file is None:
         dtype = training_dtype(bf16="auto", fp16=False, arch=machine.arch)
@@ -72,13 +73,16 @@ def _tasks(file: str | None, machine: Machine) -> list[Task]:
         )
         problems = (unpacked, replace(unpacked, packing=True))
         return [Task(machine=machine, problem=p, requested=None, strict=False) for p in problems]
-    checked = config.check_file(file)
-    if checked.config is None or not checked.ok:
+    checked = config.check_file(file, overrides=tuple(settings))
+    if checked.config is None:
+        (error,) = checked.errors
+        raise AttnimgError(error.what, why=error.why, do=error.do, code=error.code, key=error.key)
+    if not checked.ok:
         why = "\n".join(f"{error.code}: {error.what}" for error in checked.errors)
         raise AttnimgError(
             f"{file} is not a valid config",
             why=why,
-            do=f"run attnimg check {file}",
+            do=f"run attnimg check {shlex.join([file, *settings])}",
             code="bad-config",
         )
     return [read_task(checked.config, machine)[0]]

@@ -31,7 +31,7 @@ from attnimg.config.other_names import (
     with_written_name,
     without_unset,
 )
-from attnimg.config.read import parse_value, read_yaml, with_overrides
+from attnimg.config.read import parse_value, read_yaml, split_settings, with_overrides
 from attnimg.config.rules import value_errors
 from attnimg.config.schema import (
     CheckResult,
@@ -47,9 +47,12 @@ from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, Backend, Finding
 from attnimg.redact import is_secret_key, mask_secrets, redact
 
-__all__ = ["check_file", "check_values", "parse_torch", "with_overrides"]
+__all__ = ["check_file", "check_values", "parse_torch", "split_settings", "with_overrides"]
 
-_WITHOUT_DEFAULT = ("base_model", "learning_rate", "datasets", "pretraining_dataset")
+# Keys without a default, or with one that is refused.
+_WITHOUT_DEFAULT = (
+    "base_model", "learning_rate", "datasets", "pretraining_dataset", "qat.weight_dtype",
+)  # fmt: skip
 # What data/keys.toml advises for memory.
 _MEMORY = "gradient_checkpointing: true, a smaller micro_batch_size or adapter: qlora"
 # The values in pydantic's message, quoted if they are text.
@@ -234,6 +237,8 @@ def _schema_error(item: Any, *, flag: bool) -> Finding:
     if item["type"] == "literal_error":
         return _literal_error(key, item, flag=flag)
     message = item["msg"].removeprefix("Value error, ")
+    if item["type"] in ("dict_type", "model_type"):
+        message = "needed a mapping of keys"
     why = f"found {_short(item['input'])}; {message[0].lower()}{message[1:]}"
     do = f"set {key} to a valid value"
     if isinstance(item["input"], str) and _is_quoted(item["input"]):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,9 @@ FLOAT = re.compile(
     |\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$""",
     re.VERBOSE,
 )
+
+# The beginning of a setting; the keys of nested values are separated by dots.
+_SETTING = re.compile(r"\s*[\w-]+(\.[\w-]+)*\s*=")
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # in C if available
@@ -122,6 +127,17 @@ def parse_value(text: str, *, name: str = "the value") -> Any:
     return _construct(text, name=name)
 
 
+def split_settings(arguments: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
+    """Return the files and the key=value settings among a command's arguments."""
+    settings = tuple(text for text in arguments if _is_setting(text))
+    return [text for text in arguments if text not in settings], settings
+
+
+def _is_setting(text: str) -> bool:
+    """Return whether an argument is key=value, and not the name of a file."""
+    return _SETTING.match(text) is not None and not os.path.lexists(text)
+
+
 def with_overrides(values: dict[str, Any], overrides: tuple[str, ...]) -> dict[str, Any]:
     """Return a config with some keys set.
 
@@ -178,6 +194,11 @@ def _read_text(path: str) -> str:
             why = f"found more than {MAX_BYTES:,} bytes, needed at most that many"
             do = "pass the YAML config, not a dataset or a checkpoint"
             raise AttnimgError(what, why=why, do=do, code="too-large") from error
+        if _is_setting(path):
+            what = f"{path.partition('=')[0]}=... is a setting, not a config"
+            why = "needed a YAML file before the settings"
+            do = f"write the config's path before {path.partition('=')[0]}=..."
+            raise AttnimgError(what, why=why, do=do, code="file-missing") from error
         reason = getattr(error, "strerror", None) or str(error)
         what = f"{path} cannot be read"
         why = f"{reason[0].lower()}{reason[1:]}"

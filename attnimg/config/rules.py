@@ -1,15 +1,16 @@
 """Check the values of a config: find those that `train` would refuse.
 
 Only the config is read. Rules on datasets are in dataset_rules.py, on optimizer and learning rate
-in optimizer_rules.py, on qat in qat_rules.py, on attention in attention.py, types and ranges in
-schema.py, keys without effect in without_effect.py; `train` checks what depends on files, the
-model, the machine or installed packages.
+in optimizer_rules.py, on classes in class_rules.py, on qat in qat_rules.py, on attention in
+attention.py, types and ranges in schema.py, keys without effect in without_effect.py; `train`
+checks what depends on files, the model, the machine or installed packages.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
+from attnimg.config.class_rules import CLASS_RULES
 from attnimg.config.dataset_rules import DATASET_RULES, DATASETS, Rule, bad_value
 from attnimg.config.optimizer_rules import OPTIMIZER_RULES
 from attnimg.config.preference_rules import PREFERENCE_RULES
@@ -71,6 +72,7 @@ _DECIDED_ELSEWHERE = {
     "dtype": "bf16 and fp16 decide the precision",
     "torch_dtype": "bf16 and fp16 decide the precision",
     "architectures": "the key model_type names the class of the model",
+    "model_type": "the model's own config.json decides it",
     "attn_implementation": "the key attn_implementation names the backend",
     "experts_implementation": "the key experts_implementation decides it",
     "quantization_config": "load_in_4bit, load_in_8bit and model_quantization_config decide it",
@@ -341,12 +343,19 @@ def _accelerator(config: Config) -> Iterator[Finding]:
 
 
 def _trackers(config: Config) -> Iterator[Finding]:
-    """Yield an error for a tracker that is turned off and has a project: axolotl turns it on."""
+    """Yield an error for a tracker that is turned off, and on by its project or in report_to.
+
+    axolotl turns on a tracker with a project.
+    """
     for flag, key in (("use_wandb", "wandb_project"), ("use_mlflow", "mlflow_experiment_name")):
         if getattr(config, flag) is False and getattr(config, key):
             what = f"{key} contradicts {flag}: false"
             why = f"found {flag}: false, and {key}, which turns the tracker on"
             yield bad_value(key, what, why, f"remove {key}, or set {flag}: true")
+    for name in config.report_to or ():
+        if getattr(config, flag := f"use_{name}") is False:
+            what, why = f"report_to contradicts {flag}: false", f"found report_to: {name}"
+            yield bad_value("report_to", what, why, f"remove report_to, or set {flag}: true")
 
 
 # Each rule, and the keys that it depends on: it is skipped if their values are invalid.
@@ -360,6 +369,7 @@ _RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
         ("bnb_config_kwargs", "model_quantization_config", "model_quantization_config_kwargs"),
     ),
     (_mistral_common, DATASETS),
+    *CLASS_RULES,
     (_model_fields, ()),
     (_trained_weights, ("adapter", "unfrozen_parameters", "gradient_checkpointing_kwargs")),
     (_offloading, ("gradient_checkpointing", "activation_offloading")),

@@ -101,6 +101,13 @@ def _to_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+def _to_tracker_list(value: object) -> object:
+    """Return a list for one name; none and false are no tracker."""
+    if value in ("none", "", False):
+        return []
+    return [value] if isinstance(value, str) else value
+
+
 def _check_regex(value: object) -> object:
     """Raise for an invalid regular expression, which PEFT matches against full module names."""
     if isinstance(value, str):
@@ -191,6 +198,9 @@ Below1 = Annotated[float, BeforeValidator(_require_number), Field(gt=0, lt=1)]
 Text = Annotated[str, Strict(), Field(min_length=1), _Once()]
 PathText = Annotated[Text, AfterValidator(_check_path)]
 Texts = Annotated[list[Text], BeforeValidator(_to_list)]
+TrackerNames = Annotated[
+    list[Literal["wandb", "mlflow", "tensorboard"]], BeforeValidator(_to_tracker_list)
+]
 TrackerText = Annotated[Text | None, BeforeValidator(_unset_if_empty)]
 TrackingUri = Annotated[
     Annotated[Text, AfterValidator(_check_tracking_uri)] | None, BeforeValidator(_unset_if_empty)
@@ -627,6 +637,7 @@ class Config(BaseModel):
     mlflow_run_name: TrackerText = None
     hf_mlflow_log_artifacts: Flag | None = None
     use_tensorboard: Flag | None = None
+    report_to: TrackerNames | None = None
     hub_model_id: Repository = None
     hub_strategy: Annotated[
         Literal["end", "every_save", "checkpoint", "all_checkpoints"] | None,
@@ -721,10 +732,14 @@ def trackers(config: Config) -> tuple[str, ...]:
     Source: axolotl 0.19.0, utils/wandb_.py, utils/mlflow_.py, core/builders/base.py,
     _configure_reporting (2026-11-27).
     """
-    wandb = (config.use_wandb or config.wandb_project) and config.wandb_mode != "disabled"
-    mlflow = config.use_mlflow or config.mlflow_experiment_name
-    requested = {"wandb": wandb, "mlflow": mlflow, "tensorboard": config.use_tensorboard}
-    return tuple(name for name, on in requested.items() if on)
+    requested = {
+        "wandb": config.use_wandb or config.wandb_project,
+        "mlflow": config.use_mlflow or config.mlflow_experiment_name,
+        "tensorboard": config.use_tensorboard,
+    }
+    on = {*(config.report_to or ()), *(name for name, value in requested.items() if value)}
+    on -= {"wandb"} if config.wandb_mode == "disabled" else set()
+    return tuple(name for name in requested if name in on)
 
 
 def offloading_mode(config: Config) -> str | None:

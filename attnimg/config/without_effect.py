@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
+from attnimg.config.qat_rules import changed_settings
 from attnimg.config.schema import (
     Config,
     DatasetSpec,
@@ -61,11 +62,25 @@ def value_warnings(config: Config, failed: Collection[str]) -> Iterator[Finding]
         key = "peft_init_lora_weights"
         what = f"{key}: false has no effect, as in axolotl: adapters start without an effect"
         yield make_warning("without-effect", key, what, f"remove {key}")
+    yield from _rounding(config)
     for key, value, same in (("activation_offloading", "disk", "true"),
                              ("gradient_checkpointing", "offload_disk", "offload")):  # fmt: skip
         if getattr(config, key) == value:
             what = f"{key}: {value} moves activations to CPU memory, as in axolotl, not to a disk"
             yield make_warning("done-otherwise", key, what, f"set {key}: {same}")
+
+
+def _rounding(config: Config) -> Iterator[Finding]:
+    """Yield a warning for a qat that begins after the last step."""
+    if config.qat is None or not config.max_steps:
+        return
+    first = config.qat.fake_quant_after_n_steps or 0
+    if first >= config.max_steps:
+        what = (
+            f"qat has no effect: it begins after {first} steps, and the run has {config.max_steps}"
+        )
+        settings = changed_settings(config.qat, {"fake_quant_after_n_steps": 0})
+        yield make_warning("without-effect", "qat", what, f"set qat: {settings}, or remove qat")
 
 
 def _hints(config: Config) -> Iterator[Finding]:

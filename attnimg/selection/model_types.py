@@ -1,9 +1,10 @@
 """Read the tables of model types and quantization methods, without importing transformers.
 
-`make classes` generates data/model_classes.toml, causal_types.toml and positions.toml from the
-pinned transformers. data/quantizations.toml has a row for each of its quantization methods.
-data/refused_types.toml has the types that are refused before their weights are loaded, with the
-reasons; `make families` finds missing ones: it trains every type of the pinned transformers.
+`make classes` generates data/model_classes.toml, causal_types.toml, positions.toml and
+tokenizer_classes.toml from the pinned transformers; config/class_rules.py reads the last.
+data/quantizations.toml has a row for each of its quantization methods. data/refused_types.toml has
+the types that are refused before their weights are loaded, with the reasons; `make families` finds
+missing ones: it trains every type of the pinned transformers.
 """
 
 from __future__ import annotations

@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from attnimg.config.class_rules import DEFAULT
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import Finding, Machine
@@ -29,14 +30,6 @@ from attnimg.train.hub_layers import judge_hub_layers
 from attnimg.train.layers import judge_layers
 from attnimg.train.model_files import OTHER_PARTS, TORCH_NAMES, StoredTensor, read_tensor_headers
 from attnimg.train.pickled_weights import require_safetensors
-
-if TYPE_CHECKING:
-    pass
-
-# Classes that choose the model's class by its type; the last two also load models with image input.
-DEFAULT = "AutoModelForCausalLM"
-
-AUTO_CLASSES = frozenset({DEFAULT, "AutoModelForImageTextToText", "AutoModelForMultimodalLM"})
 
 
 def judge_base_model(
@@ -123,7 +116,7 @@ def require_causal_type(config: Config, raw: Mapping[str, Any]) -> None:
 
     Args:
         config: the validated run; a class that its key model_type names is judged by
-            require_causal_class instead.
+            config/class_rules.py instead.
         raw: the model's config.json.
 
     Raises:
@@ -184,24 +177,6 @@ def require_trainable(
     )
     if found is not None:
         raise AttnimgError(found.what, why=found.why, do=found.do, code=found.code, key=found.key)
-
-
-def require_causal_class(name: str) -> None:
-    """Raise unless a class of transformers that model_type names is a causal language model's.
-
-    Raises:
-        AttnimgError: code not-causal-lm.
-    """
-    types = read_causal_types()
-    known = {*types.causal.values(), *types.with_other_inputs.values(), *types.multimodal.values()}
-    if name in AUTO_CLASSES or name in known:
-        return
-    raise _not_causal_error(
-        f"model_type: {name}",
-        found="transformers lists the class under another task",
-        do=f"remove model_type: {DEFAULT} finds the right class",
-        key="model_type",
-    )
 
 
 def _not_causal_error(what: str, *, found: str, do: str, key: str) -> AttnimgError:

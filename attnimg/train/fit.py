@@ -192,7 +192,12 @@ def fit(
         attention_check=attention_check,
         reference=reference,
     )
-    require_steps(session.schedule.total_steps, config, resume)
+    steps = session.schedule.total_steps
+    require_steps(steps, config, resume)
+    if config.qat and not config.max_steps and (config.qat.fake_quant_after_n_steps or 0) >= steps:
+        first = config.qat.fake_quant_after_n_steps
+        text = f"qat has no effect: it begins after {first} steps, and the run has {steps}"
+        print_line(console, f"  warning: {text}")
     with output_dir_lock(folder) if rank() == 0 else nullcontext():
         if rank() == 0:
             prepare_output_dir(folder, resume, console=console)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from attnimg.config.class_rules import DEFAULT
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError, bad_value, counted, out_of_memory_error
 from attnimg.facts import DType
@@ -21,12 +22,7 @@ from attnimg.selection.model_types import (
     quantization_method,
     quantizations,
 )
-from attnimg.train.base_model import (
-    DEFAULT,
-    class_to_load,
-    require_causal_class,
-    require_known_weights,
-)
+from attnimg.train.base_model import class_to_load, require_known_weights
 from attnimg.train.changed_config import change_fields, require_tied, unfit_fields
 from attnimg.train.distributed import rank
 from attnimg.train.experts import (
@@ -263,8 +259,8 @@ def load_model_config(config: Config) -> Any:
         A transformers configuration.
 
     Raises:
-        AttnimgError: it can't be loaded (bad-model), or the class that the config names does not
-            exist (bad-value) or is not a causal language model (not-causal-lm).
+        AttnimgError: it can't be loaded (bad-model), or the installed transformers does not have
+            the class that the config names (bad-value).
     """
     import transformers
 
@@ -372,6 +368,8 @@ def _loaded_folder(config: Config) -> Path:
 def find_class(key: str, name: str | None, *, default: str) -> Any:
     """Return the class of transformers that a config key names, or the default.
 
+    config/class_rules.py has checked the name against the pinned transformers.
+
     Raises:
         AttnimgError: transformers has no such class with from_pretrained (code bad-value).
     """
@@ -390,9 +388,7 @@ def find_class(key: str, name: str | None, *, default: str) -> Any:
 
 def _find_model_class(name: str) -> Any:
     """Return the class of transformers that loads the model."""
-    found = find_class("model_type", name, default=DEFAULT)
-    require_causal_class(name)
-    return found
+    return find_class("model_type", name, default=DEFAULT)
 
 
 def _device_map() -> dict[str, int | str]:

@@ -5,6 +5,7 @@ The saved weights are ordinary ones; torchao quantizes them after the run, as do
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from transformers import TrainerCallback
@@ -17,9 +18,11 @@ from attnimg.fake_quantization import (
     insert_fake_quantizers,
     is_embedding,
     is_linear,
+    rounding_layers,
     turn_fake_quantizers,
 )
 from attnimg.run_facts import QatTask
+from attnimg.train.distributed import gather_objects, world_size
 from attnimg.train.experts import has_fused_experts
 
 
@@ -118,7 +121,10 @@ def simulate_quantization(model: Any, settings: Qat, *, dtype: DType) -> str:
 
 
 class QatCallback(TrainerCallback):  # type: ignore[misc]  # transformers' types are not followed
-    """Turn the rounding on when its first step begins.
+    """Turn the rounding on when its first step begins; refuse weights that are used without it.
+
+    The code of some models reads the weight of a layer in place of calling it, such as that of
+    Mamba's dt_proj, or with its kernels of out_proj.
 
     Args:
         model: the model with fake quantizers.
@@ -130,6 +136,12 @@ class QatCallback(TrainerCallback):  # type: ignore[misc]  # transformers' types
         assert config.qat is not None
         self.first = config.qat.fake_quant_after_n_steps or 0
         self.model = model
+        self.layers = rounding_layers(model)
+        self.called: set[str] = set()
+        self.hooks = [
+            layer.register_forward_hook(partial(self._on_call, name))
+            for name, layer in self.layers.items()
+        ]
         # An evaluation that a resumed run begins with belongs to the last step.
         self.set(max(done - 1, 0))
 
@@ -137,6 +149,39 @@ class QatCallback(TrainerCallback):  # type: ignore[misc]  # transformers' types
         """Turn the rounding on or off for a step, counted from 0."""
         self.on = step >= self.first
         turn_fake_quantizers(self.model, on=self.on)
+
+    def _on_call(self, name: str, *_: Any) -> None:
+        self.called.add(name)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002  transformers passes all
+        """Raise before the first step if a weight has a gradient, and its layer was not called.
+
+        Raises:
+            AttnimgError: code not-applied.
+        """
+        if not self.hooks:
+            return
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = []
+        # Another process may have called a layer that only some tokens use.
+        called = set().union(*gather_objects(self.called)) if world_size() > 1 else self.called
+        missed = [
+            name
+            for name, layer in self.layers.items()
+            if name not in called and layer.weight.grad is not None
+        ]
+        if missed:
+            more = f" and {counted(len(missed) - 1, 'more layer')}" if len(missed) > 1 else ""
+            raise AttnimgError(
+                f"qat does not round all weights of {type(self.model).__name__}",
+                why=f"{missed[0]}{more} got a gradient without being called: the model's code uses "
+                "the weight itself, which is not rounded",
+                do="remove qat",
+                code="not-applied",
+                key="qat",
+                exit_code=1,
+            )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002  transformers passes all
         """Turn the rounding on at its first step.

@@ -102,7 +102,7 @@ NOT_COMPARED = frozenset(
         "use_wandb", "wandb_project", "wandb_entity", "wandb_name",
         "wandb_run_id", "wandb_mode", "wandb_watch", "wandb_log_model", "use_mlflow",
         "mlflow_tracking_uri", "mlflow_experiment_name", "mlflow_run_name",
-        "hf_mlflow_log_artifacts", "use_tensorboard", "hub_model_id", "hub_strategy",
+        "hf_mlflow_log_artifacts", "use_tensorboard", "report_to", "hub_model_id", "hub_strategy",
         "hub_revision", "loss_watchdog_threshold", "loss_watchdog_patience",
         "save_first_step", "metric_for_best_model", "greater_is_better", "gc_collect_steps",
         "torch_empty_cache_steps", "dataloader_prefetch_factor",

@@ -23,6 +23,10 @@ from attnimg.train.rows import NO_LOSS
 DOCUMENTS = 100
 
 _RENAMED = "added_tokens_overrides"
+# The order in which special tokens are added.
+_SPECIAL_ORDER = (
+    "bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token",
+)  # fmt: skip
 
 
 def load_tokenizer(config: Config, *, log: Callable[[str], None]) -> Any:
@@ -58,12 +62,7 @@ def load_tokenizer(config: Config, *, log: Callable[[str], None]) -> Any:
             f"special_tokens: pad_token {special_tokens.pop('pad_token')!r} is not added: the "
             f"embeddings have no row for it, and adapter: {config.adapter} does not add one"
         )
-    tokenizer.add_special_tokens({name: str(token) for name, token in special_tokens.items()})
-    if extra:
-        tokenizer.add_special_tokens(
-            {"extra_special_tokens": list(extra)}, replace_extra_special_tokens=False
-        )
-    tokenizer.add_tokens(list(config.tokens or []))
+    _add_tokens(tokenizer, special_tokens, config.tokens or [], extra)
     _require_single_tokens(tokenizer, config.eot_tokens or [])
     others = {tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token, *extra}
     pad_alone = {tokenizer.pad_token} - others - set(config.tokens or [])
@@ -93,10 +92,42 @@ def load_tokenizer(config: Config, *, log: Callable[[str], None]) -> Any:
     return tokenizer
 
 
+def _add_tokens(
+    tokenizer: Any, special: Mapping[Any, Any], tokens: Iterable[str], extra: Iterable[str]
+) -> None:
+    """Add tokens in axolotl's order, which decides their ids, and with its flags.
+
+    Texts are searched for them before they are normalized: otherwise "<New>" would also be found
+    in "<new>" by a tokenizer without capitals, and Llama's would not mark the beginning of the
+    word that follows a token.
+    Source: axolotl 0.19.0, loaders/tokenizer.py, load_tokenizer; utils/schemas/model.py,
+    SpecialTokensConfig, from which the order of names follows (2026-11-28)
+
+    Args:
+        tokenizer: of transformers.
+        special: name -> special token.
+        tokens: the key tokens.
+        extra: additional special tokens.
+    """
+    from transformers import AddedToken
+
+    def added(text: str, *, special: bool = False) -> Any:
+        return AddedToken(text, rstrip=False, lstrip=False, normalized=False, special=special)
+
+    for name in sorted(special, key=_SPECIAL_ORDER.index):
+        tokenizer.add_special_tokens({name: added(str(special[name]), special=True)})
+    tokenizer.add_tokens([added(text) for text in tokens])
+    if extra := list(extra):
+        tokenizer.add_tokens([added(text, special=True) for text in extra], special_tokens=True)
+        tokenizer.add_special_tokens(
+            {"extra_special_tokens": extra}, replace_extra_special_tokens=False
+        )
+
+
 def _load(config: Config, source: str) -> Any:
     """Load a tokenizer."""
-    loader = find_class("tokenizer_type", config.tokenizer_type, default="AutoTokenizer")
     with _tokenizer_errors(config, source):
+        loader = find_class("tokenizer_type", config.tokenizer_type, default="AutoTokenizer")
         return loader.from_pretrained(
             source,
             revision=config.revision_of_model,
@@ -114,10 +145,13 @@ def _tokenizer_errors(config: Config, source: str) -> Iterator[None]:
         OSError, ValueError, ImportError, LookupError, RuntimeError, TypeError, AttributeError,
         AssertionError,
     ) as error:  # fmt: skip
+        do = "put the tokenizer's files beside the model, or set tokenizer_config to its folder"
+        if isinstance(error, ImportError):
+            do = "install the packages that it names"
         raise AttnimgError(
             f"no tokenizer could be loaded from {source}",
-            why=str(error).splitlines()[0] if str(error) else type(error).__name__,
-            do="put the tokenizer's files beside the model, or set tokenizer_config to its folder",
+            why=next(filter(str.strip, str(error).splitlines()), type(error).__name__),
+            do=do,
             code="bad-model",
             key="tokenizer_config" if config.tokenizer_config else "base_model",
         ) from error

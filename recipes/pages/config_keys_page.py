@@ -27,6 +27,7 @@ it, without a GPU, a model or a network. A key on the command line replaces the 
 name with dots is a nested key:
 
 ```bash
+attnimg check config.yaml learning_rate=1e-4 datasets.0.path=more.jsonl
 attnimg train config.yaml learning_rate=1e-4 datasets.0.path=more.jsonl
 ```
 

@@ -59,13 +59,27 @@ def test_the_evaluated_loss_is_that_of_training(
     assert json.loads(line)["loss"] == pytest.approx(receipt["metrics"]["eval_loss"], rel=1e-5)
 
 
-def test_sharded_weights_are_rounded_the_same() -> None:
-    """FSDP2 on two processes; a run needs GPUs for it, the layers do not."""
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-         "--standalone", str(FSDP)],
+def test_two_processes_round_as_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = config(folder, "two", activation_dtype="int8", fake_quant_after_n_steps=1)
+    done = torchrun("-m", "attnimg", "train", path)
+    assert done.returncode == 0, done.stderr
+    receipt = json.loads((folder / "two/receipt.json").read_text())
+    assert command("evaluate", "--json", str(folder / "two")) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert json.loads(line)["loss"] == pytest.approx(receipt["metrics"]["eval_loss"], rel=1e-5)
+
+
+def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+         *arguments],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
+
+
+def test_sharded_weights_are_rounded_the_same() -> None:
+    """FSDP2 on two processes; a run needs GPUs for it, the layers do not."""
+    done = torchrun(str(FSDP))
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "the same losses and weights"

@@ -19,7 +19,7 @@ from tiny_engine import make_engine, make_session
 from tiny_models import tiny_model
 from torch import Tensor, nn
 from torchao.quantization import quantize_
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from attnimg.config.schema import Config, Qat
 from attnimg.errors import AttnimgError
@@ -163,6 +163,15 @@ def test_the_rounding_begins_after_the_steps_without_it(base: Path, tmp_path: Pa
     assert found["from the first step"][0] != found["without"][0]
 
 
+def test_a_rounding_that_never_begins_is_said(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for first, wanted in ((2, False), (50, True)):
+        qat = {**INPUTS, "fake_quant_after_n_steps": first}
+        tiny_run.run(base, tmp_path / str(first), qat=qat, max_steps=None, num_epochs=1)
+        assert ("qat has no effect: it begins after 50 steps" in capsys.readouterr().err) is wanted
+
+
 @pytest.mark.parametrize("first", [2, 3])
 def test_a_resumed_run_ends_with_the_same_weights(base: Path, tmp_path: Path, first: int) -> None:
     keys = {"qat": {**INPUTS, "fake_quant_after_n_steps": first}, "save_steps": 3}
@@ -276,3 +285,78 @@ def test_a_torchao_that_leaves_layers_out_is_refused(
     with pytest.raises(AttnimgError) as caught:
         simulate_quantization(loaded(base / "model"), Qat(**INPUTS), dtype="float32")
     assert (caught.value.code, caught.value.key) == ("not-applied", "qat")
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a model whose output layer has the weight of its embeddings."""
+    folder = tmp_path_factory.mktemp("tied")
+    tiny_run.make_model(folder / "model")
+    model_config = AutoConfig.from_pretrained(folder / "model", tie_word_embeddings=True)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(model_config).save_pretrained(folder / "model")
+    return folder
+
+
+def test_tied_embeddings_stay_one_weight(tied: Path, tmp_path: Path) -> None:
+    settings = {**INPUTS, "quantize_embedding": True}
+    model, real = rounded(tied / "model", settings), loaded(tied / "model")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    one = qat_task(Qat(**settings), dtype="float32")
+    quantize_(real, quantization(one))
+    quantize_(real, embedding_quantization(one), filter_fn=is_embedding)
+    with torch.no_grad():
+        assert torch.equal(model(TOKENS).logits, real(TOKENS).logits)
+    tiny_run.run(tied, tmp_path / "out", qat=settings)
+    after = load_file(tmp_path / "out/model.safetensors")
+    assert after.keys() == load_file(tied / "model/model.safetensors").keys()
+    assert tiny_run.losses(tmp_path / "out")[-1] < tiny_run.losses(tmp_path / "out")[0] - 0.5
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        pytest.param({"gradient_checkpointing": True, "activation_offloading": True},
+                     id="layers that are computed again"),
+        pytest.param({"tokens": ["<new>"], "neftune_noise_alpha": 5.0}, id="more embeddings"),
+        pytest.param({"unfrozen_parameters": ["model.embed_tokens.weight[3:60]", "layers.0"]},
+                     id="frozen weights"),
+        pytest.param({"val_set_size": 0.1, "eval_steps": 2, "save_steps": 2,
+                      "load_best_model_at_end": True}, id="the best checkpoint"),
+    ],
+)  # fmt: skip
+def test_other_keys_work_beside_it(base: Path, tmp_path: Path, keys: dict[str, Any]) -> None:
+    tiny_run.run(base, tmp_path / "out", qat={**INPUTS, "quantize_embedding": True}, **keys)
+    losses = tiny_run.losses(tmp_path / "out")
+    assert losses[-1] < losses[0]
+    loaded(tmp_path / "out")
+
+
+def _train(session: Any) -> None:
+    one = make_engine(session)
+    check_loss(one, session.train, context=session.run.context, sharded=False)
+    one.train()
+
+
+@pytest.mark.parametrize(("kind", "layer"), [("mamba", "dt_proj"), ("falcon_mamba", "dt_proj")])
+def test_a_weight_that_is_used_without_its_layer_is_refused_before_the_first_step(
+    tmp_path: Path, kind: str, layer: str
+) -> None:
+    model = tiny_model(kind, time_step_rank=32)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    session = make_session(tmp_path, model=model, qat=INPUTS)
+    simulate_quantization(model, Qat(**INPUTS), dtype="float32")
+    with pytest.raises(AttnimgError) as caught:
+        _train(session)
+    error = caught.value
+    assert (error.code, error.key, error.do) == ("not-applied", "qat", "remove qat")
+    assert f"{layer} and 1 more layer got a gradient without being called" in error.why
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+
+
+def test_layers_that_are_neither_called_nor_trained_are_no_fault(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.unused = nn.Linear(64, 64)
+    session = make_session(tmp_path, model=model, qat=INPUTS)
+    simulate_quantization(model, Qat(**INPUTS), dtype="float32")
+    _train(session)

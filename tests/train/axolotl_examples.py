@@ -26,6 +26,7 @@ from typing import Any
 import yaml
 from tiny_models import tiny_config, tiny_model
 from tiny_run import lines, sentences
+from tiny_vlms import tiny_vlm
 
 from attnimg.config import check_values
 from attnimg.config.read import read_yaml
@@ -60,7 +61,10 @@ TYPES: tuple[tuple[str, str | None], ...] = (
 )  # fmt: skip
 # The type of the whole model of images and text -> of its language model.
 WHOLE = {"gemma3n_text": "gemma3n", "gemma3_text": "gemma3", "gemma4_text": "gemma4",
-         "qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe"}  # fmt: skip
+         "qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe",
+         "ministral3": "mistral3"}  # fmt: skip
+# Types of models of images and text that have no model of text alone.
+_WITH_IMAGES = frozenset({"mistral3"})
 WIDTHS = {"intermediate_size": 128, "moe_intermediate_size": 64,
           "shared_expert_intermediate_size": 64}  # fmt: skip
 # Keys that need several GPUs, or one: removed from a shrunk config.
@@ -186,6 +190,9 @@ def save_model(found: str, folder: Path) -> None:
     """Write a tiny model of a type, in widths that bitsandbytes' blocks of 64 weights divide."""
     from transformers import AutoModelForImageTextToText
 
+    if found in _WITH_IMAGES:
+        tiny_vlm(found).save_pretrained(folder)
+        return
     known = tiny_config(found).get_text_config(decoder=True).to_dict()
     sizes = {name: size for name, size in WIDTHS.items() if isinstance(known.get(name), int)}
     model, config = tiny_model(found, **sizes), tiny_config(found, **sizes)

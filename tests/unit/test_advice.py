@@ -358,6 +358,10 @@ CASES: dict[str, Case] = {
         "qat": {"weight_dtype": "nvfp4", "activation_dtype": "nvfp4", "group_size": 16}}),
     "weights that int8 inputs do not fit": Case(code="bad-value", options=2, values={
         "qat": {"activation_dtype": "int8"}}),
+    "qat that never begins": Case(code="without-effect", options=2, values={
+        "qat": {"weight_dtype": "int4", "fake_quant_after_n_steps": 9}, "max_steps": 9}),
+    "a tracker on and off": Case(code="bad-value", options=2, values={
+        "report_to": "mlflow", "use_mlflow": False}),
     "an unknown key of qat": Case(code="unknown-key", values={
         "qat": {"weight_dtype": "int4", "groups": 8}}),
     "qat of an adapter": Case(code="bad-value", options=2, values={
@@ -578,7 +582,7 @@ CASES: dict[str, Case] = {
        )},
     "a class of another task": Case(code="not-causal-lm", machine=CPU, values={
         "model_type": "LlamaForSequenceClassification"}),
-    "a class of nobody": Case(code="bad-value", machine=CPU, values={"model_type": "LLamaLM"}),
+    "a class of nobody": Case(code="not-causal-lm", machine=CPU, values={"model_type": "LLamaLM"}),
     "a tokenizer of nobody": Case(code="bad-value", records=TEXTS,
                                   values={"tokenizer_type": "LLamaTokenizer"}),
     "a tokenizer without tokens": Case(code="bad-model", records=TEXTS, values={

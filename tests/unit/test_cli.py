@@ -473,6 +473,42 @@ def test_explain_takes_the_settings_that_train_takes(capsys: pytest.CaptureFixtu
         assert "'sample_packing' is not key=value" in err
 
 
+def test_check_sets_keys_in_every_config(capsys: pytest.CaptureFixture[str]) -> None:
+    files = [write("x.yaml", GOOD), write("y.yaml", GOOD), write("seed=3.yaml", GOOD)]
+    code, out, _ = run(capsys, "check", "seed=7", *files, "datasets.0.path=more.jsonl", "--json")
+    assert code == 0
+    assert [line["file"] for line in objects(out)] == files
+    for line in objects(out):
+        assert (line["config"]["seed"], line["config"]["datasets"][0]["path"]) == (7, "more.jsonl")
+    code, _, err = run(capsys, "check", *files, "sead=7", "datasets.5.path=more.jsonl")
+    assert (code, err.count("the key 'datasets.5.path' does not fit the config")) == (2, 3)
+
+
+@pytest.mark.parametrize("command", ["check", "explain", "verify", "train", "preprocess"])
+def test_settings_are_checked_beside_the_config(
+    capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    file = write("x.yaml", GOOD)
+    code, _, err = run(capsys, command, file, "sead=7")
+    assert code == 2
+    assert "sead is not a known key" in err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [(command, "seed=7") for command in ("check", "explain", "verify", "train", "preprocess")]
+    + [(command, "seed=7", "x.yaml") for command in ("explain", "verify", "train", "preprocess")],
+)
+def test_settings_without_a_config_before_them_are_refused(
+    capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
+) -> None:
+    write("x.yaml", GOOD)
+    code, _, err = run(capsys, *words)
+    assert code == 2
+    assert "seed=... is a setting, not a config" in err
+    assert "write the config's path before seed=..." in err
+
+
 def test_explain_prints_no_trailing_blanks(capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = run(capsys, "explain", write("x.yaml", GOOD), "--on", "h100")
     assert [line for line in out.splitlines() if line != line.rstrip()] == []

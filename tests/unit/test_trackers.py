@@ -233,6 +233,15 @@ def valid(**keys: Any) -> Config:
         ({"mlflow_experiment_name": "e"}, {}, ("mlflow",)),
         ({"use_mlflow": True, "use_tensorboard": True}, {}, ("mlflow", "tensorboard")),
         ({"mlflow_tracking_uri": "http://x"}, {}, ()),
+        ({"report_to": "wandb"}, {}, ("wandb",)),
+        (
+            {"report_to": ["tensorboard", "mlflow"], "use_mlflow": True},
+            {},
+            ("mlflow", "tensorboard"),
+        ),
+        ({"report_to": "wandb", "wandb_mode": "disabled"}, {}, ()),
+        ({"report_to": "none"}, {}, ()),
+        ({"report_to": []}, {}, ()),
     ],
 )
 def test_which_keys_turn_a_tracker_on(

@@ -81,10 +81,19 @@ def test_another_rounding_is_refused_with_the_reason(qat: Any, words: str) -> No
         ({**INT4, "fake_quant_after_n_steps": -1}, "bad-value", "qat.fake_quant_after_n_steps"),
         ({**INT4, "quantize_embedding": "yes"}, "bad-value", "qat.quantize_embedding"),
         ({**INT4, "groups": 32}, "unknown-key", "qat.groups"),
+        ({"weight_dtype": 4}, "bad-value", "qat.weight_dtype"),
+        ({**INT4, "activation_dtype": ""}, "bad-value", "qat.activation_dtype"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(qat: Any, code: str, key: str) -> None:
     assert found(qat=qat) == [(code, key)]
+
+
+def test_a_value_of_the_wrong_kind_is_answered() -> None:
+    (error,) = check_values({**RUN, "qat": {"weight_dtype": ["int4"]}}, file="c.yaml").errors
+    assert error.do == "set qat.weight_dtype to a valid value"  # its default is refused
+    (error,) = check_values({**RUN, "qat": "int4"}, file="c.yaml").errors
+    assert error.why == "found 'int4'; needed a mapping of keys"
 
 
 @pytest.mark.parametrize(

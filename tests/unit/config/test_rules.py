@@ -33,6 +33,23 @@ def chat(**keys: Any) -> dict[str, Any]:
 
 # What is wrong: the config, and the code and the key of its only error.
 WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
+    "a tracker that is turned on and off": (
+        {"report_to": ["wandb"], "use_wandb": False}, "bad-value", "report_to"),
+    "a tracker that attnimg does not have": (
+        {"report_to": ["wandb", "comet_ml"]}, "bad-value", "report_to"),
+    "all trackers": ({"report_to": "all"}, "bad-value", "report_to"),
+    "a class that transformers does not have": (
+        {"model_type": "MambaLMHeadModel"}, "not-causal-lm", "model_type"),
+    "a class of another task": (
+        {"model_type": "LlamaForSequenceClassification"}, "not-causal-lm", "model_type"),
+    "a class without a task": ({"model_type": "LlamaModel"}, "not-causal-lm", "model_type"),
+    "a class that loads any task": ({"model_type": "AutoModel"}, "not-causal-lm", "model_type"),
+    "a tokenizer that transformers does not have": (
+        {"tokenizer_type": "NoSuchTokenizer"}, "bad-value", "tokenizer_type"),
+    "a model as the tokenizer": (
+        {"tokenizer_type": "LlamaForCausalLM"}, "bad-value", "tokenizer_type"),
+    "another kind of model": (
+        {"model_config": {"model_type": "llama"}}, "bad-value", "model_config"),
     "two ways to say when to evaluate": (
         {"eval_steps": 1, "evals_per_epoch": 1, "val_set_size": 0.1},
         "bad-value", "evals_per_epoch"),
@@ -398,6 +415,13 @@ RIGHT: dict[str, dict[str, Any]] = {
         "fsdp": ["full_shard"],
     },
     "random weights": {"reinit_weights": True},
+    "a class that chooses": {"model_type": "AutoModelForCausalLM"},
+    "a class of text": {"model_type": "LlamaForCausalLM", "tokenizer_type": "LlamaTokenizer"},
+    "a class of images and text": {"model_type": "Llama4ForConditionalGeneration"},
+    "a tokenizer by its earlier name": {"tokenizer_type": "CodeLlamaTokenizerFast"},
+    "a tokenizer that needs a package": {"tokenizer_type": "BartphoTokenizer"},
+    "the base of tokenizers": {"tokenizer_type": "PreTrainedTokenizerFast"},
+    "no class": {"model_type": "", "tokenizer_type": ""},
     "arguments of 4 bits": QLORA
     | {
         "bnb_config_kwargs": {
@@ -461,6 +485,11 @@ UNUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no evaluations": ({"evals_per_epoch": 0, "val_set_size": 0, "eval_strategy": "no"}, []),
     "an adapter that starts without an effect": (
         {"adapter": "lora", "peft_init_lora_weights": False}, ["peft_init_lora_weights"]),
+    "a rounding that never begins": (
+        {"qat": {"weight_dtype": "int4", "fake_quant_after_n_steps": 9}, "max_steps": 9}, ["qat"]),
+    "a rounding that begins": (
+        {"qat": {"weight_dtype": "int4", "fake_quant_after_n_steps": 8}, "max_steps": 9}, []),
+    "a rounding from the first step": ({"qat": {"weight_dtype": "int4"}, "max_steps": 9}, []),
     "the default of an adapter": ({"adapter": "lora", "peft_init_lora_weights": True}, []),
 }  # fmt: skip
 
@@ -627,7 +656,7 @@ NEEDS = {
         _empty_group, freeze_except _no_weight, judge_hub_layers local-kernel, judge_layers
         liger-unknown-model, judge_positions positions-short, judge_quantization
         _quantization_error x4, list_hub_tasks bad_value, list_tasks liger-unknown-model,
-        require_causal_class _not_causal_error, require_causal_type _not_causal_error,
+        require_causal_type _not_causal_error,
         require_embeddings _untrained_error, require_experts bad_value, require_finite
         weights-not-finite, require_known_weights _quantization_error x2,
         require_modules_to_save _unknown_names, require_trainable AttnimgError,
@@ -733,7 +762,8 @@ NEEDS = {
         kernel-wrong-at-run, check_log_probs loss-differs, compute_likelihood
         _loss_differs_error, prove_run AttnimgError, replace_by_hub_layers not-applied,
         replace_proven_layers not-applied, require_equal _loss_differs_error, require_equal
-        _model_raised_error, run _model_raised_error, simulate_quantization not-applied,
+        _model_raised_error, run _model_raised_error, on_pre_optimizer_step not-applied,
+        simulate_quantization not-applied,
         write_errors AttnimgError
     """,
 }
