@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from attnimg.errors import AttnimgError
 from attnimg.files import data_file
@@ -382,8 +384,29 @@ def main() -> None:
     try:
         arguments.run(arguments)
     except AttnimgError as error:
-        sys.stderr.write(str(error).replace("attnimg:", "recipes:", 1) + "\n")
-        sys.exit(error.exit_code)
+        _exit(error)
+    except OSError as error:
+        if error.errno not in _OF_THE_USER:
+            raise
+        _exit(
+            AttnimgError(
+                f"{arguments.command} can't use a file",
+                why=str(error),
+                do="correct its owner and permissions, or free space there; a command that was run "
+                "with sudo leaves files of root",
+                code="local",
+                exit_code=1,
+            )
+        )
+
+
+# Faults with a file that are no faults of this program.
+_OF_THE_USER = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+
+
+def _exit(error: AttnimgError) -> NoReturn:
+    sys.stderr.write(str(error).replace("attnimg:", "recipes:", 1) + "\n")
+    sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 
 from attnimg.errors import AttnimgError
 from recipes.release import transfer
-from recipes.release.clean_engine import clean_engine
+from recipes.release.clean_engine import clean_engine, engine_variables
 from recipes.release.programs import report, run
 from recipes.release.publishable import OCI
 from recipes.release.repository import Repository
@@ -171,8 +171,8 @@ def run_clean(image: Verified, repository: Repository, *, folder: Path) -> str:
             return text
 
         def docker(*arguments: str) -> str:
-            env = {"DOCKER_HOST": engine}
-            return run(["docker", *arguments], host=repository.host, env=env).strip()
+            command, env = ["docker", *arguments], engine_variables(engine)
+            return run(command, host=repository.host, env=env).strip()
 
         docker("pull", "-q", reference)
         pulled = docker("image", "inspect", "--format", "{{.Id}}", reference)

@@ -130,6 +130,14 @@ def _running(folder: Path, *, size: int, sudo: list[str]) -> Iterator[str]:
             at.unlink(missing_ok=True)
 
 
+def engine_variables(host: str) -> dict[str, str]:
+    """Return the environment variables with which docker talks to an engine.
+
+    DOCKER_TLS_VERIFY, which is for an engine on another machine, would ask it for a certificate.
+    """
+    return {"DOCKER_HOST": host, "DOCKER_TLS_VERIFY": ""}
+
+
 def bridge_of(folder: Path) -> str:
     """Return the name of an engine's bridge, 15 characters as Linux allows; each folder has one."""
     return f"attnimg{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:8]}"
@@ -212,7 +220,7 @@ def _answers(host: str, engine: subprocess.Popen[bytes]) -> bool:
     end = time.monotonic() + _START_SECONDS
     while time.monotonic() < end and engine.poll() is None:
         done = subprocess.run(
-            ["docker", "info"], env={**os.environ, "DOCKER_HOST": host}, capture_output=True,
+            ["docker", "info"], env={**os.environ, **engine_variables(host)}, capture_output=True,
             check=False,
         )  # fmt: skip
         if done.returncode == 0:

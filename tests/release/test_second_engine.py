@@ -15,7 +15,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from recipes.release.clean_engine import bridge_of, clean_engine, left_over
+from recipes.release.clean_engine import (
+    bridge_of,
+    clean_engine,
+    engine_variables,
+    left_over,
+)
 
 NETWORKS = Path("/sys/class/net")
 DOCKER0 = NETWORKS / "docker0/ifindex"
@@ -46,7 +51,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def docker(*arguments: str, host: str = "") -> str:
-    env = os.environ | ({"DOCKER_HOST": host} if host else {})
+    env = os.environ | (engine_variables(host) if host else {})
     command = ["docker", *arguments]
     return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
 
@@ -186,6 +191,9 @@ def test_settings_of_the_machines_own_engine_do_not_stop_it(
     own = {"bip": "10.99.0.1/24", "data-root": "/nowhere", "default-runtime": "nvidia"}
     config.write_text(json.dumps(own | {"insecure-registries": ["registry.example.com:5000"]}))
     monkeypatch.setattr("recipes.release.clean_engine._CONFIG", config)
+    # Of a user whose own engine is on another machine, or named by a context.
+    monkeypatch.setenv("DOCKER_TLS_VERIFY", "1")
+    monkeypatch.setenv("DOCKER_CONTEXT", "mine")
     with clean_engine(folder, size=0) as host:
         assert host
         info = json.loads(docker("info", "--format", "{{json .RegistryConfig}}", host=host))
