@@ -341,7 +341,6 @@ def _adapt_collator(collator: Collator | None) -> Any:
     """Return a function that collates rows of documents; None without a collator."""
     if collator is None:
         return None
-
     name = getattr(collator, "__name__", type(collator).__name__)
 
     def collate(rows: list[list[Any]]) -> dict[str, Any]:
@@ -361,9 +360,9 @@ def _adapt_collator(collator: Collator | None) -> Any:
         batch = collator(examples)
         _require_boundaries(batch, name, documents=sum(map(len, rows)))
         return {
-            name: value.to(device) if hasattr(value, "to") else value
-            for name, value in batch.items()
-            if name != "labels"
+            key: value.to(device) if hasattr(value, "to") else value
+            for key, value in batch.items()
+            if key != "labels"
         }
 
     return collate

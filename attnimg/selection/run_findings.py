@@ -40,7 +40,7 @@ _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OtherLayers:
-    """One kind of such layers in a model.
+    """One kind of layers without softmax attention in a model.
 
     Attributes:
         kind: the row of data/other_layers.toml, or the name in the config.
@@ -190,7 +190,7 @@ def check_other_layers(
 
 
 def describe_other_layers(layers: OtherLayers) -> str:
-    """Return a description of one kind of other layers, in one line."""
+    """Return a description of one kind of layers without softmax attention, in one line."""
     count = "some" if layers.count is None else str(layers.count)
     text = f"{count} layers with {layers.label}"
     if layers.needs:
