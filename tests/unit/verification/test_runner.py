@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 from run_facts import a_geometry
-from served_kernels import serve
+from served_kernels import prove_all
 
 from attnimg.run_facts import Proof
-from attnimg.verification.runner import Candidate, _message, run
+from attnimg.verification.runner import _message
 
 SOURCES = Path(__file__).parents[2] / "fixtures/wrong_kernels"
 GEOMETRY = a_geometry(
@@ -36,19 +36,9 @@ NAMES = [f"parent/kernel-{number}" for number in range(len(FAULTS))]
 
 @pytest.fixture(scope="module")
 def proofs(tmp_path_factory: pytest.TempPathFactory) -> list[Proof]:
-    root = tmp_path_factory.mktemp("kernels")
-    entries = [
-        f"{name}={serve(root / name.partition('/')[2], fault, source=SOURCES / f'{source}.py')}"
-        for name, (fault, source, _) in zip(NAMES, FAULTS, strict=True)
-    ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LOCAL_KERNELS", ":".join(entries))
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setenv("OMP_NUM_THREADS", "1")
-        return run(
-            [Candidate(backend=name, geometries=(GEOMETRY,), trusted=True) for name in NAMES],
-            device="cpu",
-        )
+    rows = zip(NAMES, FAULTS, strict=True)
+    kernels = {name: (SOURCES / f"{file}.py", fault, GEOMETRY) for name, (fault, file, _) in rows}
+    return [*prove_all(tmp_path_factory.mktemp("kernels"), kernels).values()]
 
 
 pytestmark = pytest.mark.timeout(600)

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import pytest
 from run_facts import a_geometry
-from served_kernels import SLY, WRONG, serve
+from served_kernels import SLY, WRONG, prove_all
 
 from attnimg.run_facts import Geometry, Proof
-from attnimg.verification.runner import Candidate, run
 
 PACKED = a_geometry(
     heads=4, kv_heads=2, head_dim_qk=16, head_dim_v=16, packing=True, sequence_len=300
@@ -260,21 +259,8 @@ NAMES = [f"wrong/kernel-{number}" for number in range(len(ALL))]
 
 @pytest.fixture(scope="module")
 def proofs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Proof]:
-    root = tmp_path_factory.mktemp("kernels")
-    entries = [
-        f"{name}={serve(root / name.partition('/')[2], fault, source=source)}"
-        for name, (source, fault, _, _) in zip(NAMES, ALL, strict=True)
-    ]
-    candidates = [
-        Candidate(backend=name, geometries=(geometry,), trusted=True)
-        for name, (_, _, geometry, _) in zip(NAMES, ALL, strict=True)
-    ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LOCAL_KERNELS", ":".join(entries))
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setenv("OMP_NUM_THREADS", "1")
-        found = run(candidates, device="cpu")
-    return {proof.backend: proof for proof in found}
+    rows = zip(NAMES, ALL, strict=True)
+    return prove_all(tmp_path_factory.mktemp("kernels"), {name: row[:3] for name, row in rows})
 
 
 # The first test waits for all proofs: a minute of CPU, on machines that have other work too.

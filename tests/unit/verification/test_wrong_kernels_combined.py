@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 from run_facts import a_geometry
-from served_kernels import serve
+from served_kernels import prove_all
 
 from attnimg.run_facts import Proof
-from attnimg.verification.runner import Candidate, run
 
 SOURCE = Path(__file__).parents[2] / "fixtures/wrong_kernels/products.py"
 PACKED = a_geometry(
@@ -84,21 +83,11 @@ NAMES = [f"products/kernel-{number}" for number in range(len(FAULTS))]
 
 @pytest.fixture(scope="module")
 def proofs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Proof]:
-    root = tmp_path_factory.mktemp("kernels")
-    entries = [
-        f"{name}={serve(root / name.partition('/')[2], fault, source=SOURCE)}"
-        for name, (fault, _, _) in zip(NAMES, FAULTS, strict=True)
-    ]
-    candidates = [
-        Candidate(backend=name, geometries=(geometry,), trusted=True)
-        for name, (_, geometry, _) in zip(NAMES, FAULTS, strict=True)
-    ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LOCAL_KERNELS", ":".join(entries))
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setenv("OMP_NUM_THREADS", "1")
-        found = run(candidates, device="cpu")
-    return {proof.backend: proof for proof in found}
+    rows = zip(NAMES, FAULTS, strict=True)
+    return prove_all(
+        tmp_path_factory.mktemp("kernels"),
+        {name: (SOURCE, fault, geometry) for name, (fault, geometry, _) in rows},
+    )
 
 
 # The first test waits for all proofs.
