@@ -243,11 +243,12 @@ def check_packing(model: Any, *, collator: Collator | None = None) -> None:
     if choice is not None:
         _require_device(model, choice._task.machine)
         _require_choice(model, choice)
-        context = replace(choice._context, packing=True)
+        problem, backend = choice._task.problem, application.plan_backend(choice._plan)
     else:
         facts = read_facts(model)
-        backend = find_backend(implementation.removeprefix("kernels:")) or find_backend("sdpa")
-        assert backend is not None, "sdpa is known"
+        known = find_backend(implementation.removeprefix("kernels:")) or find_backend("sdpa")
+        assert known is not None, "sdpa is always known"
+        backend = known
         problem = Problem(
             model=facts.model,
             dtype=facts.weights or "float32",
@@ -259,11 +260,10 @@ def check_packing(model: Any, *, collator: Collator | None = None) -> None:
             rows=1,
             autocast=False,
         )
-        context = build_context(problem, backend)
     proof = check_isolation(
         model,
         implementation=implementation,
-        context=context,
+        context=replace(build_context(problem, backend), packing=True),
         collate=_adapt_collator(collator),
     )
     require_isolation(proof)
@@ -341,7 +341,6 @@ def _adapt_collator(collator: Collator | None) -> Any:
     """Return a function that collates rows of documents; None without a collator."""
     if collator is None:
         return None
-
     name = getattr(collator, "__name__", type(collator).__name__)
 
     def collate(rows: list[list[Any]]) -> dict[str, Any]:
@@ -361,9 +360,9 @@ def _adapt_collator(collator: Collator | None) -> Any:
         batch = collator(examples)
         _require_boundaries(batch, name, documents=sum(map(len, rows)))
         return {
-            name: value.to(device) if hasattr(value, "to") else value
-            for name, value in batch.items()
-            if name != "labels"
+            key: value.to(device) if hasattr(value, "to") else value
+            for key, value in batch.items()
+            if key != "labels"
         }
 
     return collate

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from attnimg import application
 from attnimg.config.attention import name_errors
-from attnimg.errors import AttnimgError
+from attnimg.errors import AttnimgError, bad_value
 from attnimg.facts import DType, LayerKind
 from attnimg.run_facts import Model, ModelClass
 from attnimg.selection import model_config, model_types
@@ -43,23 +43,18 @@ def require_kinds(backends: Mapping[LayerKind, str] | None, backend: str) -> Non
     if not isinstance(backends, Mapping):
         raise _bad_value("backends", "is not a dict", backends, '{"sliding": NAME, "full": NAME}')
     if unknown := backends.keys() - {*get_args(LayerKind)}:
-        raise AttnimgError(
+        raise bad_value(
+            "backends",
             f"backends has an unknown kind of layers: {min(map(str, unknown))}",
             why=f"known are {', '.join(get_args(LayerKind))}",
             do='pass backends={"sliding": NAME, "full": NAME}',
-            code="bad-value",
-            key="backends",
         )
     for name in backends.values():
         backend_name(name)
     if backend != planning.AUTO:
-        raise AttnimgError(
-            "backends and backend exclude each other",
-            why=f"found backend={backend!r} and backends={dict(backends)!r}",
-            do="leave backend out",
-            code="bad-value",
-            key="backends",
-        )
+        why = f"found backend={backend!r} and backends={dict(backends)!r}"
+        what = "backends and backend exclude each other"
+        raise bad_value("backends", what, why=why, do="leave backend out")
 
 
 def require_counts(**counts: int | None) -> None:
@@ -86,13 +81,8 @@ def require_names(**names: object) -> None:
 
 
 def _bad_value(key: str, what: str, found: object, example: str) -> AttnimgError:
-    return AttnimgError(
-        f"{key} {what}",
-        why=f"found {found!r}",
-        do=f"pass {key}={example}, or leave it out",
-        code="bad-value",
-        key=key,
-    )
+    do = f"pass {key}={example}, or leave it out"
+    return bad_value(key, f"{key} {what}", why=f"found {found!r}", do=do)
 
 
 # The names that trainers' arguments have for them.
@@ -110,12 +100,8 @@ def read_dtype(given: Any, facts: ModelFacts, arch: Any) -> DType:
             or planning.training_dtype(bf16="auto", fp16=False, arch=arch)
         )
     if name not in get_args(DType):
-        raise AttnimgError(
-            f"dtype is not one of {', '.join(get_args(DType))}",
-            why=f"found {given!r}",
-            do='pass dtype="bfloat16", or leave it out',
-            code="bad-value",
-            key="dtype",
+        raise _bad_value(
+            "dtype", f"is not one of {', '.join(get_args(DType))}", given, '"bfloat16"'
         )
     found: DType = name  # type: ignore[assignment]  # checked in the line above
     return found

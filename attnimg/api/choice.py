@@ -21,11 +21,10 @@ from attnimg.api.arguments import (
     require_kinds,
     require_names,
 )
-from attnimg.context import build_context
 from attnimg.errors import AttnimgError
 from attnimg.facts import Finding, LayerKind
 from attnimg.machine.kernel_cache import use_shipped_kernels
-from attnimg.run_facts import GroupChoice, Plan, Problem, Proof, RunContext, Verdict
+from attnimg.run_facts import GroupChoice, Plan, Problem, Proof, Verdict
 from attnimg.selection import known_bad
 from attnimg.selection import plan as planning
 from attnimg.task import Task, find_machine, gpu_text
@@ -176,10 +175,6 @@ class Choice:
     def _chosen(self) -> Verdict:
         assert self._plan.chosen is not None, "`select` raises if nothing was chosen"
         return self._plan.chosen
-
-    @property
-    def _context(self) -> RunContext:
-        return build_context(self._task.problem, application.plan_backend(self._plan))
 
     def _require_here(self) -> None:
         """Raise if it was selected for another machine."""

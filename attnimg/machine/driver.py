@@ -9,7 +9,7 @@ from typing import Literal
 
 from attnimg.facts import Machine
 from attnimg.selection.gpus_and_images import ImageFacts, gpu_catalogue
-from attnimg.selection.judge import is_older
+from attnimg.selection.judge import is_older, release
 
 # The package has a newer libcuda for an older kernel driver. It is for data-centre GPUs and Jetson,
 # not for GeForce; which drivers it serves is in the page's table.
@@ -48,10 +48,7 @@ def judge_driver(
     too_old = [other for other in wanted if driver_is_too_old(machine, other)]
     if image is None or not too_old or len(too_old) < len(wanted):
         return "ok", here, ""
-    lowest = too_old[0]
-    for other in too_old[1:]:
-        if is_older(other.driver_min or "", lowest.driver_min or ""):
-            lowest = other
+    lowest = min(too_old, key=lambda other: release(other.driver_min or ""))
     what = f"{here} is too old: attnimg:{lowest.name} needs {lowest.driver_min} or newer"
     do = f"update the host's driver to {lowest.driver_min} or newer"
     fitting = [f"attnimg:{o.name}" for o in serving if not driver_is_too_old(machine, o)]

@@ -304,8 +304,7 @@ def triton_settings(
         return {}
     others = [*_temporary_folders("triton")]
     for own in others:
-        # Its files are run, so no other user may be able to change them.
-        if _is_private(own) and all(_copy_triton_entries(source, own) for source in sources):
+        if all(_copy_triton_entries(source, own, private=True) for source in sources):
             _note(f"Triton can't write {named}; its cache is {own}")
             return {TRITON_CACHE: str(own)}
     tried = " or ".join(map(str, (named, *others)))
@@ -313,16 +312,7 @@ def triton_settings(
     return {}
 
 
-def _is_private(folder: Path) -> bool:
-    """Create or check a folder; return whether only this user can write to it."""
-    try:
-        make_private_folder(folder)
-    except OSError:
-        return False
-    return True
-
-
-def _copy_triton_entries(source: Path, target: Path) -> bool:
+def _copy_triton_entries(source: Path, target: Path, *, private: bool = False) -> bool:
     """Copy each entry of a folder to Triton's cache; return False if it can't be written.
 
     Triton finds an entry by its group file, which has the paths of the other files. It is therefore
@@ -330,6 +320,8 @@ def _copy_triton_entries(source: Path, target: Path) -> bool:
     3.8.0, runtime/cache.py, read 2026-11-25).
     """
     try:
+        if private:  # its files are run, so no other user may be able to change them
+            make_private_folder(target)
         target.mkdir(parents=True, exist_ok=True)
         if not os.access(target, os.W_OK):
             return False

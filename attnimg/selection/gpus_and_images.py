@@ -161,7 +161,7 @@ def image_catalogue() -> dict[str, ImageFacts]:
 
 
 def parse_images(text: str) -> dict[str, ImageFacts]:
-    """Parse such a catalogue: name -> image, stable ones first."""
+    """Parse the text of images.json: name -> image, stable ones first."""
     found = [_image_facts(name, facts) for name, facts in json.loads(text)["images"].items()]
     return {image.name: image for image in sorted(found, key=lambda i: i.channel != "stable")}
 

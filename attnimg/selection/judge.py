@@ -287,10 +287,11 @@ def _software_reasons(backend: Backend, machine: Machine) -> Iterator[Reason]:
 
 def is_older(version: str, minimum: str) -> bool:
     """Return whether a version's release number is lower; suffixes are ignored."""
-    return _release(version) < _release(minimum)
+    return release(version) < release(minimum)
 
 
-def _release(version: str) -> tuple[int, ...]:
+def release(version: str) -> tuple[int, ...]:
+    """Return the release number at the start of a version, (2, 13, 0) of "2.13.0+cpu"."""
     digits = re.match(r"\d+(\.\d+)*", version)
     return tuple(map(int, digits[0].split("."))) if digits else ()
 

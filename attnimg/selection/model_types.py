@@ -271,11 +271,11 @@ def _source(row: RefusedTypes, model_type: str) -> str:
 
 
 def hybrid_types() -> frozenset[str]:
-    """Return the model types that have or may have such layers."""
+    """Return the model types that have, or may have, layers without softmax attention."""
     return frozenset(name for row in other_layer_kinds().values() for name in row.types)
 
 
 @cache
 def other_layer_kinds() -> dict[str, OtherKind]:
-    """Read data/other_layers.toml: name -> kind."""
+    """Return data/other_layers.toml: name -> kind of layers without softmax attention."""
     return {name: OtherKind(**row) for name, row in read_data("other_layers.toml").items()}

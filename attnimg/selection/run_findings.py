@@ -40,7 +40,7 @@ _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OtherLayers:
-    """One kind of such layers in a model.
+    """One kind of layers without softmax attention in a model.
 
     Attributes:
         kind: the row of data/other_layers.toml, or the name in the config.
@@ -145,7 +145,7 @@ def check_other_layers(
     """
     errors, warnings = [], []
 
-    def warn(code: str, what: str, do: str, *, key: str = "sample_packing") -> None:
+    def warn(code: str, what: str, *, do: str, key: str = "sample_packing") -> None:
         warnings.append(Finding(code=code, key=key, what=what, do=do))
 
     for layers in other_layers(problem.model, machine):
@@ -168,8 +168,8 @@ def check_other_layers(
                 "packing-unproven",
                 f"it is not known whether packed documents are isolated in {count} "
                 f"({layers.label})",
-                "nothing now: attnimg train checks this on the real model before the first step, "
-                "and stops when documents leak",
+                do="nothing now: attnimg train checks this on the real model before the first "
+                "step, and stops when documents leak",
             )
         elif problem.packing and layers.modules:
             what = f"{count} with {layers.label} are called once per document"
@@ -177,20 +177,20 @@ def check_other_layers(
             if layers.missing:
                 what = f"{what} and run in plain PyTorch: {missing} not installed"
                 do = f"install {missing} on a GPU, or accept the speed"
-            warn("slow-layers", what, do)
+            warn("slow-layers", what, do=do)
         elif missing:
             warn(
                 "slow-layers",
                 f"{count} with {layers.label} run in plain PyTorch, which is correct but slow: "
                 f"{missing} not installed",
-                f"install {missing}, or accept the speed",
+                do=f"install {missing}, or accept the speed",
                 key="base_model",
             )
     return tuple(errors), tuple(warnings)
 
 
 def describe_other_layers(layers: OtherLayers) -> str:
-    """Return a description of one kind of other layers, in one line."""
+    """Return a description of one kind of layers without softmax attention, in one line."""
     count = "some" if layers.count is None else str(layers.count)
     text = f"{count} layers with {layers.label}"
     if layers.needs:

@@ -16,7 +16,6 @@ from attnimg.run_facts import Figure, Geometry, Reason
 from attnimg.verification.calls import (
     Probe,
     Result,
-    backward,
     call,
     draw_inputs,
     forward,
@@ -41,6 +40,7 @@ from attnimg.verification.training_conditions import (
     builds_cudnn_plans,
     check_dropout,
     check_full_row,
+    check_gradients_of,
     check_training_conditions,
     check_without_gradients,
     compiling_each_shape,
@@ -219,19 +219,19 @@ def _run_and_confirm(
         refused: whether the kernel is refused already, whatever this probe finds.
     """
     figures, faults = run()
-    reasons = [fault.reason for fault in faults]
-    if not faults or refused or any(not fault.noise_sensitive for fault in faults):
-        return Findings(figures, reasons, 1, [])
+    first = Findings(figures, [fault.reason for fault in faults], 1, [])
+    if not faults or refused or not all(fault.noise_sensitive for fault in faults):
+        return first
     for _ in range(REPEATS):
         try:
-            further_figures, further = run()
+            figures, faults = run()
         # Kernels may raise anything. The fault that the first run found is more informative.
         except Exception:
-            return Findings(figures, reasons, 1, [])
-        if further:
-            return Findings(figures, reasons, 1, [])
+            return first
+        if faults:
+            return first
     # One per probe: the caller refuses a kernel with two of them.
-    return Findings(further_figures, [], 1, reasons[:1])
+    return Findings(figures, [], 1, first.reasons[:1])
 
 
 def _run_probe(
@@ -254,8 +254,8 @@ def _run_probe(
             check_full_row(probe, expected, references),
         ]
     elif sum(case.lengths) <= _MAX_EVALUATED and not compiled:
-        if case.scores == "flat":
-            further = [_check_gradient_of_q_alone(probe, expected)]
+        if case.scores == "flat":  # as in a model whose only adapter is on q
+            further = [check_gradients_of(probe, expected, ("dq",))]
         if case.packed:
             further.append(check_without_gradients(probe, expected))
     try:
@@ -318,12 +318,6 @@ def repeat_calls(
         leaking = leaks(repeat_and_measure)
         found = _run_and_confirm(repeat_and_check, refused=False)
     return leaking, found.reasons
-
-
-def _check_gradient_of_q_alone(probe: Probe, expected: Expected) -> Iterator[Fault]:
-    """Check the call of a model whose only adapter is on q."""
-    found = backward(forward(probe, needs_grad=("dq",)))
-    yield from check_further_call(probe, "gradients of q alone", found, expected)
 
 
 def merge(found: Iterable[Findings]) -> Findings:

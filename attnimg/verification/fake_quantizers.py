@@ -270,7 +270,7 @@ def _with_positive_largest(weight: Tensor, group_size: int) -> Tensor:
 
 
 def _is_largest(weight: Tensor, group_size: int) -> Tensor:
-    """Return where a number is the largest of its group, which is clamped or not, as above."""
+    """Return where a number is the largest of its group; see _with_positive_largest."""
     groups = weight.detach().abs().unflatten(-1, (-1, group_size))
     return (groups == groups.amax(-1, keepdim=True)).flatten(-2)
 

@@ -258,6 +258,7 @@ def _compare(
 
 
 def _lowest(dtypes: Any) -> str:
+    """Return the name of the dtype with the fewest bits of mantissa."""
     names = {str(dtype).removeprefix("torch.") for dtype in dtypes}
     return next(name for name in ("bfloat16", "float16", "float32") if name in names)
 

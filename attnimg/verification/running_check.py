@@ -130,9 +130,7 @@ class Capture:
         original = AttentionInterface.get_interface
 
         def get_interface(interface: Any, *arguments: Any, **named: Any) -> AttentionFunction:
-            function = original(interface, *arguments, **named)
-
-            return partial(self._called, function)
+            return partial(self._called, original(interface, *arguments, **named))
 
         AttentionInterface.get_interface = get_interface
         try:

@@ -73,7 +73,7 @@ def check_training_conditions(probe: Probe, expected: Expected) -> Iterator[Faul
     Raises:
         Exception: whatever the kernel raises.
     """
-    before: torch.Tensor | None = None
+    before: Tensor | None = None
     for what, (mode, needs_grad) in _WITHOUT_GRADIENTS.items():
         with mode():
             found = forward_only(forward(probe, needs_grad=needs_grad))
@@ -85,10 +85,17 @@ def check_training_conditions(probe: Probe, expected: Expected) -> Iterator[Faul
     found = call(probe._replace(function=_with_checkpointing(probe.function)))
     yield from check_further_call(probe, "checkpointed", found, expected)
     for needs_grad in _SUBSETS:
-        found = backward(forward(probe, needs_grad=needs_grad))
-        what = f"gradients of {' and '.join(name[1:] for name in needs_grad)} alone"
-        yield from check_further_call(probe, what, found, expected)
+        yield from check_gradients_of(probe, expected, needs_grad)
     yield from _check_interleaved_calls(probe, expected)
+
+
+def check_gradients_of(
+    probe: Probe, expected: Expected, needs_grad: tuple[str, ...]
+) -> Iterator[Fault]:
+    """Check a call of which only some gradients are requested."""
+    found = backward(forward(probe, needs_grad=needs_grad))
+    what = f"gradients of {' and '.join(name[1:] for name in needs_grad)} alone"
+    yield from check_further_call(probe, what, found, expected)
 
 
 def check_without_gradients(
@@ -101,7 +108,7 @@ def check_without_gradients(
     yield from check_further_call(probe, what, found, expected)
 
 
-def _address(value: torch.Tensor) -> int:
+def _address(value: Tensor) -> int:
     return int(value.untyped_storage().data_ptr())
 
 
