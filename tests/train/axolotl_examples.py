@@ -268,7 +268,7 @@ def shares(examples: dict[str, Values]) -> tuple[Values, dict[str, list[str]], l
         if of_kind == "text":
             for key in {re.sub(r"\[\d+\]", "", error.key or "") for error in found.errors}:
                 blocking[key].append(name)
-    ordered = dict(sorted(blocking.items(), key=lambda item: -len(item[1])))
+    ordered = dict(sorted(blocking.items(), key=lambda item: (-len(item[1]), item[0])))
     return dict(sorted(counts.items())), ordered, accepted
 
 
