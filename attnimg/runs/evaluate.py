@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from attnimg import application
-from attnimg.config.schema import Config, trains_preferences
+from attnimg.config.schema import Config, has_reference, trains_preferences
 from attnimg.errors import AttnimgError
 from attnimg.facts import Machine
 from attnimg.pipeline import Applied, Selected, select, select_verify_apply
@@ -25,7 +25,14 @@ from attnimg.runs.evaluate_preferences import (
     load_frozen_reference,
 )
 from attnimg.runs.evaluation_data import load_data
-from attnimg.runs.folder import WITHOUT_TRAINING, RunFolder, find_run, has_receipt, locate
+from attnimg.runs.folder import (
+    WITHOUT_TRAINING,
+    RunFolder,
+    find_run,
+    has_receipt,
+    locate,
+    require_base,
+)
 from attnimg.train.run import TrainReport, read_checked_task, with_model_config
 
 if TYPE_CHECKING:
@@ -105,7 +112,8 @@ def find_target(argument: str, *, base: bool, base_model: str | None = None) -> 
         base_model: the base model, if it has been moved.
 
     Raises:
-        AttnimgError: as `find_run` does, or the file has another rl than the run (bad-value).
+        AttnimgError: as `find_run` does, also for a base model that a whole model is compared with
+            (base-model-differs), or the file has another rl than the run (bad-value).
     """
     written, folder = locate(argument)
     if written is not None and (base or not has_receipt(folder)):
@@ -115,6 +123,8 @@ def find_target(argument: str, *, base: bool, base_model: str | None = None) -> 
         note = f"{folder} has no trained run: the base model {config.base_model} is evaluated"
         return EvaluationTarget(config=config, run=None, notes=() if base else (note,))
     run = find_run(argument, command="evaluate", base_model=base_model)
+    if run.kind == "model" and (base or has_reference(run.config)):
+        require_base(run, command="evaluate")
     config = run.config if base else run.loading_config
     if written is not None:
         if written.rl != run.config.rl:

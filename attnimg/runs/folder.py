@@ -103,7 +103,7 @@ def find_run(argument: str, *, command: str, base_model: str | None = None) -> R
         run = replace(run, config=run.config.model_copy(update={"base_model": base_model}))
     _require_weights(run)
     if run.kind == "adapter":
-        _require_base(run, command=command)
+        require_base(run, command=command)
     return run
 
 
@@ -269,8 +269,14 @@ def _require_weights(run: RunFolder) -> None:
         )
 
 
-def _require_base(run: RunFolder, *, command: str) -> None:
-    """Raise unless the base model of an adapter is on this machine, unchanged since training."""
+def require_base(run: RunFolder, *, command: str) -> None:
+    """Raise unless the base model of a run is on this machine, unchanged since training.
+
+    find_run checks it for an adapter; of a whole model, only some commands need the base model.
+
+    Raises:
+        AttnimgError: code base-model-differs.
+    """
     base = run.config.base_model
     now = hash_model(run.config) if base else None
     identity = (run.receipt or {}).get("identity") or {}

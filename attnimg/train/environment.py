@@ -17,10 +17,15 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from attnimg.config.schema import Config, trackers
 from attnimg.errors import AttnimgError
@@ -314,7 +319,7 @@ def silence_libraries() -> None:
     os.environ["MPLBACKEND"] = "agg"
     # It would warn that the kernel, which it is not allowed to download, is missing.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    _import_bitsandbytes_without_kernels()
+    _import_bitsandbytes_late()
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
@@ -324,20 +329,54 @@ def silence_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _import_bitsandbytes_without_kernels() -> None:
-    """Import bitsandbytes without the hub kernel that it would download and run at import.
+def _import_bitsandbytes_late() -> None:
+    """Import PEFT without bitsandbytes, which is then imported by what uses it, without kernels.
+
+    Importing it takes more than a second of CPU. Only KappaTune, which computes with the weights of
+    quantized layers and which attnimg does not use, needs it in peft.helpers.
+    Source: peft 0.21.2, helpers.py, KappaTuneSelector (2026-11-28).
+    """
+    if "bitsandbytes" in sys.modules or find_spec("bitsandbytes") is None:
+        return
+    if not any(isinstance(finder, _BitsandbytesFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _BitsandbytesFinder())
+    with _hidden("bitsandbytes"):
+        import peft  # noqa: F401  imported only for the order
+
+
+@contextmanager
+def _hidden(package: str) -> Iterator[None]:
+    """Make the import of a package fail in the block."""
+    before = sys.modules.get(package)
+    sys.modules[package] = None  # type: ignore[assignment]  # None makes its import fail
+    try:
+        yield
+    finally:
+        del sys.modules[package]
+        if before is not None:
+            sys.modules[package] = before
+
+
+class _BitsandbytesFinder(MetaPathFinder):
+    """Find bitsandbytes with a loader that hides the package kernels from it.
 
     On a CPU with avx512_bf16 it downloads kernels-community/quantization-bitsandbytes, which also
     computes in bfloat16 in a run of any precision; without it, bitsandbytes uses its own code.
     Source: bitsandbytes 0.50.2, backends/cpu/ops.py, has_avx512bf16 (2026-11-21).
     """
-    if find_spec("bitsandbytes") is None or "bitsandbytes" in sys.modules:
-        return
-    kernels = sys.modules.get("kernels")
-    sys.modules["kernels"] = None  # type: ignore[assignment]  # None makes its import fail
-    try:
-        import bitsandbytes  # noqa: F401  imported only for what it registers
-    finally:
-        del sys.modules["kernels"]
-        if kernels is not None:
-            sys.modules["kernels"] = kernels
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        """Return the spec of bitsandbytes; None for all other modules."""
+        if fullname != "bitsandbytes":
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None and isinstance(spec.loader, SourceFileLoader):
+            spec.loader = _WithoutKernels(fullname, spec.loader.path)
+        return spec
+
+
+class _WithoutKernels(SourceFileLoader):
+    def exec_module(self, module: ModuleType) -> None:
+        """Run the module; importing kernels fails meanwhile."""
+        with _hidden("kernels"):
+            super().exec_module(module)

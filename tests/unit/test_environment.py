@@ -254,3 +254,57 @@ def test_silenced_libraries_report_nowhere(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("KUBEFLOW_TRAINER_SERVER_URL", "http://127.0.0.1:1")
     silence_libraries()
     assert not integration_utils.is_kubeflow_available()
+
+
+# Prints whether bitsandbytes is imported by the libraries of every run, whether PEFT finds it after
+# that, and the error of a weight that it quantizes.
+LATE = """
+import sys
+from attnimg.train.environment import silence_libraries
+silence_libraries()
+from transformers import Trainer
+from trl import SFTTrainer
+early = "bitsandbytes" in sys.modules
+from peft.import_utils import is_bnb_4bit_available
+available = is_bnb_4bit_available()
+import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+weights = torch.randn(64, 64)
+error = (dequantize_4bit(*quantize_4bit(weights, quant_type="nf4")) - weights).abs().max()
+print(early, available, "bitsandbytes" in sys.modules, bool(0 < error < 1))
+"""
+# A package bitsandbytes that asks for the package kernels, as the real one does on some CPUs.
+ASKS = """
+try:
+    import kernels
+except ImportError:
+    kernels = None
+"""
+USES = """
+from attnimg.train.environment import silence_libraries
+silence_libraries()
+silence_libraries()
+import bitsandbytes, kernels
+print(bitsandbytes.kernels, kernels.__name__)
+"""
+
+
+def output(code: str, path: Path | None = None) -> str:
+    """Run a program, with modules in a folder; return the last line that it prints."""
+    paths = [str(path)] * (path is not None) + [str(Path(__file__).parents[2])]
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+def test_bitsandbytes_is_imported_when_it_is_used() -> None:
+    assert output(LATE) == "False True True True"
+
+
+def test_bitsandbytes_gets_no_kernels_to_download(tmp_path: Path) -> None:
+    (tmp_path / "bitsandbytes").mkdir()
+    (tmp_path / "bitsandbytes/__init__.py").write_text(ASKS)
+    assert output(USES, tmp_path) == "None kernels"

@@ -13,9 +13,23 @@ from attnimg.config.conversion.draft import Draft
 
 INFO = "dataset_info.json"
 STAGES = ("dpo", "kto")
-# pref_loss -> attnimg's dpo_loss_type. The others are computed without a reference, and not as TRL
-# computes ORPO: LLaMA-Factory's has no loss on the prompt.
+# pref_loss -> attnimg's dpo_loss_type.
 _LOSSES = {"sigmoid": None, "hinge": ["hinge"], "ipo": ["ipo"]}
+# pref_loss -> why it is refused, and what to do. TRL's ORPO: trl 1.16, experimental/orpo/
+# orpo_trainer.py, concatenated_forward: "computed over the full prompt and response" (2026-11-28).
+_REFUSED = {
+    "orpo": (
+        "rl: orpo trains another loss, TRL's: it has the prompts too, averaged over all tokens of "
+        "a batch; LLaMA-Factory's has only the chosen answers, averaged by answer. A config that "
+        "was converted with sigmoid trains TRL's with rl: orpo in place of rl: dpo",
+        "set pref_loss: sigmoid",
+    ),
+    "simpo": (
+        "SimPO compares mean log-probabilities without a reference, with the margin simpo_gamma; "
+        "attnimg has no such loss",
+        "set pref_loss: sigmoid",
+    ),
+}
 _OF_KTO = {"kto_chosen_weight": "kto_desirable_weight",
            "kto_rejected_weight": "kto_undesirable_weight"}  # fmt: skip
 
@@ -39,9 +53,14 @@ def convert_preferences(draft: Draft) -> None:
     loss = draft.get("pref_loss")
     if isinstance(loss, str) and loss in _LOSSES:
         draft.put("dpo_loss_type", _LOSSES[loss], "pref_loss")
-    else:
-        why = f"needed one of {', '.join(_LOSSES)}; attnimg has no other loss of LLaMA-Factory"
-        draft.refuse("pref_loss", why=why, do="set pref_loss: sigmoid")
+        return
+    why, do = (
+        f"needed one of {', '.join(_LOSSES)}; attnimg has no other loss of LLaMA-Factory",
+        "set pref_loss: sigmoid",
+    )
+    if isinstance(loss, str):
+        why, do = _REFUSED.get(loss, (why, do))
+    draft.refuse("pref_loss", why=why, do=do)
 
 
 def type_of_pairs(

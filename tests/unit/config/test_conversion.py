@@ -432,6 +432,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a stage of rewards": ({**FACTORY, "stage": "rm"}, "stage"),
     "a loss without a reference": (
         {**FACTORY, "stage": "dpo", "dataset": "pairs", "pref_loss": "orpo"}, "pref_loss"),
+    "SimPO": ({**FACTORY, "stage": "dpo", "dataset": "pairs", "pref_loss": "simpo"}, "pref_loss"),
     "a loss that is no name": (
         {**FACTORY, "stage": "dpo", "dataset": "pairs", "pref_loss": {"ipo": 1}}, "pref_loss"),
     "another part of the loss": (
@@ -686,6 +687,22 @@ def test_the_stages_of_preferences_of_llama_factory_are_converted() -> None:
     assert found["datasets"][0]["type"].items() >= {
         "field_prompt": "ask", "field_completion": "said", "field_label": "ok"
     }.items()  # fmt: skip
+
+
+def test_losses_without_a_reference_are_refused_by_name() -> None:
+    values = {**FACTORY, "stage": "dpo", "dataset": "pairs", "pref_beta": 0.2}
+
+    def why(loss: str) -> str:
+        (error,) = convert({**values, "pref_loss": loss}).errors
+        assert error.key == "pref_loss"
+        return error.why
+
+    assert "LLaMA-Factory's has only the chosen answers" in why("orpo")
+    assert "without a reference, with the margin simpo_gamma" in why("simpo")
+    assert "needed one of sigmoid, hinge, ipo" in why("kto_pair")
+    # What the reason of orpo says about the converted config.
+    found = converted({**values, "pref_loss": "sigmoid"})
+    assert check_values({**found, "rl": "orpo"}, file="config").ok
 
 
 def test_texts_that_pairs_do_not_have_here_are_refused() -> None:

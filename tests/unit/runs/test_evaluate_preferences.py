@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 sys.path.append(str(Path(__file__).parents[2] / "fixtures"))
 from tiny_preferences import labeled, pairs, write
@@ -117,6 +119,39 @@ def test_the_reference_of_a_continued_adapter_is_that_adapter(
     assert both["metrics"]["rewards/margins"] == pytest.approx(
         expected["eval_rewards/margins"], rel=1e-3, abs=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    ("rl", "needs_base"),
+    [
+        pytest.param("kto", True, id="kto compares with its base model"),
+        pytest.param("orpo", False, id="orpo has no reference"),
+    ],
+)
+def test_a_full_run_is_compared_with_the_base_model_of_its_training(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], rl: str, needs_base: bool
+) -> None:
+    base = Path(shutil.copytree(folder / "model", tmp_path / "model"))
+    run = train(folder, f"base-{rl}", rl, base_model=str(base)).with_suffix("")
+    expected = printed(capsys, str(run))[-1]
+    at_base = printed(capsys, str(run), "--base")[-1]
+    moved = shutil.copytree(base, tmp_path / "moved")
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"][0] += 1
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+
+    for arguments, refuses in (((str(run),), needs_base), ((str(run), "--base"), True)):
+        if not refuses:
+            assert printed(capsys, *arguments)[-1] == expected
+            continue
+        assert command("evaluate", *arguments) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert f"{base} is not the base model of {run}" in said
+        assert "model.safetensors: found SHA-256" in said
+        assert "run attnimg evaluate with --base-model and the folder of the model" in said
+    found = ("--base-model", str(moved))
+    assert printed(capsys, str(run), *found)[-1] == expected, "the advice helps"
+    assert printed(capsys, str(run), "--base", *found)[-1] == {**at_base, "weights": str(moved)}
 
 
 def test_texts_are_refused_for_a_run_with_rl(
