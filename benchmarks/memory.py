@@ -103,7 +103,7 @@ RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         "validate", WIDER, FULL | {"optimizer": "adafactor", "bf16": True, "sequence_len": 1024,
                                    "micro_batch_size": 1}),
     "adafactor, bf16, checkpointing": (
-        "validate", WIDER,
+        "calibrate", WIDER,
         FULL | {"optimizer": "adafactor", "bf16": True, "sequence_len": 2048, "micro_batch_size": 2,
                 "gradient_checkpointing": True}),
     "long rows, bf16": (

@@ -43,6 +43,11 @@ CPU_BASE = 680 << 20
 # with an adapter, whose small tensors fragment the freed memory of large ones.
 # Source: docs/measured/memory.json, the runs that calibrate it.
 HEAP_FREE, HEAP_FREE_ADAPTER = 0.22, 0.70
+# With checkpointing and all weights trained, the size of the heap beside the optimizer's states, as
+# a multiple of its tensors. The backward pass allocates the tensors of each layer again, between
+# those that are kept; an optimizer with large states fills a part of the holes.
+# Source: as above, the run "adafactor, bf16, checkpointing" (2026-11-28).
+HEAP_CHECKPOINTING = 2.0
 # Bytes that CUDA's context and the libraries take on a GPU, with few and with many kernels, and the
 # share that torch's allocator holds beyond the tensors. Assumed: no run has measured them yet.
 CUDA_LOW, CUDA_HIGH = 400 << 20, 1200 << 20
@@ -142,7 +147,9 @@ def forecast_memory(
         if phase in untouched:
             parts["loss" if phase == "loss" else "activations"] -= untouched[phase]
         total = CPU_BASE + weights + mapped_bytes(model, run)
-        total += process_bytes(phases, untouched=untouched, adapter=run.adapter)
+        total += process_bytes(
+            phases, untouched=untouched, adapter=run.adapter, checkpointing=run.checkpointing
+        )
         parts |= {"base": CPU_BASE, "overhead": total - CPU_BASE - sum(parts.values())}
         low, high = int(total * (1 - PROCESS_ERROR)), int(total * (1 + PROCESS_ERROR))
     else:
@@ -162,7 +169,11 @@ def forecast_memory(
 
 
 def process_bytes(
-    phases: Mapping[str, Mapping[str, Amount]], *, untouched: Mapping[str, int], adapter: bool
+    phases: Mapping[str, Mapping[str, Amount]],
+    *,
+    untouched: Mapping[str, int],
+    adapter: bool,
+    checkpointing: bool,
 ) -> int:
     """Return the bytes of a process without its weights; freed small tensors stay in its heap.
 
@@ -170,6 +181,7 @@ def process_bytes(
         phases: as list_phases returns them.
         untouched: phase -> bytes that are allocated and not written.
         adapter: whether an adapter is trained instead of all weights.
+        checkpointing: whether activations are computed again in the backward pass.
     """
     heap = 0.0
     large = 0
@@ -180,6 +192,9 @@ def process_bytes(
         if name == LOSS_CHECK and not adapter:
             free = 0.0  # it is the first phase, in a new heap
         heap = max(heap, small * (1 + free))
+        if checkpointing and not adapter and name != LOSS_CHECK:
+            states = parts.get("optimizer", Amount()).small
+            heap = max(heap, (small - states) * HEAP_CHECKPOINTING)
         large = max(large, rest - untouched.get(name, 0))
     return int(heap) + large
 

@@ -15,20 +15,14 @@ INFO = "dataset_info.json"
 STAGES = ("dpo", "kto")
 # pref_loss -> attnimg's dpo_loss_type.
 _LOSSES = {"sigmoid": None, "hinge": ["hinge"], "ipo": ["ipo"]}
-# pref_loss -> why it is refused, and what to do. TRL's ORPO: trl 1.16, experimental/orpo/
-# orpo_trainer.py, concatenated_forward: "computed over the full prompt and response" (2026-11-28).
+# pref_loss -> why it is refused. TRL's ORPO: trl 1.16, experimental/orpo/orpo_trainer.py,
+# concatenated_forward: "computed over the full prompt and response" (2026-11-28).
 _REFUSED = {
-    "orpo": (
-        "rl: orpo trains another loss, TRL's: it has the prompts too, averaged over all tokens of "
-        "a batch; LLaMA-Factory's has only the chosen answers, averaged by answer. A config that "
-        "was converted with sigmoid trains TRL's with rl: orpo in place of rl: dpo",
-        "set pref_loss: sigmoid",
-    ),
-    "simpo": (
-        "SimPO compares mean log-probabilities without a reference, with the margin simpo_gamma; "
-        "attnimg has no such loss",
-        "set pref_loss: sigmoid",
-    ),
+    "orpo": "rl: orpo trains another loss, TRL's: it has the prompts too, averaged over all tokens "
+    "of a batch; LLaMA-Factory's has only the chosen answers, averaged by answer. A config that "
+    "was converted with sigmoid trains TRL's with rl: orpo in place of rl: dpo",
+    "simpo": "SimPO compares mean log-probabilities without a reference, with the margin "
+    "simpo_gamma; attnimg has no such loss",
 }
 _OF_KTO = {"kto_chosen_weight": "kto_desirable_weight",
            "kto_rejected_weight": "kto_undesirable_weight"}  # fmt: skip
@@ -54,13 +48,10 @@ def convert_preferences(draft: Draft) -> None:
     if isinstance(loss, str) and loss in _LOSSES:
         draft.put("dpo_loss_type", _LOSSES[loss], "pref_loss")
         return
-    why, do = (
-        f"needed one of {', '.join(_LOSSES)}; attnimg has no other loss of LLaMA-Factory",
-        "set pref_loss: sigmoid",
-    )
+    why = f"needed one of {', '.join(_LOSSES)}; attnimg has no other loss of LLaMA-Factory"
     if isinstance(loss, str):
-        why, do = _REFUSED.get(loss, (why, do))
-    draft.refuse("pref_loss", why=why, do=do)
+        why = _REFUSED.get(loss, why)
+    draft.refuse("pref_loss", why=why, do="set pref_loss: sigmoid")
 
 
 def type_of_pairs(
