@@ -3,9 +3,10 @@
 Right kernels are those of tests/fixtures/noisy_kernels, with 200 proofs of each kind of noise over
 head sizes, query heads per key head, precisions, packing and tile sizes. Wrong ones are the same
 with a leak, and every kernel of tests/unit/verification/test_wrong_kernels.py. Prints the rates,
-and writes them to docs/measured/proof-noise.json.
+and writes them to docs/measured/proof-noise.json. With names of parts it makes only those, and the
+record keeps the others.
 
-    python benchmarks/proof_noise.py [proofs of each kind]
+    python benchmarks/proof_noise.py [proofs of each kind] [right] [leaks] [wrong]
 """
 
 from __future__ import annotations
@@ -41,14 +42,17 @@ def main() -> None:
 
     torch.set_num_threads(1)
     n_proofs = int(sys.argv[1]) if len(sys.argv) > 1 else PROOFS
-    record: dict[str, Any] = {
+    parts = {"right": _prove_right(n_proofs), "leaks": _prove_leaks(), "wrong": _prove_wrong()}
+    chosen = sys.argv[2:] or [*parts]
+    kept = json.loads(RECORD.read_text(encoding="utf-8")) if sys.argv[2:] else {}
+    record: dict[str, Any] = kept | {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": f"{platform.machine()} CPU, torch {torch.__version__}",
         "sequence_len": SEQUENCE_LEN,
         **settings(),
     }
-    for part in (_prove_right(n_proofs), _prove_leaks(), _prove_wrong()):
-        for name, found in part:
+    for part in chosen:
+        for name, found in parts[part]:
             record[name] = found
             print(f"{name}: {json.dumps(found)}", flush=True)
             RECORD.parent.mkdir(parents=True, exist_ok=True)
