@@ -130,12 +130,13 @@ class _Generator(GenerateJsonSchema):
         return {**inner, **_AFTER.get(schema["function"]["function"], {})}
 
 
+_UNSET = ["", False, 0]  # of keys that these values leave unset
 _UNQUOTED_NO = (False, "No", "NO", "off", "Off", "OFF")  # an unquoted no is false to YAML 1.1
 _PAIR = r"[^=,]*[^=,\s][^=,]*=[^,]*[^,\s][^,]*"  # name=value
 _BEFORE: dict[Callable[..., Any], Callable[[Schema], Schema]] = {
     schema._to_bool: lambda _: dict(_FLAG),  # pydantic adds the default to it
     schema._to_learning_rate: lambda inner: {"anyOf": [inner, _NUMBER_AS_TEXT]},
-    schema._unset_if_empty: lambda inner: {"anyOf": [inner, {"enum": ["", False, 0]}]},
+    schema._unset_if_empty: lambda inner: {"anyOf": [inner, {"enum": _UNSET}]},
     schema._to_strategy: lambda inner: {"enum": [*inner["enum"], *_UNQUOTED_NO]},
     schema._to_arguments: lambda inner: {
         "anyOf": [
@@ -143,6 +144,9 @@ _BEFORE: dict[Callable[..., Any], Callable[[Schema], Schema]] = {
             {"type": "string", "pattern": rf"^\s*({_PAIR})?(,({_PAIR}|\s*))*$"},
             {"enum": [False, 0, []]},
         ]
+    },
+    schema._to_tracker_list: lambda inner: {
+        "anyOf": [inner, inner["items"], {"enum": ["none", *_UNSET]}]
     },
     schema._to_list: lambda inner: {"anyOf": [inner, inner["items"]]},
     schema._to_list_of_specs: lambda inner: {
