@@ -5,6 +5,7 @@ tests/axolotl/test_tokens.py compares them with axolotl's own function.
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
+from attnimg.errors import AttnimgError
 from attnimg.train.tokenizer import load_tokenizer
 
 sys.path.append(str(Path(__file__).parents[1] / "fixtures"))
@@ -83,3 +85,19 @@ def test_a_token_that_the_tokenizer_has_gets_axolotls_flags(folder: Path) -> Non
     found = load(folder, special_tokens={"additional_special_tokens": ["<turn>"]})
     assert len(found) == len(plain)
     assert found("<turn>  sea").input_ids != found("<turn>sea").input_ids
+
+
+@pytest.mark.parametrize("place", [16, 100, 2000, None], ids=str)
+def test_a_damaged_file_of_a_tokenizer_is_an_error_in_words(
+    folder: Path, tmp_path: Path, place: int | None
+) -> None:
+    shutil.copytree(folder, tmp_path / "run")
+    file = tmp_path / "run/model/tokenizer.json"
+    whole = file.read_bytes()
+    if place is None:
+        assert load(tmp_path / "run")
+        return
+    file.write_bytes(whole[:place] + b"null{" + whole[place:])
+    with pytest.raises(AttnimgError) as caught:
+        load(tmp_path / "run")
+    assert (caught.value.code, caught.value.key) == ("bad-model", "base_model")
