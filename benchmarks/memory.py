@@ -94,7 +94,7 @@ RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         "calibrate", LLAMA | {"hidden_size": 768, "intermediate_size": 2304},
         FULL | {"optimizer": "adafactor", "micro_batch_size": 1}),
     "8-bit optimizer": (
-        "validate", LLAMA | {"hidden_size": 768, "intermediate_size": 2304},
+        "calibrate", LLAMA | {"hidden_size": 768, "intermediate_size": 2304},
         FULL | {"optimizer": "adamw_8bit", "micro_batch_size": 1}),
     "sgd, accumulation": (
         "validate", LLAMA | {"hidden_size": 768, "intermediate_size": 2304},

@@ -21,7 +21,13 @@ from attnimg.memory.activations import (
 )
 from attnimg.memory.amounts import Amount, amount
 from attnimg.memory.architecture import Architecture
-from attnimg.memory.parts import gradient_bytes, mapped_bytes, optimizer_bytes, weight_bytes
+from attnimg.memory.parts import (
+    BLOCKWISE,
+    gradient_bytes,
+    mapped_bytes,
+    optimizer_bytes,
+    weight_bytes,
+)
 from attnimg.memory.settings import (
     SMALL_LOGITS,
     RunSettings,
@@ -37,8 +43,8 @@ _OTHER_PHASES = (EVALUATION, LOSS_CHECK)
 Fits = Literal["yes", "maybe", "no"]
 
 # Bytes of a process on a CPU before it loads a model: Python, torch and the libraries.
-# Source: docs/measured/memory.json, the runs of the part "base" (2026-11-27).
-CPU_BASE = 680 << 20
+# Source: docs/measured/memory.json, the runs of the part "base" (2026-11-28).
+CPU_BASE = 660 << 20
 # On a CPU, the share of the heap that is free between its tensors: with all weights trained, and
 # with an adapter, whose small tensors fragment the freed memory of large ones.
 # Source: docs/measured/memory.json, the runs that calibrate it.
@@ -229,11 +235,14 @@ def list_phases(
     by_size = sorted(layers, key=lambda layer: layer.kept.total)
     # Checkpointing computes the activations of one layer again, at its backward pass.
     last = by_size[-1].kept if run.checkpointing else Amount()
-    before = (gradients if run.accumulates or run.processes > 1 else head) + buckets
+    every = run.accumulates or run.processes > 1
+    before = (gradients if every else head) + buckets
+    # The gradient of the output layer follows that of kept logits, whose other tensors are freed.
+    at_loss = Amount() if run.keeps_logits and not every else before
     after = gradients + buckets
     working = max((layer.working for layer in layers), key=lambda found: found.total)
     phases = {
-        "loss": {"optimizer": states, "gradients": before, "activations": kept + last_kept,
+        "loss": {"optimizer": states, "gradients": at_loss, "activations": kept + last_kept,
                  "loss": loss},
         "backward pass of the last layer": {
             "optimizer": states, "gradients": before, "activations": kept + last,
@@ -261,6 +270,9 @@ def _step_bytes(model: Architecture, run: RunSettings) -> Amount:
     largest = max(size for _, size, _ in trained_weights(model, run))
     if run.optimizer == "adafactor":
         return amount(3 * [4 * largest])
+    if run.cpu and run.optimizer in BLOCKWISE:
+        # Measured: docs/measured/memory.json, the run "8-bit optimizer" (2026-11-28).
+        return amount(5 * [4 * largest])
     if run.optimizer in ("adamw_torch", "adagrad", "rmsprop") and not run.cpu:
         return gradient_bytes(
             model, run

@@ -25,12 +25,12 @@ _FIXED = {
 # Optimizer -> number of states in the weight's dtype.
 _STATES = {"adamw_torch": 2, "adamw_torch_fused": 2, "adagrad": 1, "rmsprop": 1}
 # Optimizer -> number of states, bits of each, weights per block, which has a 32-bit scale.
-_BLOCKWISE = {
+BLOCKWISE = {
     "adamw_8bit": (2, 8, 256), "adamw_bnb_8bit": (2, 8, 256), "paged_adamw_8bit": (2, 8, 256),
     "lion_8bit": (1, 8, 256), "paged_lion_8bit": (1, 8, 256), "adamw_torch_8bit": (2, 8, 256),
     "adamw_torch_4bit": (2, 4, 128),
 }  # fmt: skip
-OPTIMIZERS = (*_FIXED, *_STATES, *_BLOCKWISE, "adafactor")
+OPTIMIZERS = (*_FIXED, *_STATES, *BLOCKWISE, "adafactor")
 
 
 def frozen_linear_bytes(weights: int, run: RunSettings) -> int:
@@ -80,9 +80,9 @@ def optimizer_bytes(model: Architecture, run: RunSettings) -> Amount:
         states = [int(size * state) for state in _states(size, each, model, run)]
         total += amount(states).times(count)
     name = run.optimizer
-    if name in _BLOCKWISE and not name.startswith("adamw_torch") and _trains_embeddings(run):
+    if name in BLOCKWISE and not name.startswith("adamw_torch") and _trains_embeddings(run):
         # transformers keeps the states of input embeddings in 32 bits with bitsandbytes.
-        count, bits, block = _BLOCKWISE[name]
+        count, bits, block = BLOCKWISE[name]
         total += amount(count * [int(model.embeddings * (4 - bits / 8 - 4 / block))])
     return total
 
@@ -94,8 +94,8 @@ def _states(size: int, each: int, model: Architecture, run: RunSettings) -> list
         return (2 if _FIXED[name] == 8 else 1) * [min(_FIXED[name], 4.0)]
     if name in _STATES:
         return _STATES[name] * [float(each)]
-    if name in _BLOCKWISE:
-        count, bits, block = _BLOCKWISE[name]
+    if name in BLOCKWISE:
+        count, bits, block = BLOCKWISE[name]
         return count * [4.0 if size < _SMALLEST_8BIT else bits / 8 + 4 / block]
     return [_adafactor(size, model) * each / size]
 
