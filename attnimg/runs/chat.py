@@ -176,12 +176,12 @@ def _require_cached_attention(model: Any, report: TrainReport) -> None:
     Raises:
         AttnimgError: the logits of sdpa are wrong as well (code cache-differs, exit code 1).
     """
-    from attnimg.train.loss import unwrap_peft
+    from attnimg.application import inner_model
 
     error = _cache_error(model)
     if error is not None and application.current_implementation(model) != "sdpa":
         report.warn_replaced(f"sdpa replaces the backend, which can't use a KV cache: {error}")
-        unwrap_peft(model).set_attn_implementation("sdpa")
+        inner_model(model).set_attn_implementation("sdpa")
         error = _cache_error(model)
     if error is not None:
         raise AttnimgError(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from trl import SFTTrainer
 
+from attnimg.application import inner_model
 from attnimg.memory.settings import SMALL_LOGITS
 from attnimg.train.rows import NO_LOSS, Batch, CountingCollator, Rows
 
@@ -144,14 +145,9 @@ class LossTrainer(SFTTrainer):  # type: ignore[misc]  # TRL's types are not foll
         self._aux += torch.tensor(window, device=self._aux.device)
 
 
-def unwrap_peft(model: Any) -> Any:
-    """Return the model inside a PEFT model, or a model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def aux_loss_coefficient(model: Any) -> float:
     """Return the weight of a model's auxiliary loss; 0 where neither class nor config has it."""
-    base = unwrap_peft(model)
+    base = inner_model(model)
     holders = (base, base.config.get_text_config())
     found = [getattr(holder, name, None) for holder in holders for name in AUX_LOSS_COEFFICIENTS]
     return next((float(value) for value in found if value is not None), 0.0)

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from attnimg.application import inner_model
 from attnimg.errors import AttnimgError, exception_text, out_of_memory_error
 from attnimg.run_facts import RunContext
 from attnimg.train.distributed import any_rank
@@ -40,7 +41,6 @@ from attnimg.train.loss import (
     loss_tolerance,
     score_tokens,
     shift_labels,
-    unwrap_peft,
 )
 from attnimg.train.rows import COUNTS, Rows
 
@@ -258,7 +258,7 @@ def compare_output_layer(engine: Any, inputs: dict[str, Any]) -> Comparison | No
         both, or the layers after it raise in float32 or run out of memory.
     """
     model = engine.model
-    base = unwrap_peft(model)
+    base = inner_model(model)
     backbone = getattr(base, "base_model", base)
     if backbone is base:
         return None
@@ -446,4 +446,4 @@ def _model_raised_error(engine: Any, raised: str | None) -> AttnimgError:
 
 
 def _class_name(engine: Any) -> str:
-    return type(unwrap_peft(engine.model)).__name__
+    return type(inner_model(engine.model)).__name__

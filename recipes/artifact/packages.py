@@ -121,7 +121,7 @@ def write_sbom(
         )
     components = json.loads(cyclonedx.read_text(encoding="utf-8")).get("components", [])
     return {
-        canonicalize_name(one["name"]): one["version"]
+        canonicalize_name(one["name"]): one.get("version", "unknown")
         for one in components
         if one.get("purl", "").startswith("pkg:pypi/") and not _is_bundled(one)
     }

@@ -96,6 +96,20 @@ def running_registry(folder: Path, *, users: str = "") -> Iterator[LocalRegistry
     finally:
         server.terminate()
         server.wait()
+        _remove_images(f"127.0.0.1:{port}/")
+
+
+def _remove_images(prefix: str) -> None:
+    """Remove the engine's images whose name begins with that of a registry which is gone."""
+    command = ["docker", "images", "--digests", "--format", "{{.Repository}} {{.Tag}} {{.Digest}}"]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    except FileNotFoundError:
+        return
+    for name, tag, digest in (line.split() for line in listed.splitlines()):
+        if name.startswith(prefix):
+            reference = f"{name}@{digest}" if tag == "<none>" else f"{name}:{tag}"
+            subprocess.run(["docker", "rmi", reference], capture_output=True, check=False)
 
 
 @pytest.fixture(scope="session")
