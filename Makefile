@@ -192,8 +192,11 @@ podman: ## Install Podman for `make test/%`, from Debian's packages, if there is
 base: engine ## Pull the base image by its digest, or make a stand-in of Debian's packages
 	@docker/base_image.py
 
-# Refuse a name without a recipe, with the names that have one.
-KNOWN = docker/build.py $* --check
+# Refuse a name without a recipe, with the names that have one; and a KERNEL that is not built for it.
+KNOWN = docker/build.py $* --check $(if $(KERNEL),--kernel "$$KERNEL")
+
+# The wheels of an image; small builds have a folder of their own.
+HOUSE = dist/$*$(if $(TRIM),-trim)
 
 # Start the engine, unless there is no recipe of the image.
 NEEDS_ENGINE = @$(KNOWN) && $(MAKE) engine
@@ -219,13 +222,13 @@ toolchain/%: ## Build the stage that compiles the kernels of attnimg:%
 sources/%: .venv/ready ## Fetch the git trees of attnimg:%'s kernels; FROM=DIR reads them from clones
 	@$(BIN)/python -m recipes sources $* $(if $(FROM),--from "$$FROM")
 
-wheels/%: ## Compile the kernels of attnimg:% into dist/%; hours; TRIM=1 makes small builds in minutes
+wheels/%: ## Compile the kernels of attnimg:% that dist/% lacks, or KERNEL=one of them; hours; TRIM=1: small builds, into dist/%-trim
 	$(NEEDS_ENGINE)
-	@PROGRESS=plain docker/build.py $* --wheels-to dist/$*
+	@PROGRESS=plain docker/build.py $* --wheels-to $(HOUSE) $(if $(KERNEL),--kernel "$$KERNEL")
 
 kernels/%: ## Compile the kernels of attnimg:% that the registry CACHE=host/namespace does not have, and push them; KERNEL=one of them
 	$(NEEDS_ENGINE)
-	@CACHE="$(CACHE)" PROGRESS=plain docker/build.py $* --to-cache $(if $(KERNEL),--kernel "$(KERNEL)")
+	@CACHE="$(CACHE)" PROGRESS=plain docker/build.py $* --to-cache $(if $(KERNEL),--kernel "$$KERNEL")
 
 layers/%: ## Build the layers of torch and the stack, which images share, and push them to the registry CACHE=host/namespace
 	$(NEEDS_ENGINE)

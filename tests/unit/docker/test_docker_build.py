@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import os
 import re
@@ -67,9 +68,19 @@ def docker(tmp_path: Path) -> Path:
         'echo "$@"\nenv >"$(dirname "$0")/env"\n'
     )
     program.chmod(0o755)
-    (tmp_path / "wheels").mkdir()
-    (tmp_path / "wheels/manifest.json").write_text("{}")
+    fill_wheelhouse(tmp_path / "wheels", "hopper")
     return program.parent
+
+
+def fill_wheelhouse(folder: Path, image: str) -> None:
+    """Write a wheelhouse that fits an image, without wheels."""
+    folder.mkdir()
+    wanted = json.loads((ROOT / f"docker/images/{image}/wheelhouse.json").read_text())
+    kernels = [{"name": name, "key": key} for name, key in wanted["kernels"].items()]
+    manifest = json.dumps({"image": image, "abi": wanted["abi"], "kernels": kernels})
+    (folder / "manifest.json").write_text(manifest)
+    digest = hashlib.sha256(manifest.encode()).hexdigest()
+    (folder / "SHA256SUMS").write_text(f"{digest}  manifest.json\n")
 
 
 @pytest.mark.parametrize(
