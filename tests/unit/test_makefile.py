@@ -151,3 +151,31 @@ def test_what_is_not_in_the_engine_is_not_run(
     lines = done.stderr.splitlines()
     assert what in lines[0]
     assert do in lines[2].replace("make build", "docker build")
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+@pytest.mark.parametrize(
+    ("target", "variables", "texts"),
+    [
+        ("wheels/hopper", "KERNEL=xformers", "--wheels-to dist/hopper{files} --kernel"),
+        ("wheels/hopper", "TRIM=1", "--wheels-to dist/hopper{files}-trim"),
+        ("gate/cpu", "", "build/release/cpu{files}.oci"),
+        ("gate/cpu", "", "image=attnimg:cpu{tag};"),
+        ("test/cpu", "", 'docker/build.py cpu --built "attnimg:cpu{tag}"'),
+        ("built/hopper", "MACHINE=m", "--wheels dist/hopper{files} --machine"),
+        ("run/cpu", "", 'docker/build.py cpu --built attnimg:cpu{tag}'),
+        ("index/hopper", "", "--to dist/index/hopper{files}"),
+    ],
+)  # fmt: skip
+def test_a_platform_has_names_of_its_own(target: str, variables: str, texts: str) -> None:
+    env = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+    own = {"x86_64": "amd64", "aarch64": "arm64"}[os.uname().machine]
+    for cpu in ("", "amd64", "arm64"):
+        platform = [f"PLATFORM=linux/{cpu}"] if cpu else []
+        done = subprocess.run(
+            ["make", "-n", "-o", ".venv/ready", target, *variables.split(), *platform],
+            cwd=ROOT, env=env, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        files = "-arm64" if (cpu or own) == "arm64" else ""
+        tag = f"-{cpu}" if cpu not in ("", own) else ""
+        assert texts.format(files=files, tag=tag) in " ".join(done.stdout.split())

@@ -42,7 +42,9 @@ def origin(image: str, revision: str = COMMIT, warnings: tuple[str, ...] = ()) -
     paths = [f"requirements/images/{name}.txt" for name in names]
     return provenance(
         plan,
-        targets=json.loads((ROOT / "docker/docker-bake.json").read_text())["target"],
+        targets=json.loads((ROOT / "docker/docker-bake.json").read_text().replace("${ARCH}", ""))[
+            "target"
+        ],
         locks={path: (ROOT / path).read_text() for path in paths if (ROOT / path).exists()},
         base={"name": "python:3.11-slim-bookworm", "digest": DIGEST},
         image_id=IMAGE_ID,
@@ -86,6 +88,7 @@ def test_the_provenance_has_the_recipe_the_arguments_and_the_builder() -> None:
     assert build["externalParameters"] == {
         "image": "hopper",
         "recipe": "recipes/images/hopper.toml",
+        "platform": "linux/amd64",
         "source": SOURCE,
         "revision": COMMIT,
     }
@@ -374,7 +377,9 @@ LABELS = {f"{OCI}.title": "attnimg:cpu", f"{OCI}.revision": COMMIT}
 def disagreeing(change: Callable[[dict[str, Any]], object]) -> list[str]:
     said = copy.deepcopy(RIGHT)
     change(said)
-    return disagreements(said, name="cpu", image_id=IMAGE_ID, digest=DIGEST, labels=LABELS)
+    return disagreements(
+        said, name="cpu", platform="linux/amd64", image_id=IMAGE_ID, digest=DIGEST, labels=LABELS
+    )
 
 
 def test_right_statements_agree_with_the_image() -> None:
@@ -410,6 +415,12 @@ def test_right_statements_agree_with_the_image() -> None:
                 image=DIGEST
             ),
             "provenance's ID of the image",
+        ),
+        (
+            lambda said: said["provenance"]["buildDefinition"]["externalParameters"].update(
+                platform="linux/arm64"
+            ),
+            "provenance's platform",
         ),
     ],
 )
