@@ -146,6 +146,7 @@ def test_a_rank_out_of_range_is_refused_and_ends_the_other_at_once(
 ) -> None:
     pair = Pair(tmp_path, model, ddp_timeout=600)
     pair.own[1].update(values)
+    (tmp_path / "7").symlink_to(pair[1])  # the program works in the folder of its RANK
     codes, said = pair.run()
     assert codes == [1, 2], said
     assert "the environment describes an incomplete group of processes" in said[1], said
