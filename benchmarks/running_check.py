@@ -3,7 +3,8 @@
 Right kernels are torch's and transformers' own, and those of tests/fixtures/noisy_kernels with the
 noise of a GPU, on random shapes, masks and values like those of trained models. Wrong kernels are
 exact attention with one fault. The cost is the CPU time of steps with a check, compared with the
-other steps of the same small packed run. Writes docs/measured/running-check.json.
+other steps of the same small packed run, and that of comparing the process (process_ms). Writes
+docs/measured/running-check.json.
 
     python benchmarks/running_check.py [checks]
 """
@@ -398,7 +399,8 @@ def _measure_cost(
 ) -> dict[str, Any]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from attnimg.train import engine
+    from attnimg.train import attention_check, engine
+    from attnimg.verification.process_state import RunState
 
     tiny_run: Any = import_module("tiny_run")
     trainer: Any = engine.Engine
@@ -421,6 +423,7 @@ def _measure_cost(
         )  # fmt: skip
         LlamaForCausalLM(config).save_pretrained(folder / "model")
         trainer.training_step = timed
+        default, attention_check.DEFAULT_STEPS = attention_check.DEFAULT_STEPS, EVERY
         try:
             tiny_run.run(
                 folder, folder / "out", max_steps=STEPS, num_epochs=1000, sequence_len=tokens,
@@ -428,15 +431,24 @@ def _measure_cost(
             )  # fmt: skip
         finally:
             trainer.training_step = step
+            attention_check.DEFAULT_STEPS = default
+    state, compared = RunState(), []
+    for _ in range(10):
+        begun = time.process_time()
+        state.changes()
+        compared.append(time.process_time() - begun)
     numbered = list(enumerate(seconds, start=1))[EVERY:]
     off = [taken for number, taken in numbered if number % EVERY]
     extra = [taken - statistics.median(off) for number, taken in numbered if not number % EVERY]
-    share = statistics.mean(extra) / (DEFAULT_EVERY * statistics.mean(off))
+    interval = DEFAULT_EVERY * statistics.mean(off)
+    share = statistics.mean(extra) / interval
+    share += statistics.mean(compared) / max(attention_check.COMPARE_EVERY_S, interval)
     return {
         "steps": STEPS,
         "checks": len(extra),
         "step_ms": round(1000 * statistics.mean(off), 1),
         "check_ms": round(1000 * statistics.mean(extra), 1),
+        "process_ms": round(1000 * statistics.mean(compared), 1),
         "percent_at_200_steps": round(100 * share, 3),
     }
 

@@ -1,13 +1,17 @@
-"""Check the attention kernel during training, and stop all processes where it is wrong.
+"""Check the attention kernel during training, and stop all processes where one is wrong or changed.
 
 At the session's first step, and at every multiple of attn_check_steps, one attention call of the
 first micro-batch is captured with its gradients and compared with the reference
 (verification/running_check.py). The checks alternate between the kinds of layers, and between the
-layers of each kind. The processes then exchange their results, so that all of them stop or none.
+layers of each kind. The settings of the process are compared with those before the first step
+(verification/process_state.py), also in runs whose calls can't be compared. The processes then
+exchange their results, so that all of them stop or none.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,10 +27,15 @@ from attnimg.train.checkpoint import checkpoint_step, list_checkpoints, newest_c
 from attnimg.train.distributed import gather_objects, rank, world_size
 
 if TYPE_CHECKING:
+    from attnimg.verification.process_state import RunState
     from attnimg.verification.running_check import CallKind, CapturedCall
 
 # Backends that the error on a wrong kernel suggests: torch's own, then plain attention.
 _FALLBACKS = ("sdpa", "eager")
+
+# Seconds between two comparisons of the process, each of some 10 ms, where a run has no more checks
+# than attn_check_steps has by default: small models make 200 steps in a second.
+COMPARE_EVERY_S, DEFAULT_STEPS = 30.0, 200
 
 # Compares a call with the reference; the text seeds the choice of the row and the heads.
 CompareFunction = Callable[["CapturedCall", str], CallCheck]
@@ -117,6 +126,9 @@ class AttentionCheck:
         self._last_checked: int | None = None
         self._turn = self._first_step = 0
         self._margins: list[float] = []
+        self._process: RunState | None = None
+        self._last_unchanged: int | None = None
+        self._compared_at, self._compared_step = -math.inf, 0
 
     def report_schedule(self) -> None:
         """Print whether calls will be checked."""
@@ -128,9 +140,9 @@ class AttentionCheck:
             self.log(f"attention: one layer is checked every {steps} (attn_check_steps)")
 
     def is_due(self, step: int) -> bool:
-        """Return whether a call of the next micro-batch, which belongs to this step, is checked."""
+        """Return whether the next micro-batch, which belongs to this step, is checked."""
         every = self.record.every_steps
-        if not every or self.record.why_not:
+        if not every:
             return False
         return self._last_checked is None or (step != self._last_checked and step % every == 0)
 
@@ -143,13 +155,15 @@ class AttentionCheck:
             folder: output_dir, where the checkpoints are.
 
         Raises:
-            AttnimgError: a call is wrong on one of the processes (kernel-wrong-at-run).
+            AttnimgError: a call is wrong on one of the processes (kernel-wrong-at-run), or the
+                settings of one have changed (process-state).
         """
         if not self.is_due(step):
             yield
             return
-        from attnimg.verification.running_check import Capture
+        from attnimg.verification.process_state import RunState
 
+        self._process = self._process or RunState()
         # A resumed session continues with the layer after the last one of the session before.
         if self._last_checked is None:
             every = self.record.every_steps
@@ -157,7 +171,45 @@ class AttentionCheck:
         else:
             self._turn += 1
         self._last_checked = step
-        found: list[CallCheck] = []
+        if self.record.why_not:
+            yield
+            check = None
+        else:
+            found: list[CallCheck] = []
+            with self._capturing(found, step):
+                yield
+            check = found[0]
+        results = gather_objects((check, self._find_changes(step)))
+        self._record_results([check for check, _ in results if check], step, folder)
+        self._raise_changes([changes for _, changes in results], step, folder)
+
+    def require_unchanged(self, step: int, folder: Path) -> None:
+        """Compare the process after the last step; every process calls this.
+
+        Args:
+            step: the last step.
+            folder: output_dir.
+
+        Raises:
+            AttnimgError: code process-state.
+        """
+        if self.record.every_steps:
+            self._compared_at = -math.inf
+            self._raise_changes(gather_objects(self._find_changes(step)), step, folder)
+
+    def _find_changes(self, step: int) -> list[str]:
+        """Return the changed settings of this process; [] where it was compared a moment ago."""
+        now = time.monotonic()
+        rare = self.record.every_steps >= DEFAULT_STEPS
+        if self._process is None or (rare and now - self._compared_at < COMPARE_EVERY_S):
+            return []
+        self._compared_at, self._compared_step = now, step
+        return self._process.changes()
+
+    @contextmanager
+    def _capturing(self, found: list[CallCheck], step: int) -> Iterator[None]:
+        """Check one attention call of the micro-batch in the block; add the result to a list."""
+        from attnimg.verification.running_check import Capture
 
         def check(call: CapturedCall) -> None:
             found.append(self._check_call(call, step))
@@ -169,7 +221,38 @@ class AttentionCheck:
         if not found:
             why = "the model made no call with gradients through transformers' attention interface"
             found.append(CallCheck(backend="", layer=0, skipped=why))
-        self._record_results(gather_objects(found[0]), step, folder)
+
+    def _raise_changes(self, changes: list[list[str]], step: int, folder: Path) -> None:
+        """Raise where the settings of a process have changed.
+
+        Raises:
+            AttnimgError: code process-state.
+        """
+        ranks = [number for number, found in enumerate(changes) if found]
+        if not ranks:
+            if self._compared_step == step:
+                self._last_unchanged = step
+            return
+        where = f" on rank {', '.join(map(str, ranks))}" if world_size() > 1 else ""
+        since = (
+            f"at step {self._last_unchanged}" if self._last_unchanged else "before the first step"
+        )
+        otherwise = "find what changes it; attn_check_steps: 0 turns this check off"
+        kept, edits = self._advise(self._last_unchanged, folder, otherwise=otherwise)
+        raise KernelError(
+            f"the process was changed while it trained, found at step {step}{where}",
+            why="\n".join(
+                (
+                    *changes[ranks[0]][:5],
+                    f"needed the same as {since}: attnimg and its packages do not change this, "
+                    "but a kernel or other code in the process may",
+                    kept,
+                )
+            ),
+            do="\n".join(edits),
+            code="process-state",
+            exit_code=1,
+        )
 
     def _layer(self) -> int:
         """Return the layer to check, of each kind in turn; 0 while the kinds are unknown."""
@@ -244,21 +327,10 @@ class AttentionCheck:
         if not check.confirmed:
             repeated = "it is the second call of this session that was wrong"
         where = f" on rank {', '.join(map(str, ranks))}" if world_size() > 1 else ""
-        good = self._last_good_checkpoint(folder)
         passed = self.record.last_passed
         since = f"the check at step {passed} passed" if passed else "no earlier check passed"
-        newest = newest_checkpoint(folder)
-        edits = [set_backend(name) for name in self.alternatives[:1]]
-        if not edits:
-            edits = ["train on another machine: on this one, plain attention is wrong"]
-        if good is None:
-            kept = "no checkpoint was written before the last check that passed"
-        else:
-            kept = f"the last good checkpoint is {good}"
-            edits.append(f"set resume_from_checkpoint: {good}")
-        # In the same folder the new run would find the checkpoints of this one.
-        if good is None or newest != good:
-            edits.append("set another output_dir")
+        otherwise = "train on another machine: on this one, plain attention is wrong"
+        kept, edits = self._advise(passed, folder, otherwise=otherwise)
         return KernelError(
             f"attention by {check.backend} is wrong in layer {check.layer} at step {step}{where}",
             why="\n".join((*reasons, f"{repeated}; {since}; {kept}")),
@@ -267,12 +339,27 @@ class AttentionCheck:
             exit_code=1,
         )
 
-    def _last_good_checkpoint(self, folder: Path) -> Path | None:
+    def _advise(self, passed: int | None, folder: Path, *, otherwise: str) -> tuple[str, list[str]]:
+        """Return which checkpoint is good, and the edits of the config to continue from it."""
+        good, newest = self._last_good_checkpoint(passed, folder), newest_checkpoint(folder)
+        edits = [set_backend(name) for name in self.alternatives[:1]]
+        if not edits:
+            edits = [otherwise]
+        if good is None:
+            kept = "no checkpoint was written before the last check that passed"
+        else:
+            kept = f"the last good checkpoint is {good}"
+            edits.append(f"set resume_from_checkpoint: {good}")
+        # In the same folder the new run would find the checkpoints of this one.
+        if good is None or newest != good:
+            edits.append("set another output_dir")
+        return kept, edits
+
+    def _last_good_checkpoint(self, passed: int | None, folder: Path) -> Path | None:
         """Return the newest checkpoint that is not newer than the last check that passed.
 
         Where no check has passed yet, return the one that the session resumed from.
         """
-        passed = self.record.last_passed
         last = self._first_step - 1 if passed is None else passed
         good = [path for path in list_checkpoints(folder) if checkpoint_step(path) <= last]
         return good[-1] if good else None

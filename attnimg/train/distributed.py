@@ -30,6 +30,8 @@ T = TypeVar("T")
 # Source: torch 2.13, distributed/run.py, "Environment Variables" (2026-11-27).
 _GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
+_GROUP_NUMBERS = tuple(name for name in _GROUP if name != "MASTER_ADDR")
+
 # Variables in which MPI's launchers set the number of processes, which accelerate reads on a CPU.
 # Source: accelerate 1.15.0, state.py, PartialState._prepare_backend (2026-11-27).
 _MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -52,7 +54,7 @@ _ANSWER_S = 5.0
 # Source: torch 2.13, distributed/constants.py and c10d's Backend.hpp (2026-11-27).
 _JOIN_S = 1800.0
 # Seconds that a failed process waits for the others to read its error.
-_NOTICE_S = 30.0
+_NOTICE_S = 60.0
 _POLL_S = 0.05
 
 
@@ -116,6 +118,8 @@ def join_group(*, cpu: bool, timeout_s: float | None) -> None:
     from accelerate import PartialState
 
     if not torch.distributed.is_initialized():
+        if not cpu:
+            _require_device(torch.cuda.device_count())
         store = _wait_for_all_ranks(timeout_s)
         timeout = {} if timeout_s is None else {"timeout": timedelta(seconds=timeout_s)}
         with lost_rank_errors(timeout_s):
@@ -124,6 +128,24 @@ def join_group(*, cpu: bool, timeout_s: float | None) -> None:
         # A process that ends while gloo's threads run sometimes aborts, after all work is done, and
         # torchrun would report a failed run.
         atexit.register(_destroy_group)
+
+
+def _require_device(count: int) -> None:
+    """Raise unless this process has a GPU.
+
+    Raises:
+        AttnimgError: LOCAL_RANK is beyond the GPUs that torch sees (code bad-environment).
+    """
+    number = _number("LOCAL_RANK", 0)
+    if number >= count:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")[:_SHOWN]
+        raise AttnimgError(
+            f"rank {rank()} has no GPU",
+            why=f"found LOCAL_RANK={number} and {count} GPUs (CUDA_VISIBLE_DEVICES: {visible}); "
+            "needed a GPU for each process of this machine",
+            do=f"start {count} processes per machine, with torchrun --nproc-per-node {count}",
+            code="bad-environment",
+        )
 
 
 def _wait_for_all_ranks(timeout_s: float | None) -> Any:
@@ -142,7 +164,7 @@ def _wait_for_all_ranks(timeout_s: float | None) -> Any:
     try:
         store.set(_store_key("joins", rank()), str(world_size()))
         while others:
-            for other in others:
+            for other in (*others, world_size()):
                 _check_other_rank(store, other)
             others = [other for other in others if not store.check([_store_key("joins", other)])]
             if others and time.monotonic() > deadline:
@@ -154,14 +176,22 @@ def _wait_for_all_ranks(timeout_s: float | None) -> Any:
 
 
 def _check_other_rank(store: Any, other: int) -> None:
-    """Raise if another process has failed, or belongs to a group of another size."""
+    """Raise if another process has failed, or belongs to a group of another size.
+
+    Args:
+        store: the group's.
+        other: its rank; the size of the group stands for any process whose RANK is not below it.
+    """
     if store.check([_store_key("failed", other)]):
         text = store.get(_store_key("failed", other)).decode(errors="replace")
         store.set(_store_key("read", rank()), b"1")
+        name = f"rank {other} of {world_size()}"
+        if other == world_size():
+            name = f"a process whose RANK is above {world_size() - 1}"
         raise AttnimgError(
-            f"rank {other} of {world_size()} ended before the group was complete",
-            why=f"found on rank {other}: {text}",
-            do=f"fix the error that rank {other} printed, and start all processes again",
+            f"{name} ended before the group was complete",
+            why=f"found there: {text}",
+            do="fix the error that it printed, and start all processes again",
             code="rank-lost",
             exit_code=1,
         )
@@ -188,8 +218,11 @@ def report_failure(text: str) -> None:
     """
     if world_size() == 1:
         return
+    if any(not _NUMBER.fullmatch(os.environ.get(name, "")) for name in _GROUP_NUMBERS):
+        return
+    if not os.environ.get("MASTER_ADDR") or _port() >= 2**16:
+        return
     try:
-        require_group()
         import torch
 
         if torch.distributed.is_initialized():
@@ -198,7 +231,8 @@ def report_failure(text: str) -> None:
         store = _open_store(deadline)
         if store is None:
             return
-        store.set(_store_key("failed", rank()), text[:500].encode())
+        own = min(rank(), world_size())  # see _check_other_rank
+        store.set(_store_key("failed", own), text[:500].encode())
         others = [other for other in range(world_size()) if other != rank()]
         while _hosts_store() and others and time.monotonic() < deadline:
             others = [

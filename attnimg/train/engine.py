@@ -158,6 +158,7 @@ class RunTrainer(CheckpointingTrainer):
         """
         try:
             result = super().train(*args, **options)
+            self.attention_check.require_unchanged(self.state.global_step, self.folder)
         except BaseException:
             with suppress(Exception):  # the first error is the one to print
                 self.pending_checkpoint.wait()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from attnimg.facts import AttentionFunction, Backend
 from attnimg.verification.blocks import RowAttention, document_spans
 from attnimg.verification.cases import Case
-from attnimg.verification.process_state import draw_and_read_states, is_rewound
+from attnimg.verification.random_state import draw_and_read_states, is_rewound
 
 # Size of the scores where all keys should have about the same weight.
 FLAT = 0.5

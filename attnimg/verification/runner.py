@@ -6,6 +6,7 @@ one of them crashes the child, that candidate has failed, and a new child proves
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import selectors
@@ -15,8 +16,8 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -51,6 +52,9 @@ MEMORY_BYTES = {"cpu": 6 << 30, "cuda": 1 << 40}
 OUTPUT_BYTES = 64 << 20
 
 _LINE_BYTES = 1 << 20
+
+# The most files of a working folder that a child's own folder has links to.
+MOST_LINKS = 5000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,14 +137,17 @@ def _run_child(
     log: Callable[[str], None],
 ) -> list[Proof]:
     """Prove candidates until the child has ended; return at least one proof."""
-    task = {
-        "candidates": [asdict(candidate) for candidate in candidates],
-        "memory_bytes": memory_bytes,
-    }
     proofs: list[Proof] = []
     running, case = candidates[0].backend, "starting"
     begun, kills = time.monotonic(), oom_kills()
-    with tempfile.TemporaryFile() as output, _start_child(task, output=output) as child:
+    with ExitStack() as stack:
+        output = stack.enter_context(tempfile.TemporaryFile())
+        task = {
+            "candidates": [asdict(candidate) for candidate in candidates],
+            "memory_bytes": memory_bytes,
+            "folder": str(stack.enter_context(working_folder())),
+        }
+        child = stack.enter_context(_start_child(task, output=output))
         watchdog = Watchdog(child.pid, Limits(IMPORT_TIMEOUT_S, WALL_S))
         for line in _lines(child, watchdog, output=output):
             message = _message(line, pid=child.pid)
@@ -179,6 +186,44 @@ def _run_child(
     return [*proofs, Proof(backend=running, reasons=(reason,), seconds=seconds)]
 
 
+@contextmanager
+def working_folder() -> Iterator[Path]:
+    """Make a folder with links to the files of the working folder, for a child to work in.
+
+    What its kernels leave there is theirs, and never lands among the files of the user. A folder
+    with too many files is used itself.
+    """
+    with tempfile.TemporaryDirectory(prefix="attnimg-proof-", ignore_cleanup_errors=True) as made:
+        try:
+            files = list(itertools.islice(Path.cwd().iterdir(), MOST_LINKS + 1))
+        except OSError:  # it was removed, or this user may not list it
+            files = []
+        if len(files) > MOST_LINKS:
+            yield Path.cwd()
+            return
+        for file in files:
+            (Path(made) / file.name).symlink_to(file)
+        yield Path(made)
+
+
+def _absolute_paths(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables whose paths begin at the working folder, with absolute paths."""
+    try:
+        here = Path.cwd()
+    except OSError:  # it was removed
+        return {}
+    found = {
+        name: str(here / value)
+        for name, value in environ.items()
+        if value.startswith(("./", "../"))
+    }
+    kernels = [entry.partition("=") for entry in environ.get("LOCAL_KERNELS", "").split(":")]
+    if any(path for _, _, path in kernels):
+        entries = [f"{name}={here / path}" if path else name for name, _, path in kernels]
+        found["LOCAL_KERNELS"] = ":".join(entries)
+    return found
+
+
 def _message(line: bytes, *, pid: int) -> dict[str, Any]:
     """Return a report of the child; {} for a line that its kernel or a forked process wrote."""
     try:
@@ -210,7 +255,7 @@ def _start_child(task: dict[str, Any], *, output: IO[bytes]) -> Iterator[subproc
         stderr=output,
         # In a process group of its own: Ctrl-C reaches the parent, which then kills the group.
         start_new_session=True,
-        env=os.environ | proof_settings(os.environ) | {MARK: mark},
+        env=os.environ | _absolute_paths(os.environ) | proof_settings(os.environ) | {MARK: mark},
     )
     assert process.stdin is not None
     assert process.stdout is not None

@@ -43,6 +43,7 @@ def main() -> None:
     import transformers.modeling_utils  # noqa: F401 - loaded for the time it takes
 
     _cap_memory(task["memory_bytes"], device=device)
+    os.chdir(task["folder"])
     references: dict[Any, Any] = {}
     for candidate in task["candidates"]:
         _send(report, begin=candidate["backend"])
@@ -203,7 +204,8 @@ class _Watch:
     def __init__(self, device: str, report: TextIO, *, may_change: bool = False) -> None:
         import torch
 
-        from attnimg.verification.process_state import ProcessState, draw_and_read_states
+        from attnimg.verification.process_state import ProcessState
+        from attnimg.verification.random_state import draw_and_read_states
 
         self.stage = "loading"
         self._device, self._report, self._may_change = torch.device(device), report, may_change
@@ -216,7 +218,8 @@ class _Watch:
 
     def require_unchanged(self, *, all_code: bool = False) -> None:
         """Raise _ProcessChanged if the process changed; `all_code`: also in any loaded module."""
-        from attnimg.verification.process_state import is_rewound, process_state_reason
+        from attnimg.verification.process_state import process_state_reason
+        from attnimg.verification.random_state import is_rewound
 
         if self._may_change:
             return

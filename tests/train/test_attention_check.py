@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_run
+import torch
 from forked_runs import Ranks
 from test_torchrun import ENV
 from transformers import AttentionInterface
 
 from attnimg.errors import AttnimgError
+from attnimg.train.attention_check import AttentionCheck
 from attnimg.train.records import FitResult
+from attnimg.verification.process_state import RunState
 
 SDPA = AttentionInterface._global_mapping["sdpa"]
 # Attention calls of a training step: two layers.
@@ -260,3 +267,151 @@ def test_a_run_that_is_wrong_at_once_has_no_checkpoint_to_resume_from(
         run(made, tmp_path / "out")
     said = ["set attn_implementation: eager", "set another output_dir"]
     assert caught.value.do.splitlines() == said
+
+
+class Changing(Kernel):
+    """sdpa that changes the process in its fifth training call."""
+
+    def __init__(self, change: Callable[[], object]) -> None:
+        super().__init__("none", lambda *_: False)
+        self.change = change
+
+    def __call__(self, module: Any, *arguments: Any, **named: Any) -> Any:
+        if module.training and self.calls == 4:
+            self.change()
+        return super().__call__(module, *arguments, **named)
+
+
+CHANGES: dict[str, tuple[Callable[[], object], str]] = {
+    "working directory": (lambda: os.chdir("/"), "working directory was "),
+    "umask": (lambda: os.umask(0o27), "umask was 0022, is 0027"),
+    "SIGTERM": (
+        lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN), "signal handler of SIGTERM"
+    ),
+    "matmul precision": (
+        lambda: torch.set_float32_matmul_precision("medium"), "float32 matmul precision was "
+    ),
+    "deterministic": (
+        lambda: torch.use_deterministic_algorithms(True, warn_only=True), "deterministic algorithms"
+    ),
+    "a function of torch": (
+        lambda: setattr(torch.nn.functional, "gelu", torch.nn.functional.relu),
+        "torch.nn.functional: gelu was replaced",
+    ),
+    "an optimizer": (
+        lambda: setattr(torch.optim.AdamW, "step", print_nothing),
+        "torch.optim.adamw.AdamW: step was replaced by code of",
+    ),
+    "the root logger": (
+        lambda: logging.getLogger().setLevel(logging.ERROR), "logging by the root",
+    ),
+    "a variable": (
+        lambda: os.environ.update(CUDA_VISIBLE_DEVICES="7"), "CUDA_VISIBLE_DEVICES changed"
+    ),
+    "a hook of all modules": (
+        lambda: torch.nn.modules.module.register_module_forward_hook(print_nothing),
+        "hooks of all modules",
+    ),
+}  # fmt: skip
+
+
+def print_nothing(*_: object) -> None:
+    """Stand for a hook of a kernel."""
+
+
+@pytest.fixture
+def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Undo the changes after the test."""
+    monkeypatch.chdir(Path.cwd())
+    monkeypatch.setattr(torch.optim.AdamW, "step", torch.optim.AdamW.step)
+    monkeypatch.setattr(torch.nn.functional, "gelu", torch.nn.functional.gelu)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    umask, handler = os.umask(0o22), signal.getsignal(signal.SIGTERM)
+    precision, level = torch.get_float32_matmul_precision(), logging.getLogger().level
+    yield
+    os.umask(umask)
+    signal.signal(signal.SIGTERM, handler)
+    torch.set_float32_matmul_precision(precision)
+    torch.use_deterministic_algorithms(False)
+    logging.getLogger().setLevel(level)
+    torch.nn.modules.module._global_forward_hooks.clear()
+
+
+@pytest.mark.usefixtures("restored")
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_process_that_a_kernel_changes_late_is_stopped_by_name(
+    made: Path, tmp_path: Path, serve: Callable[[Kernel], None], name: str
+) -> None:
+    """The checks at steps 1 and 2 pass; the change is made in step 3."""
+    change, text = CHANGES[name]
+    serve(Changing(change))
+    with pytest.raises(AttnimgError) as caught:
+        run(made, tmp_path / "out", attn_check_steps=2, save_steps=1, max_steps=8)
+    error = caught.value
+    assert (error.code, error.exit_code) == ("process-state", 1)
+    assert error.what == "the process was changed while it trained, found at step 4"
+    assert text in error.why
+    assert "needed the same as at step 2" in error.why
+    assert f"set resume_from_checkpoint: {tmp_path / 'out/checkpoint-2'}" in error.do
+
+
+@pytest.mark.usefixtures("restored")
+def test_a_change_is_found_where_no_call_can_be_compared(tmp_path: Path) -> None:
+    check = AttentionCheck(
+        2, lambda *_: pytest.fail("no call is compared"), why_not="attention_dropout",
+        alternatives=(), log=print,
+    )  # fmt: skip
+    for step in (1, 2):
+        with check.checking(step, tmp_path):
+            pass
+    os.umask(0o27)
+    with check.checking(3, tmp_path):
+        pass
+    with (
+        pytest.raises(AttnimgError, match="found at step 4") as caught,
+        check.checking(4, tmp_path),
+    ):
+        pass
+    assert "umask was 0022, is 0027" in caught.value.why
+    assert "find what changes it" in caught.value.do
+
+
+@pytest.mark.usefixtures("restored")
+def test_with_no_checks_the_process_is_not_compared(
+    made: Path, tmp_path: Path, serve: Callable[[Kernel], None]
+) -> None:
+    serve(Changing(lambda: os.umask(0o27)))
+    assert run(made, tmp_path / "out", attn_check_steps=0).steps == 5
+
+
+def test_the_comparison_of_the_process_is_fast(made: Path) -> None:
+    """Once in 30 seconds: 20 ms are 0.07 %. The best of five, as other processes disturb it."""
+    state, seconds = RunState(), []
+    for _ in range(5):
+        began = time.process_time()
+        assert state.changes() == []
+        seconds.append(time.process_time() - began)
+    assert min(seconds) < 0.02
+
+
+@pytest.mark.usefixtures("restored")
+def test_a_run_with_few_checks_is_compared_once_in_a_while_and_at_its_end(
+    made: Path, tmp_path: Path, serve: Callable[[Kernel], None]
+) -> None:
+    serve(Changing(lambda: os.umask(0o27)))
+    with pytest.raises(AttnimgError, match="found at step 5") as caught:
+        run(made, tmp_path / "out", attn_check_steps=200, save_steps=2)
+    assert caught.value.code == "process-state"
+    check = AttentionCheck(
+        200, lambda *_: pytest.fail("no call is compared"), why_not="attention_dropout",
+        alternatives=(), log=print,
+    )  # fmt: skip
+    with check.checking(1, tmp_path):
+        pass
+    os.umask(0o22)
+    # Less than COMPARE_EVERY_S later.
+    with check.checking(200, tmp_path):
+        pass
+    with pytest.raises(AttnimgError, match="found at step 201") as caught:
+        check.require_unchanged(201, tmp_path)
+    assert "needed the same as at step 1:" in caught.value.why

@@ -140,6 +140,22 @@ def test_a_rank_that_is_refused_says_why_and_ends_the_other_at_once(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("values", [{"RANK": "7"}, {"LOCAL_RANK": "5"}])
+def test_a_rank_out_of_range_is_refused_and_ends_the_other_at_once(
+    tmp_path: Path, model: Path, values: dict[str, str]
+) -> None:
+    pair = Pair(tmp_path, model, ddp_timeout=600)
+    pair.own[1].update(values)
+    (tmp_path / "7").symlink_to(pair[1])  # the program works in the folder of its RANK
+    codes, said = pair.run()
+    assert codes == [1, 2], said
+    assert "the environment describes an incomplete group of processes" in said[1], said
+    name = "a process whose RANK is above 1" if "RANK" in values else "rank 1 of 2"
+    assert f"{name} ended before the group was complete" in said[0], said
+    assert "found there: the environment describes an incomplete group" in said[0], said
+    assert "needed numbers with LOCAL_RANK <= RANK < WORLD_SIZE" in said[1], said
+
+
 @pytest.mark.parametrize("odd", [0, 1])
 def test_a_rank_that_never_comes_is_named_after_ddp_timeout(
     tmp_path: Path, model: Path, odd: int

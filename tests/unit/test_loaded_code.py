@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ import pytest
 import torch
 from served_kernels import serve
 from transformers import modeling_flash_attention_utils as flash
+from transformers.loss import loss_utils
 from transformers.models.llama import modeling_llama
 
 from attnimg.application.registry import load_and_register
@@ -49,6 +51,17 @@ REPLACED: dict[str, tuple[object, str, Callable[[], object], str]] = {
     "a partial function": (
         json, "loads", lambda: functools.partial(foreign, json.loads), "json: loads",
     ),
+    "a function by another of its package": (
+        torch.nn.functional, "softmax", lambda: torch.nn.functional.log_softmax,
+        "torch.nn.functional: softmax",
+    ),
+    "a method by one of its class": (
+        torch.nn.Module, "__call__", lambda: torch.nn.Module._call_impl,
+        "torch.nn.modules.module.Module: __call__",
+    ),
+    "a partial function of the same package": (
+        torch, "softmax", lambda: functools.partial(torch.sigmoid), "torch: softmax",
+    ),
     "a property": (torch.Tensor, "device", lambda: property(foreign), "torch.Tensor: device"),
 }  # fmt: skip
 
@@ -72,7 +85,8 @@ def test_what_libraries_do_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     # The kernel that an earlier run of this process loaded.
     monkeypatch.setattr(flash, "_flash_fn", foreign)
     loaded = LoadedCode()
-    monkeypatch.setattr(torch, "manual_seed", torch.seed)  # as torch._dynamo, within a package
+    # As torch._dynamo, by a new function within the package.
+    monkeypatch.setattr(torch, "manual_seed", torch._disable_dynamo(torch.manual_seed))
     monkeypatch.setattr(torch, "a_new_name", foreign, raising=False)
     monkeypatch.setattr(torch.optim.AdamW, "a_new_name", foreign, raising=False)
     monkeypatch.setattr(flash, "_flash_fn", attend)
@@ -80,10 +94,41 @@ def test_what_libraries_do_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert loaded.replaced() == []
 
 
+def test_a_function_in_a_dict_that_another_package_replaced_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loaded = LoadedCode()
+    monkeypatch.setitem(loss_utils.LOSS_MAPPING, "a new name", foreign)
+    assert loaded.replaced() == []
+    monkeypatch.setitem(loss_utils.LOSS_MAPPING, "ForCausalLM", foreign)
+    (text,) = loaded.replaced()
+    assert "LOSS_MAPPING: ForCausalLM was replaced by code of " in text
+
+
+def test_code_of_a_module_that_is_loaded_later_is_compared_with_its_source(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The kernel and the helpers are new packages; the source of an installed one names helpers."""
+    (tmp_path / "installed").mkdir()
+    (tmp_path / "installed/__init__.py").write_text("")
+    (tmp_path / "installed/model.py").write_text("from helpers import attend\nclass Norm: pass\n")
+    (tmp_path / "helpers.py").write_text("def attend(): pass\n")
+    (tmp_path / "a_kernel.py").write_text("def norm(self, x): return x\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("installed", "installed.model", "helpers", "a_kernel"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    importlib.import_module("installed")
+    loaded = LoadedCode()
+    model, kernel = importlib.import_module("installed.model"), importlib.import_module("a_kernel")
+    assert loaded.replaced() == []
+    model.Norm.forward = kernel.norm
+    assert loaded.replaced() == ["installed.model.Norm: forward was replaced by code of a_kernel"]
+
+
 def test_a_kernel_that_replaces_code_of_the_run_is_refused_where_the_run_loads_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A proof does not see it: its process has no Llama."""
+    """A proof may have been stored before the kernel changed."""
     norm = modeling_llama.LlamaRMSNorm
     monkeypatch.setattr(norm, "forward", norm.forward)  # set again after the test
     entries = []

@@ -102,3 +102,12 @@ def test_the_plan_that_processes_compare_has_plain_values_only() -> None:
         Plan(requested="auto", chosen=verdict, reason="it fits", verdicts=(verdict,))
     )
     assert json.loads(json.dumps(facts))["chosen"] == "sdpa"
+
+
+def test_a_local_rank_beyond_the_gpus_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_all(monkeypatch, {**WHOLE, "LOCAL_RANK": "2"})
+    distributed._require_device(3)
+    with pytest.raises(AttnimgError, match="rank 3 has no GPU") as caught:
+        distributed._require_device(2)
+    assert "found LOCAL_RANK=2 and 2 GPUs" in caught.value.why
+    assert "--nproc-per-node 2" in caught.value.do

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from attnimg.verification.process_state import draw_and_read_states, is_rewound
+from attnimg.verification.random_state import draw_and_read_states, is_rewound
 
 CPU = torch.device("cpu")
 STATE = torch.Generator().manual_seed(3).get_state()

@@ -10,7 +10,7 @@ from run_facts import a_geometry
 from served_kernels import prove_served
 
 from attnimg.run_facts import Proof
-from attnimg.verification.runner import _message
+from attnimg.verification.runner import MOST_LINKS, _absolute_paths, _message, working_folder
 
 STATE = Path(__file__).parents[2] / "fixtures/wrong_kernels/state.py"
 GEOMETRY = a_geometry(
@@ -26,6 +26,7 @@ FAULTS = [
     ("none", None),
     ("closes everything", "crash"),
     ("cwd", "process-state"),
+    ("a file left", "process-state"),
     ("floods", "process-state"),
     ("leaves a fork behind", "crash"),
     ("dies of a real-time signal", "crash"),
@@ -50,6 +51,50 @@ def test_the_parent_returns_a_proof_of_each_kernel(proofs: list[Proof], place: i
     proof = proofs[place]
     assert proof.backend == NAMES[place]
     assert [reason.code for reason in proof.reasons] == ([code] if code else [])
+
+
+def test_a_file_that_a_kernel_leaves_is_not_among_those_of_the_user(proofs: list[Proof]) -> None:
+    assert proofs
+    assert not Path("left.txt").exists()
+
+
+def test_a_child_sees_the_files_of_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "kernels.lock").write_text("[]")
+    (tmp_path / "kernel").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with working_folder() as folder:
+        assert (folder / "kernels.lock").read_text() == "[]"
+        (folder / "left.txt").write_text("x")
+    assert not folder.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kernel", "kernels.lock"]
+    kernels = f"a/b=kernel:c/d={tmp_path}/e:f"
+    environ = {"LOCAL_KERNELS": kernels, "HF_HOME": "../hf", "A": ".", "B": "x"}
+    assert _absolute_paths(environ) == {
+        "LOCAL_KERNELS": f"a/b={tmp_path}/kernel:c/d={tmp_path}/e:f",
+        "HF_HOME": f"{tmp_path}/../hf",
+    }
+    assert _absolute_paths({"HOME": "/root"}) == {}
+
+
+def test_a_removed_and_a_full_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full, removed = tmp_path / "full", tmp_path / "removed"
+    full.mkdir()
+    for number in range(MOST_LINKS + 1):
+        (full / str(number)).touch()
+    monkeypatch.chdir(full)
+    with working_folder() as folder:
+        assert folder == full
+    removed.mkdir()
+    monkeypatch.chdir(removed)
+    removed.rmdir()
+    with working_folder() as folder:
+        assert list(folder.iterdir()) == []
+    assert _absolute_paths({"HF_HOME": "./hf"}) == {}
+    monkeypatch.chdir(tmp_path)
 
 
 def test_no_process_that_a_kernel_started_is_left(proofs: list[Proof]) -> None:
