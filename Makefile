@@ -195,11 +195,15 @@ base: engine ## Pull the base image by its digest, or make a stand-in of Debian'
 # Refuse a name without a recipe, with the names that have one; and a KERNEL that is not built for it.
 KNOWN = docker/build.py $* --check $(if $(KERNEL),--kernel "$$KERNEL")
 
-# The wheels of an image; small builds have a folder of their own.
-HOUSE = dist/$*$(if $(TRIM),-trim)
+# The wheels of an image: dist/NAME, NAME-arm64 where they are for arm64; small builds have a folder of their own.
+ARM64 = $(filter linux/arm64 aarch64 arm64,$(or $(PLATFORM),$(shell uname -m)))
+HOUSE = dist/$*$(if $(ARM64),-arm64)$(if $(TRIM),-trim)
 
 # Start the engine, unless there is no recipe of the image.
 NEEDS_ENGINE = @$(KNOWN) && $(MAKE) engine
+
+NEEDS_MACHINE = @[ -n "$(MACHINE)" ] || { printf '$(@D): %s\n  why: %s\n  do:  %s\n' "no build machine is given" \
+  "found no MACHINE" "make $@ MACHINE='2 cores, no GPU', in general words" >&2; exit 2; }
 
 # $(call NEEDS_SET,FILE,WHAT): refuse an image whose recipe has nothing to compile ahead of time.
 NEEDS_SET = @[ -e docker/images/$*/$(1) ] || { printf '$@: %s\n  why: %s\n  do:  %s\n' "attnimg:$* has no $(2)" \
@@ -234,11 +238,28 @@ layers/%: ## Build the layers of torch and the stack, which images share, and pu
 	$(NEEDS_ENGINE)
 	@CACHE="$(CACHE)" docker/build.py $* --stage stack --to-cache
 
-built/%: .venv/ready ## Record the contents of dist/% in docs/built; MACHINE="the build machine"
+built/%: .venv/ready ## Record the wheels of dist/%, all or some, in docs/built; MACHINE="the build machine"
 	@$(KNOWN)
-	@[ -n "$(MACHINE)" ] || { printf 'built: %s\n  why: %s\n  do:  %s\n' "no build machine is given" \
-	  "found no MACHINE" "make $@ MACHINE='2 cores, no GPU', in general words" >&2; exit 2; }
-	@$(BIN)/python -m recipes built $* --wheels dist/$* --machine "$(MACHINE)"
+	$(NEEDS_MACHINE)
+	@$(BIN)/python -m recipes built $* --wheels $(HOUSE) --machine "$$MACHINE"
+
+image-record/%: .venv/ready ## Run the selftest of attnimg:%, and record it with its sizes, as pushed, in docs/built; 1 to 6 minutes
+	@$(NEEDS_IMAGE)
+	@mkdir -p build; trap 'rm -f build/$*.tar build/$*-selftest.txt' EXIT; \
+	docker run --rm attnimg:$* selftest | tee build/$*-selftest.txt; \
+	docker save attnimg:$* -o build/$*.tar; \
+	$(BIN)/python -m recipes image-record $* --archive build/$*.tar --selftest build/$*-selftest.txt
+
+# Whether an image has kernels to compile; make again, with what is installed already.
+COMPILED = $(wildcard docker/images/$*/kernels)
+AGAIN = $(MAKE) -o .venv/ready
+
+whole/%: .venv/ready ## Compile what dist/% lacks, record it, build, gate, test and record attnimg:%; continues after an interruption; MACHINE=
+	@$(KNOWN)
+	$(if $(COMPILED),$(NEEDS_MACHINE))
+	@$(if $(COMPILED),$(AGAIN) wheels/$* && $(AGAIN) built/$*)
+	@$(AGAIN) build/$* $(if $(COMPILED),WHEELS=$(HOUSE))
+	@$(AGAIN) gate/$* && $(AGAIN) test/$* && $(AGAIN) image-record/$*
 
 unit/%: ## Compile one source file of flash-attn for attnimg:%; 5 minutes
 	$(NEEDS_ENGINE)

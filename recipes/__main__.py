@@ -144,6 +144,23 @@ def record_build(arguments: Namespace) -> None:
     render(arguments)
 
 
+def record_image(arguments: Namespace) -> None:
+    """Record the sizes of a finished image in docs/built/image-IMAGE.json, for the pages."""
+    from recipes.artifact.archive import layer_sizes
+
+    _plan(arguments.name, read_recipes(arguments.root))
+    sizes, config = layer_sizes(arguments.archive, log=lambda text: _print(f"image-record: {text}"))
+    path, text = built.image_record(
+        arguments.name,
+        sizes,
+        config,
+        day=datetime.date.today().isoformat(),
+        selftest=arguments.selftest.read_text(encoding="utf-8"),
+    )
+    _write(arguments, {path: text})
+    render(arguments)
+
+
 def scan_packages(arguments: Namespace) -> None:
     """Scan an image's Python packages for known vulnerabilities; exit with 3 if that can't be."""
     root = arguments.root
@@ -275,7 +292,7 @@ def _render_all(root: Path) -> dict[str, str]:
 
     recipes = read_recipes(root)
     plans = solve_all(recipes)
-    records = built.read_records(root)
+    records, runs = built.read_records(root), gpu_runs.read_runs(root)
     texts = render_files(
         plans,
         recipes,
@@ -286,12 +303,13 @@ def _render_all(root: Path) -> dict[str, str]:
         # Of the installed package, whose schema it describes.
         config_keys=data_file("config_keys.toml").read_text("utf-8"),
         built=records,
+        runs=runs,
     )
     readme = built.replace_table(read("README.md"), "images", built.images_table(plans, records))
     releases, where = read(release_page.PAGE), read_registry(root)
     releases = built.replace_table(releases, "published", release_page.published_part(where))
     releases = built.replace_table(releases, "verify", release_page.verify_part(where))
-    page = gpu_runs.runs_page(gpu_runs.read_runs(root), gpu_runs.read_notes(root))
+    page = gpu_runs.runs_page(runs, gpu_runs.read_notes(root))
     generated = {"docs/gpu-runs.md": page, "README.md": readme, release_page.PAGE: releases}
     return texts | generated
 
@@ -349,6 +367,9 @@ def _parser() -> ArgumentParser:
     command = add("built", record_build, image=True)
     command.add_argument("--wheels", type=Path, required=True, help="the wheelhouse")
     command.add_argument("--machine", required=True, help="the build machine, in general words")
+    command = add("image-record", record_image, image=True)
+    command.add_argument("--archive", type=Path, required=True, help="from `docker save`")
+    command.add_argument("--selftest", type=Path, required=True, help="what selftest printed")
     command = add("gpu-run", gpu_run)
     command.add_argument("file", type=Path, help="the file that tests/gpu/suite.py wrote")
     command.add_argument(

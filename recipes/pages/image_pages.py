@@ -17,13 +17,8 @@ from recipes.render.precompiled import coverage
 _IMAGE_HEAD = ("Tag", "GPUs", "Machine code", "torch", "CUDA", "Driver", "Kernels", "Size limit")
 
 
-def images_page(plans: tuple[ImagePlan, ...], *, built: str) -> str:
-    """Write one row per image, one per GPU with a name, and the unresolved values of images.
-
-    Args:
-        plans: of all images.
-        built: the table of the kernels that were built.
-    """
+def images_page(plans: tuple[ImagePlan, ...]) -> str:
+    """Write one row per image, one per GPU with a name, and the unresolved values of images."""
     base = plans[0].base
     unresolved: dict[str, list[str]] = {}
     for plan in plans:
@@ -40,9 +35,7 @@ def images_page(plans: tuple[ImagePlan, ...], *, built: str) -> str:
         f"{markdown_table(_IMAGE_HEAD, [_image_row(plan) for plan in plans])}"
         "\n## Which image for which GPU\n\n"
         f"{markdown_table(('GPU', '`--on`', 'Image'), _gpu_rows(plans))}"
-        "\n## Which kernels were built\n\n"
-        "On a machine without a GPU; the records are in `docs/built/`.\n\n"
-        f"{built}"
+        "\nWhat of it was built, with sizes and times: [kernels built](kernels-built.md).\n"
         "\n## Base image\n\n"
         f"{_base_text(base)}"
         "\n## Unresolved values\n\n"

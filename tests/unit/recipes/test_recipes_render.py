@@ -21,6 +21,7 @@ from recipes.facts import ImagePlan
 from recipes.files import NOTICE, write_all
 from recipes.pages.built import read_records
 from recipes.pages.config_keys_page import TEXTS as CONFIG_KEYS
+from recipes.pages.gpu_runs import read_runs
 from recipes.pages.model_pages import FAMILIES_RECORD, RELOAD_RECORD
 from recipes.read import read_recipes
 from recipes.render.bake import labels
@@ -39,6 +40,7 @@ RECORDS = {
     "reload": (ROOT / RELOAD_RECORD).read_text(encoding="utf-8"),
     "config_keys": (ROOT / CONFIG_KEYS).read_text(encoding="utf-8"),
     "built": read_records(ROOT),
+    "runs": read_runs(ROOT),
 }
 TEXTS = render_files(tuple(PLANS.values()), RECIPES, locks=LOCKS, runners=RUNNERS, **RECORDS)
 FA4_SET = RECIPES.kernels["flash-attn-4"].ahead_of_time
