@@ -30,8 +30,8 @@ the result of proofs of the same version, in any build: [runs on GPUs](gpu-runs.
 _SETS = """
 ## Kernels that are compiled ahead of time
 
-FlashAttention-4 and SageAttention's Triton kernels ([how](precompiled-kernels.md)), which images
-contain for each compute capability.
+[Compiled while an image is built](precompiled-kernels.md), for each compute capability, instead of
+at the first use.
 
 """
 _IMAGES = """
@@ -43,8 +43,8 @@ unpacked; and the result of `attnimg selftest` in it.
 """
 # The states of a proof that ran.
 _RAN = ("passed", "failed", "crash", "timeout")
-# The file name of a record of kernels that were compiled ahead of time, and what they are.
-_AHEAD = {"fa4": "FlashAttention-4", "triton": "SageAttention's Triton kernels"}
+# The begin of the names of records of kernels compiled ahead of time -> what they are.
+_AHEAD = {"fa4": "{}", "triton": "{}'s Triton kernels"}
 
 
 def kernels_built_page(plans: Iterable[ImagePlan], records: Records, runs: Runs) -> str:
@@ -158,7 +158,7 @@ def _sets(plan: ImagePlan, records: Records) -> Iterator[tuple[str, ...]]:
                 state = f"{record['date']}, of {version}"
             yield (
                 f"`{plan.image.name}`",
-                f"{what}, {device}",
+                f"{what.format(step.kernel.summary)}, {device}",
                 str(made.get("kernels", "-")),
                 state,
                 _seconds(made.get("cpu_s")),

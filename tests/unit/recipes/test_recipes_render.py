@@ -342,7 +342,8 @@ def checkout(tmp_path: Path) -> Path:
     shutil.copy(ROOT / "README.md", tmp_path)
     (tmp_path / "docs").mkdir()
     shutil.copy(ROOT / "docs/releases.md", tmp_path / "docs")
-    shutil.copytree(ROOT / "docs" / "measured", tmp_path / "docs" / "measured")
+    for name in ("measured", "built"):
+        shutil.copytree(ROOT / "docs" / name, tmp_path / "docs" / name)
     return tmp_path
 
 
@@ -401,6 +402,63 @@ def test_a_kernel_is_one_toml_and_no_other_edit(checkout: Path) -> None:
     assert "COPY --from=toy /wheels /wheels" in targets["turing_wheels"]["dockerfile-inline"]
     before = printed_by_buildx(ROOT, "turing")
     assert targets["turing_xformers"] == before["turing_xformers"], "it is not built again"
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+# The same from a git tree, with a submodule, a patch and Triton kernels compiled ahead of time.
+GIT_TOY = (
+    TOY.replace("toy==1.0", f"someone/toy@{COMMIT}").replace('"sdist"', '"git"')
+    + f"""
+[submodules]
+"csrc/cutlass" = "NVIDIA/cutlass@{COMMIT}"
+
+[triton]
+calls = "precompiled.triton.sage_calls"
+dtypes = ["bfloat16"]
+causal = [true]
+varlen = [false]
+heads = {{ 64 = ["8/2"] }}
+"""
+)
+
+
+@pytest.mark.parametrize("recipe", [TOY, GIT_TOY], ids=["an sdist", "a git tree"])
+def test_every_file_and_page_follows_from_a_kernel_s_toml(checkout: Path, recipe: str) -> None:
+    (checkout / "recipes/kernels/toy.toml").write_text(recipe, encoding="utf-8")
+    edit(checkout / "recipes/images/turing.toml", '["xformers"]', '["xformers", "toy"]')
+    if "git" in recipe:
+        (checkout / "recipes/patches/toy").mkdir()
+        patch = "A reason.\n\n--- a/setup.py\n+++ b/setup.py\n@@ -1 +1 @@\n-a\n+b\n"
+        (checkout / "recipes/patches/toy/one.patch").write_text(patch, encoding="utf-8")
+    done = run(checkout, "render")
+    assert done.returncode == 0, done.stderr
+
+    def read(path: str) -> str:
+        return (checkout / path).read_text(encoding="utf-8")
+
+    assert "| Toy 1.0 | linux/amd64 | sm_75 | not yet built | - |" in read("docs/kernels-built.md")
+    assert "## Toy 1.0\n" in read("docs/kernel-sources.md")
+    assert "| T4, RTX 20 | Toy, xFormers | 1 of 2 kernels built |" in read("README.md")
+    jobs = json.loads(read(".github/matrix.json"))["kernels"]
+    assert [job["image"] for job in jobs if job["kernel"] == "toy"] == ["turing", "turing-frontier"]
+    built = json.loads(read("attnimg/data/images.json"))["images"]["turing"]["kernels"]
+    assert [kernel["name"] for kernel in built] == ["toy", "xformers"]
+    # docker/build.py knows it too: this is what `make wheels/turing KERNEL=toy` asks first.
+    for path in (ROOT / "docker").glob("*.py"):
+        shutil.copy(path, checkout / "docker")
+    for kernel, code in (("toy", 0), ("toys", 1)):
+        command = [sys.executable, "docker/build.py", "turing", "--check", "--kernel", kernel]
+        asked = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False)
+        assert asked.returncode == code, asked.stderr
+    target = json.loads(read("docker/docker-bake.json"))["target"]["turing_toy"]
+    assert target["contexts"] == (
+        {"source": f"https://github.com/someone/toy.git#{COMMIT}", "patches": "recipes/patches/toy"}
+        if "git" in recipe
+        else {}
+    )
+    if "git" in recipe:
+        assert "Toy's Triton kernels, sm_75 | - | not yet built |" in read("docs/kernels-built.md")
+        assert "turing_triton-kernels" in read("docker/docker-bake.json")
 
 
 SHA = "6540b148e40ba81cbd4de86392225a076a1591146e9cebb099b3b234ba9feebe"
