@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +12,7 @@ from recipes.facts import ImagePlan, Kernel, Step
 from recipes.files import NOTICE
 from recipes.pages import markdown_table
 from recipes.pages.built import NOT_BUILT, find_kernel, kernel_state
+from recipes.render.precompiled import kernel_sets
 
 Records = Mapping[str, Mapping[str, Any]]
 Runs = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -152,19 +155,42 @@ def _sets(plan: ImagePlan, records: Records) -> Iterator[tuple[str, ...]]:
         record = records.get(f"{kind}-cache-{plan.image.name}", {})
         for step, device in ((s, device_name(arch)) for s in steps for arch in s.archs):
             made = record.get("targets", {}).get(device, {})
-            version = record.get("fingerprint", {}).get(step.kernel.name)
-            state = f"built, {record['date']}" if made else NOT_BUILT
-            if made and version != step.kernel.version:
-                state = f"{record['date']}, of {version}"
             yield (
                 f"`{plan.image.name}`",
                 f"{what.format(step.kernel.summary)}, {device}",
                 str(made.get("kernels", "-")),
-                state,
+                _set_state(step, record, made, calls=_calls(plan, kind, device)),
                 _seconds(made.get("cpu_s")),
                 _megabytes(made.get("bytes")),
                 record["machine"] if made else "-",
             )
+
+
+def _set_state(
+    step: Step, record: Mapping[str, Any], made: Mapping[str, Any], *, calls: int
+) -> str:
+    """Return whether the kernels for a GPU were compiled, and of what; `calls` is the recipe's."""
+    if not made:
+        return NOT_BUILT
+    version = record["fingerprint"].get(step.kernel.name)
+    if version != step.kernel.version:
+        return f"{record['date']}, of {version}"
+    return (
+        f"{record['date']}, of an earlier set"
+        if made["calls"] != calls
+        else f"built, {record['date']}"
+    )
+
+
+def _calls(plan: ImagePlan, kind: str, device: str) -> int:
+    """Return for how many calls an image's recipe has kernels compiled ahead of time."""
+    asked = json.loads(kernel_sets((plan,))[f"docker/images/{plan.image.name}/{kind}_kernels.json"])
+    each = math.prod(
+        len(asked.get(axis, "x")) for axis in ("dtypes", "varlen", "gradient", "causal")
+    )
+    if kind == "fa4":
+        return each * len(asked["targets"][device]["shapes"])
+    return each * sum(len(pairs) for pairs in asked["heads"].values())
 
 
 def _images(plan: ImagePlan, records: Records) -> Iterator[tuple[str, ...]]:

@@ -109,9 +109,9 @@ def sets(record: Any) -> list[list[str]]:
     return [cells[1:] for cells in rows if cells[:2] == ["`hopper`", "FlashAttention-4, sm_90"]]
 
 
-SET = {
+SET: dict[str, Any] = {
     "date": "2026-11-26", "machine": "2 cores", "fingerprint": {"flash-attn-4": "4.0.0b36"},
-    "targets": {"sm_90": {"kernels": 192, "bytes": 15027512, "cpu_s": 529}},
+    "targets": {"sm_90": {"kernels": 192, "bytes": 15027512, "cpu_s": 529, "calls": 112}},
 }  # fmt: skip
 WHAT = "FlashAttention-4, sm_90"
 
@@ -123,11 +123,15 @@ WHAT = "FlashAttention-4, sm_90"
         (SET, [WHAT, "192", "built, 2026-11-26", "529 s", "15.0 MB", "2 cores"]),
         ({**SET, "targets": {}}, [WHAT, "-", "not yet built", "-", "-", "-"]),
         (
+            {**SET, "targets": {"sm_90": {**SET["targets"]["sm_90"], "calls": 96}}},
+            [WHAT, "192", "2026-11-26, of an earlier set", "529 s", "15.0 MB", "2 cores"],
+        ),
+        (
             {**SET, "fingerprint": {"flash-attn-4": "4.0.0b35"}},
             [WHAT, "192", "2026-11-26, of 4.0.0b35", "529 s", "15.0 MB", "2 cores"],
         ),
     ],
-    ids=["none", "built", "another GPU's", "of an earlier version"],
+    ids=["none", "built", "another GPU's", "of fewer models", "of an earlier version"],
 )
 def test_a_set_compiled_ahead_of_time_has_a_row_for_each_gpu(record: Any, says: list[str]) -> None:
     assert sets(record) == [says]

@@ -26,6 +26,7 @@ from recipes.pages.model_pages import FAMILIES_RECORD, RELOAD_RECORD
 from recipes.read import read_recipes
 from recipes.render.bake import labels
 from recipes.render.image_lists import matrix_json
+from recipes.render.precompiled import coverage
 from recipes.render_all import render_files
 from recipes.solve.lock import read_locks, split_lock
 from recipes.solve.plan import solve, solve_all
@@ -147,6 +148,20 @@ def test_the_shapes_compiled_ahead_of_time(shape: dict[str, object], devices: st
     everywhere = ("sm_90", "sm_100", "sm_103", "sm_120", "sm_121")
     found = {device for device in everywhere if shape in compiled_shapes(device)}
     assert found == {f"sm_{number}" for number in devices.split()}
+
+
+def test_sageattention_has_triton_kernels_for_every_trained_model_that_it_serves() -> None:
+    triton = RECIPES.kernels["sageattention"].triton
+    assert triton is not None
+    missing = {
+        model.model
+        for model in FA4_SET.models
+        if coverage(model, "sm_90a", backend="sage") == "yes"
+        # Smaller heads are padded to the next size.
+        and f"{model.heads}/{model.kv_heads}"
+        not in triton.heads[min(size for size in triton.heads if size >= model.head_dim)]
+    }
+    assert missing == set()
 
 
 def test_a_shape_of_several_models_is_compiled_once() -> None:
