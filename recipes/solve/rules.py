@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from attnimg.backends import find_backend, runs_on
@@ -192,12 +193,29 @@ def _check_backends(kernel: Kernel, archs: tuple[str, ...]) -> Iterator[str]:
                 yield f"backend {name} needs {backend.needs.arch_text}; found {arch}"
 
 
+def _pins(kernel: Kernel) -> dict[str, str]:
+    """Return the version of a kernel, and those that it pins of other packages."""
+    needs = (Requirement(text) for text in kernel.requires)
+    pinned = {need.name: str(need.specifier)[2:] for need in needs if "==" in str(need.specifier)}
+    return {kernel.name: kernel.version, **pinned}
+
+
 def _check_other_kernels(image: Image, kernel: Kernel, recipes: Recipes) -> Iterator[str]:
     """Check a kernel against the other kernels and the pinned stack."""
     names = {image_kernel.name for image_kernel in image.kernels}
     label = f"{kernel.name} {kernel.version}"
     versions = dict(recipes.stack)
-    versions |= {n: recipes.kernels[n].version for n in names & set(recipes.kernels)}
+    for one in (recipes.kernels[n] for n in sorted(names & set(recipes.kernels))):
+        versions |= _pins(one)
+    torch = recipes.torch.get(str(image.torch))
+    versions |= {"torch": str(image.torch), "triton": torch.triton} if torch else {}
+    for package, version in _pins(kernel).items():
+        for pair in recipes.pairs:
+            found = versions.get(pair.needs)
+            if pair.package != package or found is None or not satisfies(version, pair.versions):
+                continue
+            if not satisfies(found, pair.bound):
+                yield f"{package} {version} works with {pair.needs} {pair.bound}; found {found}"
     for other, bound in kernel.beside.items():
         if other in versions and not satisfies(versions[other], bound):
             yield f"{label} needs {other} {bound} beside it; found {versions[other]}"
