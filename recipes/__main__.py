@@ -83,9 +83,11 @@ def lock(arguments: Namespace) -> None:
     """Resolve the base image's digest and the packages of every image again, with hashes."""
     # Imported here: what asks registries is needed for nothing else.
     from recipes.solve.bases import lock_bases
+    from recipes.solve.rocm import lock_rocm
 
-    for line in lock_bases(read_recipes(arguments.root), root=arguments.root):
-        _print(f"lock: {line}")
+    for ask in (lock_bases, lock_rocm):
+        for line in ask(read_recipes(arguments.root), root=arguments.root):
+            _print(f"lock: {line}")
     for path in lock_all(solve_all(read_recipes(arguments.root)), root=arguments.root):
         _print(f"lock: wrote {path}")
 

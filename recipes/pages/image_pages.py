@@ -63,7 +63,7 @@ def _image_row(plan: ImagePlan) -> tuple[str, ...]:
         image.summary,
         " ".join(image.archs),
         str(image.torch),
-        str(plan.toolkit or "-"),
+        f"ROCm {plan.toolkit}" if image.accelerator == "rocm" else str(plan.toolkit or "-"),
         str(plan.driver_min or "-"),
         ", ".join(f"{step.kernel.summary} {step.kernel.version}" for step in plan.steps) or "-",
         f"{limit} MB" if isinstance(limit, int) else str(limit),

@@ -139,4 +139,6 @@ def _why_not_built(plan: ImagePlan, runner: Mapping[str, Any]) -> str:
     """Return why CI builds no image of a plan; empty if it does."""
     if isinstance(plan.image.torch, Unresolved):
         return plan.image.torch.reason
+    if plan.rocm_torch and isinstance(plan.rocm_torch.hashes, Unresolved):
+        return plan.rocm_torch.hashes.reason
     return "" if runner else f"no runner in recipes/runners.toml for {plan.image.accelerator}"

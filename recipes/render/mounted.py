@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from recipes.facts import ImagePlan, Step
+from recipes.facts import ImagePlan, Step, Unresolved
 from recipes.files import NOTICE, generated_json
 from recipes.solve.lock import fixed_versions, pinned_versions
+from recipes.solve.rocm import requirements
 
 
 def mounted_files(plan: ImagePlan, *, lock: str) -> dict[str, str]:
@@ -36,6 +37,19 @@ def mounted_files(plan: ImagePlan, *, lock: str) -> dict[str, str]:
                 "python": plan.image.python,
                 "index": plan.cpu_torch.index,
                 "wheels": {key: list(value) for key, value in plan.cpu_torch.wheels.items()},
+            }
+        )
+    if plan.rocm_torch:
+        hashes = plan.rocm_torch.hashes
+        known = {} if isinstance(hashes, Unresolved) else hashes
+        texts[f"docker/images/{name}/rocm.json"] = generated_json(
+            {
+                "requirements": list(requirements(str(plan.image.torch), plan.rocm_torch)),
+                "python": plan.image.python,
+                "lock": plan.lock,
+                "index": plan.rocm_torch.index,
+                "hashes": {key: list(value) for key, value in known.items()},
+                "unresolved": hashes.reason if isinstance(hashes, Unresolved) else "",
             }
         )
     for step in built:

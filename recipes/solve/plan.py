@@ -22,7 +22,7 @@ from recipes.facts import (
     Unresolved,
 )
 from recipes.solve.nearest import nearest_buildable
-from recipes.solve.rules import cuda_release, kernel_archs, reasons_against
+from recipes.solve.rules import cuda_release, kernel_archs, reasons_against, rocm_build
 
 
 def solve(image: Image, recipes: Recipes) -> ImagePlan:
@@ -40,7 +40,10 @@ def solve(image: Image, recipes: Recipes) -> ImagePlan:
         )
     base = recipes.bases[image.base]
     toolkit, driver_min = _toolkit_and_driver(image, recipes)
-    flavour = f"cu{toolkit.replace('.', '')}" if isinstance(toolkit, str) else image.accelerator
+    flavour: str = image.accelerator
+    if isinstance(toolkit, str):
+        cuda = image.accelerator == "cuda"
+        flavour = f"cu{toolkit.replace('.', '')}" if cuda else f"rocm{toolkit}"
     abi = _abi(image, flavour)
     steps = tuple(
         _step(image, image_kernel, recipes, abi=abi)
@@ -49,14 +52,23 @@ def solve(image: Image, recipes: Recipes) -> ImagePlan:
     return ImagePlan(
         image=image,
         steps=steps,
-        unresolved=_find_unresolved(image, steps, base, toolkit=toolkit, driver_min=driver_min),
+        unresolved=_find_unresolved(
+            image,
+            steps,
+            base,
+            toolkit=toolkit,
+            driver_min=driver_min,
+            rocm_hashes=build.hashes if (build := rocm_build(image, recipes)) else None,
+        ),
         abi=abi,
         lock=f"{image.torch}-{flavour}",
         base=base,
         cpu_torch=_cpu_torch(image, recipes),
         toolkit=toolkit,
         driver_min=driver_min,
-        nvcc=recipes.cuda[toolkit].nvcc if isinstance(toolkit, str) else "",
+        nvcc=recipes.cuda[release].nvcc if (release := cuda_release(image, recipes)) else "",
+        rocm_torch=rocm_build(image, recipes),
+        rocm=recipes.rocm[build.release] if (build := rocm_build(image, recipes)) else None,
     )
 
 
@@ -179,11 +191,13 @@ def _cpu_torch(image: Image, recipes: Recipes) -> CpuBuild | None:
 def _toolkit_and_driver(
     image: Image, recipes: Recipes
 ) -> tuple[str | Unresolved | None, str | Unresolved | None]:
-    """Return the CUDA release of an image's torch and its oldest driver; None on cpu."""
+    """Return the CUDA or ROCm release of an image's torch and its oldest driver; None on cpu."""
     if image.accelerator == "cpu":
         return None, None
     if release := cuda_release(image, recipes):
         return release, recipes.cuda[release].driver_min
+    if build := rocm_build(image, recipes):
+        return build.release, recipes.rocm[build.release].driver_min
     return Unresolved("follows from torch's build"), Unresolved("follows from the ROCm release")
 
 

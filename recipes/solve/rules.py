@@ -13,7 +13,7 @@ from packaging.specifiers import SpecifierSet
 from attnimg.backends import find_backend, runs_on
 from attnimg.selection.gpus_and_images import arch_from_name
 from recipes.archs import can_run, device_name
-from recipes.facts import Base, Image, ImageKernel, Kernel, Recipes, Torch, Unresolved
+from recipes.facts import Base, Image, ImageKernel, Kernel, Recipes, RocmBuild, Torch, Unresolved
 
 # What the build serves, and which of its files have it written in them.
 SERVED = {
@@ -81,6 +81,13 @@ def _check_platform(image: Image, recipes: Recipes) -> Iterator[str]:
         yield f"torch {image.torch} has no CPU build for {python} in recipes/torch.toml"
     if image.accelerator == "cuda":
         yield from _check_cuda(image, recipes)
+    if image.accelerator == "rocm" and torch:
+        if torch.rocm is None:
+            yield f"torch {image.torch} has no ROCm build in recipes/torch.toml"
+        elif torch.rocm.release not in recipes.rocm:
+            known = ", ".join(recipes.rocm)
+            release = f"ROCm {torch.rocm.release} of torch {image.torch}"
+            yield f"{release} is not in recipes/rocm.toml; known: {known}"
 
 
 def cpu_wheels(torch: Torch, python: str) -> list[str]:
@@ -103,6 +110,12 @@ def cuda_release(image: Image, recipes: Recipes) -> str | None:
     """Return the CUDA release of an image's torch; None if that is not known, or not CUDA."""
     torch = recipes.torch.get(str(image.torch)) if image.accelerator == "cuda" else None
     return torch.toolkit if torch else None
+
+
+def rocm_build(image: Image, recipes: Recipes) -> RocmBuild | None:
+    """Return the ROCm build of an image's torch; None if it has none, or is not for ROCm."""
+    torch = recipes.torch.get(str(image.torch)) if image.accelerator == "rocm" else None
+    return torch.rocm if torch else None
 
 
 def _check_cuda(image: Image, recipes: Recipes) -> Iterator[str]:
