@@ -10,11 +10,13 @@
     docker/build.py NAME --to-cache         its kernels that CACHE lacks, or KERNEL alone, to CACHE;
                                             with --stage stack its shared layers
 
-Environment variables: WHEELS, a folder of wheels to use instead of compiling them; TRIM=1, for the
-small builds of kernels; JOBS, the number of parallel compilers; TORCH_INDEX, an index or a folder
-with the CPU or ROCm build of torch; BASE_IMAGE, another base (docker/base_image.py); CACHE, a
-registry with compiled kernels and layers (kernel_cache.py), and CACHE_WRITE=1 to write layers to
-it; PROGRESS, for docker. The labels of the image say which base and which commit were used.
+Environment variables: PLATFORM, such as linux/arm64, if it is not this machine's (platforms.py, as
+for the names of its files and tags); WHEELS, a folder of wheels to use instead of compiling them;
+TRIM=1, for the small builds of kernels; JOBS, the number of parallel compilers; TORCH_INDEX, an
+index or a folder with the CPU or ROCm build of torch; BASE_IMAGE, another base (base_image.py);
+CACHE, a registry with compiled kernels and layers (kernel_cache.py), and CACHE_WRITE=1 to write
+layers to it; PROGRESS, for docker.
+The labels of the image say which base and which commit were used.
 """
 
 from __future__ import annotations
@@ -32,11 +34,12 @@ from typing import Any, NoReturn
 import base_image
 import kernel_cache
 import kernel_wheels
+import platforms
 import rocm_wheels
 import wheelhouse
 from base_image import BAKE
 from from_git import source_labels
-from torch_wheel import torch_wheel
+from torch_wheel import refuse_unknown_wheel, torch_wheel
 
 IMAGES = Path("attnimg/data/images.json")
 # The end of the name of an image with compilers.
@@ -54,8 +57,7 @@ def fail(what: str, why: str, do: str) -> NoReturn:
 
 
 def read_targets(name: str) -> dict[str, dict[str, Any]]:
-    """Return the targets of an image; exit if its recipe has no torch release."""
-    targets = json.loads(BAKE.read_text())["target"]
+    """Return the targets of an image for PLATFORM; exit if there is no torch release for it."""
     images = json.loads(IMAGES.read_text())["images"]
     if name not in images:
         fail(
@@ -69,15 +71,25 @@ def read_targets(name: str) -> dict[str, dict[str, Any]]:
             f"found no torch for it: {torch}",
             f"set torch in recipes/images/{name}.toml, then make lock",
         )
+    platform = platforms.choose_platform(name, images[name]["platforms"])
+    os.environ |= platforms.bake_variables(platform)
+    targets = platforms.bake_targets(platform)
     own = {key: target for key, target in targets.items() if key.partition("_")[0] == name}
     if is_for(own, name, "rocm"):
         rocm_wheels.refuse_unknown_hashes(name)
+    else:
+        refuse_unknown_wheel(files_name(name, own))
     return own
 
 
 def is_for(targets: dict[str, dict[str, Any]], name: str, accelerator: str) -> bool:
     """Return whether an image is for an accelerator."""
     return bool(targets[f"{name}_common"]["args"]["ACCELERATOR"] == accelerator)
+
+
+def files_name(name: str, targets: dict[str, dict[str, Any]]) -> str:
+    """Return the name of an image's own files for its platform: "hopper", "hopper-arm64"."""
+    return str(targets[f"{name}_common"]["args"]["IMAGE"])
 
 
 def needed_gb(name: str, targets: dict[str, dict[str, Any]]) -> int:
@@ -96,11 +108,11 @@ def check_built(name: str, reference: str) -> None:
         fail("docker is not installed", "found no program docker on PATH", "make engine")
     error = process.stderr.strip()
     if process.returncode and "no such image" in error.lower():
-        own = reference == f"attnimg:{name}"
+        own = reference == f"attnimg:{name}{os.environ['TAG_END']}"
         fail(
             f"there is no image {reference}",
             "found no image of that name in the Docker engine",
-            f"make build/{name}"
+            f"make build/{name}{platforms.of_make()}"
             if own
             else f"docker build -t {reference} FOLDER; its Dockerfile has FROM attnimg:{name}",
         )
@@ -134,7 +146,7 @@ def contexts(
 ) -> Iterator[tuple[str, str, str]]:
     """Yield (target, context, place) for contexts that replace those of the bake file."""
     if is_for(targets, name, "cpu"):
-        wheel = torch_wheel(name)
+        wheel = torch_wheel(name, files_name(name, targets))
         yield from ((target, "torch-wheel", str(wheel)) for target in targets)
     for target, content in targets.items():
         address, _, commit = content.get("contexts", {}).get("source", "").partition("#")
@@ -142,7 +154,7 @@ def contexts(
         if address and tree.is_dir():
             yield target, "source", str(tree)
     if wheels:
-        check_wheels(name, Path(wheels))
+        check_wheels(name, files_name(name, targets), Path(wheels))
         for target, content in targets.items():
             if "wheelhouse" in content.get("contexts", {}):
                 yield target, "wheelhouse", wheels
@@ -157,22 +169,29 @@ def rocm_settings(name: str, targets: dict[str, dict[str, Any]]) -> dict[str, st
     return settings
 
 
-def check_wheels(name: str, wheels: Path) -> None:
-    """Exit if a wheelhouse can't be installed in an image; the image's build checks it again."""
+def check_wheels(name: str, files: str, wheels: Path) -> None:
+    """Exit if a wheelhouse can't be installed in an image; the image's build checks it again.
+
+    Args:
+        name: the image.
+        files: the name of its files for its platform.
+        wheels: the wheelhouse.
+    """
     if not (wheels / "manifest.json").is_file():
         fail(
             f"{wheels} is not a wheelhouse",
             "found no manifest.json in it",
-            f"make wheels/{name}, or omit WHEELS to build them",
+            f"make wheels/{name}{platforms.of_make()}, or omit WHEELS to build them",
         )
-    wanted = kernel_wheels.wanted_wheels(name, trim=False)
+    wanted = kernel_wheels.wanted_wheels(files, trim=False)
     if faults := wheelhouse.verify(wheels, wanted.abi, dict(wanted.keys)):
         lacking = [one for one in wanted.keys if f"the kernel {one} is missing" in faults]
-        one = f"make wheels/{name} KERNEL={lacking[0]}, or " if lacking else ""
+        make = f"make wheels/{name}{platforms.of_make()}"
+        one = f"{make} KERNEL={lacking[0]}, or " if lacking else ""
         fail(
             f"{wheels} does not fit the image {name}",
             "\n       ".join(faults),
-            f"{one}make wheels/{name}, which compiles what it lacks",
+            f"{one}{make}, which compiles what it lacks",
         )
 
 
@@ -226,7 +245,8 @@ def compile_wheels(
         found: kernel -> where CACHE has it, which is taken instead.
     """
     kernel_wheels.recover(folder)
-    wanted = kernel_wheels.wanted_wheels(name, trim=bool(os.environ.get("TRIM")))
+    files = files_name(name, targets)
+    wanted = kernel_wheels.wanted_wheels(files, trim=bool(os.environ.get("TRIM")))
     todo = [only] if only else kernel_wheels.missing_kernels(folder, wanted)
     for place, kernel in enumerate(todo, 1):
         print(f"wheels: {place} of {len(todo)}: {kernel}", flush=True)
@@ -331,7 +351,7 @@ def main() -> None:
             needed = min(needed, NEEDED_GB_WITH_WHEELS)
         check_free_disk(name, needed)
     if stage not in ("runtime", "devel"):
-        settings[f"{target}.tags"] = f"attnimg-{stage}:{name}"
+        settings[f"{target}.tags"] = f"attnimg-{stage}:{name}{os.environ['TAG_END']}"
     command = ["docker", "buildx", "bake", f"--progress={os.environ.get('PROGRESS', 'auto')}"]
     command += ["-f", str(BAKE), *(["--no-cache"] if arguments.no_cache else [])]
     for key, value in settings.items():

@@ -44,16 +44,21 @@ class Wanted:
     small: frozenset[str]
 
 
-def wanted_wheels(image: str, *, trim: bool) -> Wanted:
-    """Read what is built for an image; with `trim`, the small builds of kernels that have one."""
-    folder = Path("docker/images") / image
+def wanted_wheels(files: str, *, trim: bool) -> Wanted:
+    """Read what is built for an image; with `trim`, the small builds of kernels that have one.
+
+    Args:
+        files: the name of its files: "hopper", or "hopper-arm64" for that platform.
+        trim: whether TRIM is set.
+    """
+    folder = Path("docker/images") / files
     content = json.loads((folder / "wheelhouse.json").read_text(encoding="utf-8"))
     builds = {
         name: json.loads((folder / f"kernels/{name}.json").read_text(encoding="utf-8"))
         for name in content["kernels"]
     }
     small = frozenset(name for name, build in builds.items() if trim and build["trim_env"])
-    return Wanted(image=image, abi=content["abi"], keys=content["kernels"], small=small)
+    return Wanted(image=content["image"], abi=content["abi"], keys=content["kernels"], small=small)
 
 
 def kept_kernels(folder: Path, wanted: Wanted) -> tuple[dict[str, Any], list[str]]:

@@ -27,6 +27,7 @@ def build_record(
     manifest: Mapping[str, Any],
     codes: Mapping[str, Mapping[str, list[str]]],
     *,
+    platform: str,
     day: str,
     machine: str,
     earlier: Mapping[str, Any],
@@ -40,13 +41,15 @@ def build_record(
     Args:
         manifest: its manifest.json: each kernel with its time, jobs and bytes.
         codes: wheel -> library -> the machine code found in it.
+        platform: what the wheels are for.
         day: when the new wheels were built, YYYY-MM-DD.
         machine: what they were built on, in general words.
         earlier: the record that this one replaces; empty for none.
 
     Raises:
-        AttnimgError: its wheels are for different platforms (code "bad-wheelhouse").
+        AttnimgError: a wheel is for another platform (code "bad-wheelhouse").
     """
+    _refuse_other_platform(manifest, platform)
     before = {kernel["name"]: kernel for kernel in earlier.get("kernels", ())}
     kernels = [
         {
@@ -57,7 +60,7 @@ def build_record(
         }
         for kernel in manifest["kernels"]
     ]
-    head = {"image": manifest["image"], "platform": _platform(manifest), "abi": manifest["abi"]}
+    head = {"image": manifest["image"], "platform": platform, "abi": manifest["abi"]}
     return json.dumps({**head, "kernels": kernels}, indent=1) + "\n"
 
 
@@ -69,20 +72,19 @@ def _built_when(
     return {key: found[key] for key in ("day", "machine")}
 
 
-def _platform(manifest: Mapping[str, Any]) -> str:
-    """Return what the wheels of a manifest are for, by their names."""
-    tags = {
-        str(kernel["wheel"]).removesuffix(".whl").split("-")[-1] for kernel in manifest["kernels"]
-    }
-    found = {platform for tag in tags for end, platform in _PLATFORMS.items() if tag.endswith(end)}
-    if len(found) > 1:
-        raise AttnimgError(
-            "the wheels of a wheelhouse are for different platforms",
-            why=f"found {' and '.join(sorted(found))}, needed one",
-            do=f"make wheels/{manifest['image']} into an empty folder",
-            code="bad-wheelhouse",
-        )
-    return found.pop() if found else "linux/amd64"
+def _refuse_other_platform(manifest: Mapping[str, Any], platform: str) -> None:
+    """Raise if a wheel is for another platform, by its name."""
+    wheels = [str(kernel["wheel"]) for kernel in manifest["kernels"]]
+    for end, found in _PLATFORMS.items():
+        wrong = [wheel for wheel in wheels if wheel.endswith(f"{end}.whl")]
+        if found != platform and wrong:
+            raise AttnimgError(
+                f"the wheels are not for {platform}",
+                why=f"found {', '.join(wrong)}, for {found}",
+                do=f"make built/{manifest['image']} PLATFORM={found}, or make wheels/"
+                f"{manifest['image']} for {platform}",
+                code="bad-wheelhouse",
+            )
 
 
 def read_manifest(wheelhouse: Artifact, *, image: str) -> Mapping[str, Any]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 from recipes.archs import device_name, sort_key
-from recipes.facts import ImagePlan, Kernel, Step
+from recipes.facts import ImagePlan, Kernel, Step, on_all_platforms
 from recipes.files import NOTICE
 from recipes.pages import markdown_table
 from recipes.pages.built import NOT_BUILT, find_kernel, kernel_state
@@ -69,7 +70,7 @@ def kernels_built_page(plans: Iterable[ImagePlan], records: Records, runs: Runs)
         parts.append(
             f"\n### `{plan.image.name}`\n\n{markdown_table(head, _kernels(plan, records, runs))}"
         )
-    head = ("image", "for", "kernels", "state", "CPU time", "size", "compiled on")
+    head = ("image", "for", "platform", "kernels", "state", "CPU time", "size", "compiled on")
     rows = [row for plan in stable for row in _sets(plan, records)]
     parts.append(f"{_SETS}{markdown_table(head, rows)}")
     head = (
@@ -87,31 +88,24 @@ def kernels_built_page(plans: Iterable[ImagePlan], records: Records, runs: Runs)
     return "".join(parts)
 
 
-def _places(plan: ImagePlan) -> Iterator[tuple[ImagePlan, str, str]]:
-    """Yield (plan, platform, name of its records) for each platform of an image."""
-    for platform in plan.image.platforms:
-        end = "" if platform == "linux/amd64" else "-" + platform.rpartition("/")[2]
-        yield plan, platform, plan.image.name + end
-
-
 def _kernels(plan: ImagePlan, records: Records, runs: Runs) -> Iterator[tuple[str, ...]]:
     """Yield a row for each kernel and platform of an image."""
-    for one, platform, name in _places(plan):
+    for one in on_all_platforms([plan]):
         for step in one.steps:
-            made = find_kernel(step, records.get(name, {})) or {}
+            made = find_kernel(step, records.get(one.name, {})) or {}
             found = {code for codes in made.get("code", {}).values() for code in codes}
             codes = found or set(step.codes)
             wheel = step.kernel.form == "wheel"
-            state = "public wheel" if wheel else kernel_state(step, records.get(name, {}))
+            state = "public wheel" if wheel else kernel_state(step, records.get(one.name, {}))
             yield (
                 f"{step.kernel.summary} {step.kernel.version}",
-                platform,
+                one.platform,
                 " ".join(sorted(codes, key=sort_key)) or "none of its own",
                 state,
                 _seconds(made.get("cpu_seconds")),
                 _megabytes(made.get("bytes")),
                 made.get("machine", "-"),
-                _on_gpus(step, platform, runs),
+                _on_gpus(step, one.platform, runs),
             )
 
 
@@ -146,20 +140,21 @@ def _result(kernel: Kernel, records: Sequence[Mapping[str, Any]]) -> str:
 
 def _sets(plan: ImagePlan, records: Records) -> Iterator[tuple[str, ...]]:
     """Yield a row for each set of kernels that is compiled ahead of time, and each GPU."""
-    for kind, what in _AHEAD.items():
+    for one, (kind, what) in product(on_all_platforms([plan]), _AHEAD.items()):
         steps = [
             step
-            for step in plan.steps
+            for step in one.steps
             if (step.kernel.ahead_of_time if kind == "fa4" else step.kernel.triton)
         ]
-        record = records.get(f"{kind}-cache-{plan.image.name}", {})
+        record = records.get(f"{kind}-cache-{one.name}", {})
         for step, device in ((s, device_name(arch)) for s in steps for arch in s.archs):
             made = record.get("targets", {}).get(device, {})
             yield (
                 f"`{plan.image.name}`",
                 f"{what.format(step.kernel.summary)}, {device}",
+                one.platform,
                 str(made.get("kernels", "-")),
-                _set_state(step, record, made, calls=_calls(plan, kind, device)),
+                _set_state(step, record, made, calls=_calls(one, kind, device)),
                 _seconds(made.get("cpu_s")),
                 _megabytes(made.get("bytes")),
                 record["machine"] if made else "-",
@@ -184,7 +179,7 @@ def _set_state(
 
 def _calls(plan: ImagePlan, kind: str, device: str) -> int:
     """Return for how many calls an image's recipe has kernels compiled ahead of time."""
-    asked = json.loads(kernel_sets((plan,))[f"docker/images/{plan.image.name}/{kind}_kernels.json"])
+    asked = json.loads(kernel_sets((plan,))[f"docker/images/{plan.name}/{kind}_kernels.json"])
     each = math.prod(
         len(asked.get(axis, "x")) for axis in ("dtypes", "varlen", "gradient", "causal")
     )
@@ -195,10 +190,10 @@ def _calls(plan: ImagePlan, kind: str, device: str) -> int:
 
 def _images(plan: ImagePlan, records: Records) -> Iterator[tuple[str, ...]]:
     """Yield the sizes of an image on each of its platforms."""
-    for one, platform, name in _places(plan):
-        record = records.get(f"image-{name}")
+    for one in on_all_platforms([plan]):
+        record = records.get(f"image-{one.name}")
         if record is None:
-            yield (f"`{one.image.name}`", platform, *["-"] * 5, "no record yet")
+            yield (f"`{one.image.name}`", one.platform, *["-"] * 5, "no record yet")
             continue
         layers = record["layers"]
         stages: dict[str, int] = {}
@@ -209,7 +204,7 @@ def _images(plan: ImagePlan, records: Records) -> Iterator[tuple[str, ...]]:
         )
         yield (
             f"`{one.image.name}`",
-            platform,
+            one.platform,
             *(f"{total / 1e6:,.0f}" for total in totals),
             ", ".join(f"{stage} {size / 1e6:,.0f}" for stage, size in stages.items()),
             record["selftest"],

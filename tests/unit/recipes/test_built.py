@@ -81,7 +81,8 @@ def test_the_state_of_an_image_is_that_of_its_kernels(
 
 def record(manifest: object, codes: object = None, **changes: Any) -> dict[str, Any]:
     """Return a record, as `make built/NAME` writes it."""
-    given: dict[str, Any] = {"day": "2026-11-25", "machine": "2 cores", "earlier": {}, **changes}
+    given = {"platform": "linux/amd64", "day": "2026-11-25", "machine": "2 cores", "earlier": {}}
+    given |= changes
     return dict(json.loads(build_record(manifest, codes or {}, **given)))  # type: ignore[arg-type]
 
 
@@ -107,27 +108,30 @@ def test_a_record_has_what_was_found_in_each_library() -> None:
     }
 
 
+ARM = "b-1-cp39-abi3-manylinux_2_28_aarch64.whl"
+
+
 @pytest.mark.parametrize(
-    ("wheels", "platform"),
+    ("wheels", "platform", "found"),
     [
-        pytest.param([WHEEL, "b-1-py3-none-any.whl"], "linux/amd64", id="x86-64, and any"),
-        pytest.param(["b-1-cp39-abi3-manylinux_2_28_aarch64.whl"], "linux/arm64", id="arm64"),
-        pytest.param([], "linux/amd64", id="none yet"),
+        pytest.param([WHEEL, "b-1-py3-none-any.whl"], "linux/amd64", "", id="x86-64, and any"),
+        pytest.param([ARM], "linux/arm64", "", id="arm64"),
+        pytest.param([], "linux/amd64", "", id="none yet"),
+        pytest.param([WHEEL, ARM], "linux/amd64", f"found {ARM}, for linux/arm64", id="a mixture"),
+        pytest.param([WHEEL], "linux/arm64", f"found {WHEEL}, for linux/amd64", id="another's"),
     ],
 )
-def test_the_platform_is_read_from_the_names_of_the_wheels(
-    wheels: list[str], platform: str
+def test_wheels_are_recorded_for_their_own_platform_alone(
+    wheels: list[str], platform: str, found: str
 ) -> None:
     kernels = [{"name": wheel, "wheel": wheel} for wheel in wheels]
-    assert record({"image": "hopper", "abi": "x", "kernels": kernels})["platform"] == platform
-
-
-def test_wheels_for_two_platforms_are_no_wheelhouse() -> None:
-    kernels = [{"name": one, "wheel": f"{one}-1-py3-none-linux_{one}.whl"}
-               for one in ("x86_64", "aarch64")]  # fmt: skip
-    with pytest.raises(AttnimgError, match="for different platforms") as caught:
-        record({"image": "hopper", "abi": "x", "kernels": kernels})
-    assert caught.value.why == "found linux/amd64 and linux/arm64, needed one"
+    manifest = {"image": "hopper", "abi": "x", "kernels": kernels}
+    if not found:
+        assert record(manifest, platform=platform)["platform"] == platform
+        return
+    with pytest.raises(AttnimgError, match=f"the wheels are not for {platform}") as caught:
+        record(manifest, platform=platform)
+    assert caught.value.why == found
 
 
 def test_each_wheel_has_the_day_and_the_machine_of_its_own_build() -> None:

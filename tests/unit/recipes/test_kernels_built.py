@@ -24,13 +24,14 @@ MADE = {
 }  # fmt: skip
 
 
-def row(begin: str, records: Any = None, runs: Any = None, *, image: str = "hopper") -> list[str]:
-    """Return the cells of the one row of an image whose first or second cell is `begin`."""
+def row(
+    begin: str, records: Any = None, runs: Any = None, *, platform: str = "linux/amd64"
+) -> list[str]:
+    """Return the cells of hopper's row whose first cell begins so, for a platform."""
     page = kernels_built_page(PLANS, records or {}, runs or {})
-    _, _, part = page.partition(f"### `{image}`\n")
-    part = part.partition("\n### ")[0]
-    lines = [line.strip("| ").split(" | ") for line in (part or page).splitlines()]
-    (found,) = (line for line in lines if line[0].startswith(begin))
+    part = page.partition("### `hopper`\n")[2].partition("\n### ")[0]
+    lines = [line.strip("| ").split(" | ") for line in part.splitlines()]
+    (found,) = (line for line in lines if line[0].startswith(begin) and line[1] == platform)
     return found
 
 
@@ -48,6 +49,15 @@ def test_a_kernel_has_what_its_record_says() -> None:
 def test_a_kernel_without_a_record_is_marked_as_not_yet_built() -> None:
     found = row("FlashAttention-3")[1:]
     assert found == ["linux/amd64", "sm_90a", "not yet built", "-", "-", "-", "not yet"]
+
+
+def test_each_platform_has_a_record_of_its_own() -> None:
+    arm = next(plan for plan in PLANS if plan.image.name == "hopper").others[0]
+    (step,) = (step for step in arm.steps if step.kernel.name == "flash-attn-3")
+    records = {"hopper-arm64": {"kernels": [{**MADE, "key": step.key}]}}
+    found = row("FlashAttention-3", records, platform="linux/arm64")
+    assert found[2:4] == ["sm_80 sm_90a", "built, 2026-11-25"]
+    assert row("FlashAttention-3", records)[3] == "not yet built"
 
 
 @pytest.mark.parametrize(
@@ -106,7 +116,8 @@ def sets(record: Any) -> list[list[str]]:
     """Return the rows of hopper's FlashAttention-4 kernels."""
     page = kernels_built_page(PLANS, {"fa4-cache-hopper": record} if record else {}, {})
     rows = [line.strip("| ").split(" | ") for line in page.splitlines()]
-    return [cells[1:] for cells in rows if cells[:2] == ["`hopper`", "FlashAttention-4, sm_90"]]
+    wanted = ["`hopper`", "FlashAttention-4, sm_90", "linux/amd64"]
+    return [cells[1:2] + cells[3:] for cells in rows if cells[:3] == wanted]
 
 
 SET: dict[str, Any] = {
