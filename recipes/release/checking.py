@@ -7,12 +7,14 @@ image can be pulled by its digest and runs.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from attnimg.errors import AttnimgError
+from attnimg.selection.gpus_and_images import cpu_name
 from recipes.release import transfer
 from recipes.release.clean_engine import clean_engine, engine_variables
 from recipes.release.programs import report, run
@@ -33,12 +35,14 @@ class Verified:
         image_id: of its configuration.
         labels: of the image.
         size: of its compressed layers, in bytes.
+        platform: of its configuration, "linux/amd64".
     """
 
     digest: str
     image_id: str
     labels: Mapping[str, str]
     size: int
+    platform: str
 
 
 def check_released(
@@ -49,6 +53,7 @@ def check_released(
     name: str,
     folder: Path,
     expected: Mapping[str, Path] | None = None,
+    platform: str = "",
 ) -> str:
     """Verify an image of a registry, pull it and run it; return where it was pulled to.
 
@@ -59,11 +64,15 @@ def check_released(
         name: of the image.
         folder: for the clean engine, removed afterwards.
         expected: kind -> file that was attested, where this checkout has them.
+        platform: that under which a manifest list has it; empty for any.
 
     Raises:
-        AttnimgError: as verify_statements and run_clean.
+        AttnimgError: as verify_statements and run_clean; or it is for another platform than the
+            list says (code "tampered").
     """
     found = verify_statements(digest, repository, signer, name=name, expected=expected)
+    if platform not in ("", found.platform):
+        raise _not_that(repository.at(digest), f"found {found.platform}, listed as {platform}")
     return run_clean(found, repository, folder=folder)
 
 
@@ -96,7 +105,14 @@ def verify_statements(
     report(f"  statements: verified {', '.join(found)}")
     config = transfer.read_config(repository.at(digest), repository, image_id)
     labels = config.get("config", {}).get("Labels") or {}
-    faults = disagreements(found, name=name, image_id=image_id, digest=digest, labels=labels)
+    faults = disagreements(
+        found,
+        name=name,
+        platform=transfer.platform_of(config),
+        image_id=image_id,
+        digest=digest,
+        labels=labels,
+    )
     for kind, path in (expected or {}).items():
         if path.exists() and json.loads(path.read_text(encoding="utf-8")) != found[kind]:
             faults.append(f"{kind}: the registry's is not {path}")
@@ -109,13 +125,15 @@ def verify_statements(
             exit_code=1,
         )
     size = sum(layer["size"] for layer in manifest["layers"])
-    return Verified(digest=digest, image_id=image_id, labels=labels, size=size)
+    platform = transfer.platform_of(config)
+    return Verified(digest=digest, image_id=image_id, labels=labels, size=size, platform=platform)
 
 
 def disagreements(
     found: Mapping[str, Any],
     *,
     name: str,
+    platform: str,
     image_id: str,
     digest: str,
     labels: Mapping[str, str],
@@ -125,6 +143,7 @@ def disagreements(
     Args:
         found: kind -> verified predicate.
         name: the image's name.
+        platform: that of its configuration.
         image_id: the digest of its configuration.
         digest: the digest of its manifest.
         labels: of the image.
@@ -138,6 +157,7 @@ def disagreements(
     build = found["provenance"]["buildDefinition"]
     compare("title", labels.get(f"{OCI}.title"), f"attnimg:{name}")
     compare("provenance's image", build["externalParameters"]["image"], name)
+    compare("provenance's platform", build["externalParameters"]["platform"], platform)
     compare("provenance's ID of the image", build["internalParameters"]["image"], image_id)
     if revision := labels.get(f"{OCI}.revision"):
         compare("provenance's revision", build["externalParameters"]["revision"], revision)
@@ -155,20 +175,20 @@ def disagreements(
 def run_clean(image: Verified, repository: Repository, *, folder: Path) -> str:
     """Pull an image into an engine that has none, and run it; return where that was.
 
-    Where no second engine can be started, it is pulled into an empty folder, and not run.
+    Where no second engine can be started, or this machine has another platform, it is pulled into
+    an empty folder, and not run.
 
     Raises:
         AttnimgError: it can't be pulled whole (codes "registry", "program"), or what arrives is
             another image (code "tampered").
     """
     reference = repository.at(image.digest)
+    if image.platform != (here := f"linux/{cpu_name(os.uname().machine)}"):
+        return _pull_only(image, repository, folder, why=f"this machine is {here}, it was not run")
     with clean_engine(folder / "engine", size=image.size) as engine:
         if not engine:
-            transfer.pull(image.digest, repository, folder / "pulled")
-            transfer.remove(folder / "pulled")
-            text = "a clean folder, all digests compared; no second engine could be started"
-            report(f"  pulled into {text}")
-            return text
+            why = "no second engine could be started"
+            return _pull_only(image, repository, folder, why=why)
 
         def docker(*arguments: str) -> str:
             command, env = ["docker", *arguments], engine_variables(engine)
@@ -185,6 +205,15 @@ def run_clean(image: Verified, repository: Repository, *, folder: Path) -> str:
         if version.partition("+")[0] != needed:
             raise _not_that(reference, f"found torch {version}, needed {needed}, the label's")
     text = f"a clean engine, run there with torch {version}"
+    report(f"  pulled into {text}")
+    return text
+
+
+def _pull_only(image: Verified, repository: Repository, folder: Path, *, why: str) -> str:
+    """Pull an image into an empty folder, and remove it; return where that was."""
+    transfer.pull(image.digest, repository, folder / "pulled")
+    transfer.remove(folder / "pulled")
+    text = f"a clean folder, all digests compared; {why}"
     report(f"  pulled into {text}")
     return text
 

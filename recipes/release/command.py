@@ -62,7 +62,7 @@ def release(
         # Before hours of building.
         if not job.rehearsal:
             refuse_unresolved(plan)
-        refuse_fewer_tests(job.tests, name=job.name, rehearsal=job.rehearsal)
+        refuse_fewer_tests(job.tests, name=plan.image.name, rehearsal=job.rehearsal)
     if step is None:
         # Before hours of building, too.
         choose_signing(job.registry, job.repository, env=env, folder=root / FOLDER, sign=True)
@@ -135,8 +135,19 @@ def verify(
     )
     if digest is None:
         digest = find_digest(tag, repository)
-    where = check_released(digest, repository, signer, name=name, folder=root / FOLDER)
-    return f"verify: {repository.at(digest)} is signed ({signer.text}); pulled into {where}"
+    _, images = transfer.read_list(repository.at(digest), repository)
+    lines = []
+    for platform, one in images.items():
+        if len(images) > 1 or one != digest:
+            report(f"verify: {platform}")
+        where = check_released(
+            one, repository, signer, name=name, folder=root / FOLDER, platform=platform
+        )
+        lines.append(
+            f"verify: {repository.at(one)} ({platform}) is signed ({signer.text}); "
+            f"pulled into {where}"
+        )
+    return "\n".join(lines)
 
 
 def refuse_no_digest(image: str, *, name: str) -> None:
@@ -192,5 +203,6 @@ def _summary(record: Record, step: str | None) -> str:
         f"  done: {', '.join(record.steps)}; record: {path}",
     ]
     if record.tags:
-        lines.append(f"  tags: {', '.join(record.tags)}")
+        lines.append(f"  tags: {', '.join(record.tags)}, for {', '.join(record.listed)}")
+    lines += [f"  not {platform}: {why}" for platform, why in record.left_out.items()]
     return "\n".join(lines)

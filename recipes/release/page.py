@@ -26,7 +26,10 @@ def verify_part(registry: Registry) -> str:
     repository = parse_repository(registry.registry).name
     types = " ".join(name for name, _ in KINDS.values())
     return f"""```bash
-IMAGE={repository}:hopper
+IMAGE={repository}
+# A tag names a list with one image for each platform; each image is signed.
+IMAGE=$IMAGE@$(docker buildx imagetools inspect --raw "$IMAGE:hopper" |
+  jq -er '.manifests[] | select(.platform.architecture == "amd64").digest')
 WHO=(--certificate-identity-regexp '{registry.identity}'
   --certificate-oidc-issuer {registry.signer.issuer})
 cosign verify "${{WHO[@]}}" "$IMAGE"

@@ -48,7 +48,7 @@ def check_publishable(
     """
     refuse_other_rehearsal(repository, rehearsal=rehearsal)
     found = tuple(unknown(plan, labels=labels, version=version, head=head))
-    never = [*_gate_faults(gates_result, plan.image.name)]
+    never = [*_gate_faults(gates_result, plan.name)]
     if foreign := labels.get(f"{OCI}.title") != f"attnimg:{plan.image.name}":
         title = labels.get(f"{OCI}.title") or "none"
         never.append(f"label title: found {title}, needed attnimg:{plan.image.name}")

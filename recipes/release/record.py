@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from attnimg.errors import AttnimgError
-from recipes.facts import Digest, Strict
+from recipes.facts import PLATFORMS, Digest, Platform, Strict, platform_suffix
 from recipes.files import write_all
 from recipes.release.repository import Repository, parse_repository
 
@@ -48,7 +48,7 @@ class Record(Strict):
     """One release of one image to one registry.
 
     Attributes:
-        image: its name.
+        image: its name, with the platform at its end if that is not the first: "cpu-arm64".
         registry: host[:port]/namespace.
         image_id: digest of its configuration: the ID of the image that was built and checked.
         digest: of its manifest.
@@ -62,7 +62,9 @@ class Record(Strict):
         signer: how it was signed.
         tests: which tests ran on the pulled image.
         checked_in: where it was pulled to and run: a clean engine, or a clean folder.
-        tags: tag -> digest, those that were set.
+        tags: tag -> digest of the manifest list, those that were set.
+        listed: platform -> digest of its image, those in that list.
+        left_out: platform of the recipe -> why it is not in that list.
         steps: step -> when it was done and the seconds it took.
     """
 
@@ -82,6 +84,8 @@ class Record(Strict):
     tests: str = ""
     checked_in: str = ""
     tags: Mapping[str, Digest] = field(default_factory=dict)
+    listed: Mapping[str, Digest] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
     steps: Mapping[Step, Done] = field(default_factory=dict)
 
     def before(self, step: str) -> Record:
@@ -101,6 +105,25 @@ _RECORD = TypeAdapter(Record)
 
 def _order(step: str) -> int:
     return STEPS.index(step)
+
+
+def make_target(step: str, name: str) -> str:
+    """Return the command for a step of a release: "make push/cpu PLATFORM=linux/arm64".
+
+    Args:
+        step: the target of the Makefile.
+        name: of a record, with the platform at its end: "cpu-arm64".
+    """
+    image, platform = image_and_platform(name)
+    return f"make {step}/{image}" + (f" PLATFORM={platform}" if image != name else "")
+
+
+def image_and_platform(name: str) -> tuple[str, Platform]:
+    """Return the image and the platform of a record's name: "cpu-arm64"."""
+    for platform in PLATFORMS[1:]:
+        if name.endswith(platform_suffix(platform)):
+            return name.removesuffix(platform_suffix(platform)), platform
+    return name, PLATFORMS[0]
 
 
 def now() -> str:
@@ -136,7 +159,7 @@ def read_record(name: str, repository: Repository, root: Path) -> Record | None:
         raise AttnimgError(
             f"{path} is not a record of a release",
             why="\n".join(faults[:5]),
-            do=f"remove it (rm -r {path}), then make release/{name}",
+            do=f"remove it (rm -r {path}), then {make_target('release', name)}",
             code="bad-record",
         )
     return record
@@ -164,7 +187,7 @@ def needed_record(name: str, repository: Repository, root: Path, *, after: str) 
             f"the release of {name} went to another registry",
             why=f"found {record.registry} in {record_path(name, repository)}, "
             f"needed {repository.registry}",
-            do=f"make push/{name}, or set REGISTRY={record.registry}",
+            do=f"{make_target('push', name)}, or set REGISTRY={record.registry}",
             code="no-step",
         )
     needed = list(RECORDED)[: list(RECORDED).index(after) + 1]
@@ -174,7 +197,7 @@ def needed_record(name: str, repository: Repository, root: Path, *, after: str) 
         raise AttnimgError(
             f"the release of {name} has not reached this step",
             why=f"found {done or 'no step'} in {record_path(name, repository)}, needed {after}",
-            do=f"make {RECORDED[missing[0]]}/{name}",
+            do=make_target(RECORDED[missing[0]], name),
             code="no-step",
         )
     return record
@@ -192,11 +215,12 @@ def record_to_verify(name: str, repository: Repository, root: Path) -> Record:
     except AttnimgError as error:
         if error.code != "no-step":
             raise
+        image, _ = image_and_platform(name)
         raise AttnimgError(
             "no image to verify is named",
             why=f"found neither TAG nor DIGEST; {error.what}: {error.why}",
-            do=f"make verify/{name} TAG={name}, or DIGEST=sha256:..., for an image of the registry "
-            f"{repository.registry}; to continue a release of your own: {error.do}",
+            do=f"make verify/{image} TAG={image}, or DIGEST=sha256:..., for an image of the "
+            f"registry {repository.registry}; to continue a release of your own: {error.do}",
             code="no-step",
         ) from error
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from attnimg.errors import AttnimgError
+from attnimg.selection.gpus_and_images import cpu_name
 from recipes.cves import refuse_expired
-from recipes.facts import ImagePlan, Recipes
+from recipes.facts import ImagePlan, Recipes, on_all_platforms
 from recipes.release import publishable, signing, tags, transfer
 from recipes.release.attesting import write_predicates
 from recipes.release.checking import check_released
@@ -26,6 +27,7 @@ from recipes.release.record import (
     STEPS,
     Layer,
     Record,
+    make_target,
     needed_record,
     now,
     read_record,
@@ -34,6 +36,7 @@ from recipes.release.record import (
 )
 from recipes.release.repository import Registry, Repository
 from recipes.run_gates import checked_by, evidence, sha256_of
+from recipes.solve.plan import solve
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,8 +63,8 @@ class Release:
 
     @property
     def name(self) -> str:
-        """The name of the image."""
-        return self.plan.image.name
+        """The name of the image's files for the platform of the plan: "cpu", "cpu-arm64"."""
+        return self.plan.name
 
     @property
     def layout(self) -> Path:
@@ -94,13 +97,13 @@ def release(job: Release) -> Record:
 
 def build(job: Release) -> None:
     """Build the image; Docker repeats only what has changed."""
-    _make(f"build/{job.name}", job)
+    _make("build", job)
 
 
 def gate(job: Release) -> None:
     """Run the gates on the image of this engine, unless these recipes and gates already did."""
     if _gates_result(job, image_id=_engine_image(job)) is None:
-        _make(f"gate/{job.name}", job)
+        _make("gate", job)
     else:
         report("  the gates have checked this image; its result is in dist/")
 
@@ -177,7 +180,7 @@ def test(job: Release) -> Record:
         report(f"  tested before: {record.tests}")
         return record
     start = time.monotonic()
-    _make(f"test/{job.name}", job, f"DIGEST={record.digest}", f"TESTS={job.tests}")
+    _make("test", job, f"DIGEST={record.digest}", f"TESTS={job.tests}")
     found = record.done("test", seconds=time.monotonic() - start, tests=job.tests)
     return write_record(found, job.root)
 
@@ -229,7 +232,7 @@ def verify(job: Release) -> Record:
         record.digest,
         job.repository,
         _signing(job, sign=False),
-        name=job.name,
+        name=job.plan.image.name,
         expected={kind: job.root / path for kind, path in evidence(job.name).items()},
         folder=job.root / FOLDER,
     )
@@ -246,38 +249,88 @@ def _verify_once(job: Release) -> Record:
 
 
 def promote(job: Release) -> Record:
-    """Tag the verified image: the immutable one first, then those that move.
+    """Tag the list of all verified platforms: the immutable tag first, then those that move.
+
+    A platform of the recipe that was not verified, or is of another commit, is left out, with the
+    reason in the output and in the record.
 
     Raises:
-        AttnimgError: the immutable tag names another image (code "tag-taken"), not all tests ran
+        AttnimgError: the immutable tag names another list (code "tag-taken"), not all tests ran
             (code "fewer-tests"), or an answer to a vulnerability has expired (code "expired-cve").
     """
     record = needed_record(job.name, job.repository, job.root, after="verify")
     refuse_expired(job.recipes.cves, today=datetime.now(UTC).date())
-    publishable.refuse_fewer_tests(record.tests, name=job.name, rehearsal=job.rehearsal)
+    publishable.refuse_fewer_tests(record.tests, name=job.plan.image.name, rehearsal=job.rehearsal)
     start = time.monotonic()
-    fixed = tags.immutable_tag(job.plan, version=record.version, revision=record.revision)
-    tags.refuse_changed(fixed, found=transfer.find_tag(fixed, job.repository), digest=record.digest)
+    records, left_out = verified_platforms(job, record)
+    images = [
+        transfer.listed(one.digest, platform, job.repository) for platform, one in records.items()
+    ]
+    for platform, why in left_out.items():
+        have = " and ".join(records)
+        report(f"  warning: the tags name {have} alone, without {platform}: {why}")
+    first = solve(job.plan.image, job.recipes)
+    fixed = tags.immutable_tag(first, version=record.version, revision=record.revision)
+    digest = transfer.push_list(images, job.repository)
+    tags.refuse_changed(fixed, found=transfer.find_tag(fixed, job.repository), digest=digest)
+    listed = {image.platform: image.digest for image in images}
     for name in (fixed, *tags.moving_tags(job.plan)):
-        if transfer.find_tag(name, job.repository) != record.digest:
-            transfer.tag(record.digest, name, job.repository)
+        if transfer.find_tag(name, job.repository) != digest:
+            transfer.tag(digest, name, job.repository)
         found = transfer.find_tag(name, job.repository)
-        if found != record.digest:
+        if found != digest:
             raise AttnimgError(
                 f"the tag {name} was not set",
-                why=f"found {found} under it, needed {record.digest}",
-                do=f"make promote/{job.name} again; is another release running?",
+                why=f"found {found} under it, needed {digest}",
+                do=f"{make_target('promote', job.name)} again; is another release running?",
                 code="tag-taken",
                 exit_code=1,
             )
         report(f"  {job.repository.name}:{name}")
-        record = write_record(
-            record.done(
-                "promote", seconds=time.monotonic() - start, tags={**record.tags, name: found}
-            ),
-            job.root,
-        )
-    return record
+        for platform, one in records.items():
+            records[platform] = write_record(
+                one.done(
+                    "promote",
+                    seconds=time.monotonic() - start,
+                    tags={**one.tags, name: found},
+                    listed=listed,
+                    left_out=left_out,
+                ),
+                job.root,
+            )
+    return records[job.plan.platform]
+
+
+def verified_platforms(job: Release, record: Record) -> tuple[dict[str, Record], dict[str, str]]:
+    """Return the records of the platforms to list, and why others of the recipe are left out.
+
+    Args:
+        job: the release of one platform.
+        record: of that platform, which is verified.
+    """
+    records: dict[str, Record] = {}
+    left_out: dict[str, str] = {}
+    for plan in on_all_platforms([solve(job.plan.image, job.recipes)]):
+        if plan.platform == job.plan.platform:
+            records[plan.platform] = record
+            continue
+        try:
+            other = needed_record(plan.name, job.repository, job.root, after="verify")
+            publishable.refuse_fewer_tests(
+                other.tests, name=plan.image.name, rehearsal=job.rehearsal
+            )
+        except AttnimgError as error:
+            if error.code not in ("no-step", "fewer-tests"):
+                raise
+            left_out[plan.platform] = f"{error.why}; {error.do}"
+            continue
+        found, needed = (f"{one.version}, commit {one.revision}" for one in (other, record))
+        if found != needed:
+            why = f"found {found} in its record, needed {needed}"
+            left_out[plan.platform] = f"{why}; {make_target('release', plan.name)}"
+            continue
+        records[plan.platform] = other
+    return records, left_out
 
 
 def head_commit(root: Path) -> str:
@@ -332,7 +385,8 @@ def refuse_other_evidence(job: Release, record: Record) -> None:
     raise AttnimgError(
         f"the statements about {job.name} are not about the image that was pushed",
         why=why,
-        do=f"make gate/{job.name}, then make release/{job.name}, which pushes what was checked",
+        do=f"{make_target('gate', job.name)}, then {make_target('release', job.name)}, which "
+        "pushes what was checked",
         code="not-checked",
         exit_code=1,
     )
@@ -342,7 +396,7 @@ def _not_checked(job: Release, why: str) -> AttnimgError:
     return AttnimgError(
         f"the image {job.name} is not the one that the gates checked",
         why=why,
-        do=f"make gate/{job.name}",
+        do=make_target("gate", job.name),
         code="not-checked",
         exit_code=1,
     )
@@ -350,7 +404,10 @@ def _not_checked(job: Release, why: str) -> AttnimgError:
 
 def _engine_image(job: Release) -> str:
     """Return the ID of the image in this engine; "none" if it is not there."""
-    command = ["docker", "image", "inspect", "--format", "{{.Id}}", f"attnimg:{job.name}"]
+    platform = job.plan.platform
+    here = platform == f"linux/{cpu_name(os.uname().machine)}"
+    tag = job.plan.image.name + ("" if here else f"-{platform.partition('/')[2]}")
+    command = ["docker", "image", "inspect", "--format", "{{.Id}}", f"attnimg:{tag}"]
     try:
         return run(command, host="").strip()
     except AttnimgError as error:
@@ -392,14 +449,21 @@ def _version(root: Path) -> str:
     return str(project["version"])
 
 
-def _make(target: str, job: Release, *variables: str) -> None:
-    """Run a make target of the checkout, which prints its own errors."""
-    command = ["make", target, f"REGISTRY={job.repository.registry}", *variables]
+def _make(step: str, job: Release, *variables: str) -> None:
+    """Run a make target of the checkout for the image, which prints its own errors."""
+    target = f"{step}/{job.plan.image.name}"
+    command = [
+        "make",
+        target,
+        f"PLATFORM={job.plan.platform}",
+        f"REGISTRY={job.repository.registry}",
+        *variables,
+    ]
     if subprocess.run(command, cwd=job.root, check=False).returncode:
         raise AttnimgError(
             f"make {target} failed",
             why="its output is above",
-            do=f"fix it, then make release/{job.name}: it continues with this step",
+            do=f"fix it, then {make_target('release', job.name)}: it continues with this step",
             code="step-failed",
             exit_code=1,
         )

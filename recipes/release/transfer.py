@@ -1,4 +1,4 @@
-"""Move images between a folder and a registry with skopeo, always by digest."""
+"""Move images and lists of them between a folder and a registry with skopeo, always by digest."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import hashlib
 import json
 import re
 import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,134 @@ from recipes.release.programs import run
 from recipes.release.repository import Repository
 
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+_OCI_INDEX = "application/vnd.oci.image.index.v1+json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Listed:
+    """One image of a manifest list.
+
+    Attributes:
+        platform: "linux/arm64".
+        digest: of its manifest.
+        size: of its manifest, in bytes.
+        media_type: of its manifest.
+    """
+
+    platform: str
+    digest: str
+    size: int
+    media_type: str
+
+
+def listed(digest: str, platform: str, repository: Repository) -> Listed:
+    """Return an image of the registry as an entry of a manifest list.
+
+    Raises:
+        AttnimgError: as read_manifest; or its configuration is for another platform (code
+            "other-platform").
+    """
+    _, text = _read_bytes(repository.at(digest), repository)
+    _, manifest = read_manifest(repository.at(digest), repository)
+    config = read_config(repository.at(digest), repository, manifest["config"]["digest"])
+    found = platform_of(config)
+    if found != platform:
+        raise AttnimgError(
+            f"{repository.at(digest)} is for another platform",
+            why=f"found {found} in its configuration, needed {platform}",
+            do=f"build it again for {platform}, and release it",
+            code="other-platform",
+            exit_code=1,
+        )
+    return Listed(
+        platform=platform,
+        digest=digest,
+        size=len(text.encode(errors="surrogateescape")),
+        media_type=str(manifest.get("mediaType") or _OCI_MANIFEST),
+    )
+
+
+def platform_of(config: Mapping[str, Any]) -> str:
+    """Return the platform of an image by its configuration: "linux/amd64"."""
+    return f"{config.get('os', 'unknown')}/{config.get('architecture', 'unknown')}"
+
+
+def list_text(images: Iterable[Listed]) -> str:
+    """Return the text of a manifest list: the same images give the same bytes, and one digest."""
+    manifests = []
+    for image in images:
+        system, _, architecture = image.platform.partition("/")
+        manifests.append(
+            {
+                "mediaType": image.media_type,
+                "digest": image.digest,
+                "size": image.size,
+                "platform": {"architecture": architecture, "os": system},
+            }
+        )
+    content = {"schemaVersion": 2, "mediaType": _OCI_INDEX, "manifests": manifests}
+    return json.dumps(content, indent=1)
+
+
+def push_list(images: Iterable[Listed], repository: Repository) -> str:
+    """Push a manifest list of images that the registry has; return its digest.
+
+    Raises:
+        AttnimgError: the registry does not take it (code "registry").
+    """
+    text = list_text(images)
+    digest = _sha256(text)
+    if has(digest, repository):
+        return digest
+    with tempfile.TemporaryDirectory() as temporary:
+        layout = Path(temporary) / "list"
+        (layout / "blobs/sha256").mkdir(parents=True)
+        (layout / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}', encoding="utf-8")
+        (layout / "blobs/sha256" / digest.removeprefix("sha256:")).write_bytes(text.encode())
+        entry = {"mediaType": _OCI_INDEX, "digest": digest, "size": len(text.encode())}
+        index = {"schemaVersion": 2, "manifests": [entry]}
+        (layout / "index.json").write_text(json.dumps(index), encoding="utf-8")
+        tls = [f"--dest-tls-verify={not repository.loopback}".lower()]
+        command = ["skopeo", "copy", "-q", "--preserve-digests", "--multi-arch=index-only", *tls]
+        command += [f"oci:{layout}", f"docker://{repository.at(digest)}"]
+        run(command, host=repository.host, writes=True)
+    return digest
+
+
+def read_list(reference: str, repository: Repository) -> tuple[str, dict[str, str]]:
+    """Return the digest of what has a name in the registry, and platform -> digest of its images.
+
+    The manifest of one image, without a list, has the platform of its configuration.
+
+    Args:
+        reference: REPOSITORY:TAG or REPOSITORY@DIGEST.
+        repository: where it is.
+
+    Raises:
+        AttnimgError: there is none, or it is neither an image nor a list of images (code
+            "not-an-image").
+    """
+    digest, text = _read_bytes(reference, repository)
+    content = _parse(text)
+    if not isinstance(content, dict) or not isinstance(content.get("manifests"), list):
+        _, manifest = read_manifest(reference, repository)
+        config = read_config(reference, repository, manifest["config"]["digest"])
+        return digest, {platform_of(config): digest}
+    found: dict[str, str] = {}
+    for entry in content["manifests"]:
+        platform = entry.get("platform") if isinstance(entry, dict) else None
+        own = entry.get("digest") if isinstance(entry, dict) else None
+        if not isinstance(platform, dict) or not DIGEST.fullmatch(str(own)):
+            raise AttnimgError(
+                f"{reference} is not a list of images",
+                why="found an entry without a platform or the digest of a manifest",
+                do="name the digest of one image, or correct REGISTRY",
+                code="not-an-image",
+                exit_code=1,
+            )
+        found[platform_of(platform)] = str(own)
+    return digest, found
 
 
 def push(layout: Path, digest: str, repository: Repository) -> None:
@@ -152,13 +283,14 @@ def _digest_of(reference: str, repository: Repository) -> str | None:
 
 
 def tag(digest: str, name: str, repository: Repository) -> None:
-    """Add a tag to an image of the registry; its manifest stays byte for byte the same.
+    """Add a tag to an image or a list of the registry; it stays byte for byte the same.
 
     Raises:
         AttnimgError: the registry does not take it (code "registry").
     """
     tls = f"{not repository.loopback}".lower()
-    command = ["skopeo", "copy", "-q", "--preserve-digests"]
+    # Of a list, the list itself: its images are in the same repository.
+    command = ["skopeo", "copy", "-q", "--preserve-digests", "--multi-arch=index-only"]
     command += [f"--src-tls-verify={tls}", f"--dest-tls-verify={tls}"]
     run(
         [*command, f"docker://{repository.at(digest)}", f"docker://{repository.name}:{name}"],

@@ -139,7 +139,7 @@ def make_small(tmp_path_factory: pytest.TempPathFactory, registry: LocalRegistry
     """Make a small image with right statements: make_small(a text that tells it from others)."""
     tmp_path = tmp_path_factory.mktemp("small")
 
-    def make(text: str, *, repository: Repository | None = None) -> Small:
+    def make(text: str, *, repository: Repository | None = None, arm64: bool = False) -> Small:
         folder = tmp_path / text
         folder.mkdir()
         labels = {f"{OCI}.title": "attnimg:cpu", f"{OCI}.revision": REVISION}
@@ -147,6 +147,7 @@ def make_small(tmp_path_factory: pytest.TempPathFactory, registry: LocalRegistry
             folder / "image.tar",
             {"etc/text": text, **package("one", "1.0")},
             config={"Labels": labels},
+            architecture="arm64" if arm64 else "amd64",
         )
         blobs = folder / "layout/blobs/sha256"
         blobs.mkdir(parents=True)
@@ -163,7 +164,8 @@ def make_small(tmp_path_factory: pytest.TempPathFactory, registry: LocalRegistry
             "spdx": {"spdxVersion": "SPDX-2.3", "packages": [{"name": "one"}]},
             "machine-code": list_machine_code(artifact),
             "provenance": provenance(
-                PLAN, targets={}, locks={}, base={"name": "base", "digest": ""},
+                PLAN.others[0] if arm64 else PLAN, targets={}, locks={},
+                base={"name": "base", "digest": ""},
                 image_id=artifact.image_id, source="https://example.com/source",
                 revision=REVISION, created=MOMENT, builder=find_builder({}), warnings=["a test"],
             ),

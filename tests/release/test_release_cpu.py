@@ -128,8 +128,11 @@ def test_every_tag_names_the_verified_digest_and_nothing_else_is_tagged(
     fixed, moving = found["tags"]
     assert moving == "cpu"
     assert fixed.startswith(f"cpu-{found['version']}-torch{PLAN.lock}-{found['revision'][:12]}")
-    for tag in found["tags"]:
-        assert transfer.find_tag(tag, registry.repository) == found["digest"]
+    assert found["listed"] == {PLAN.platform: found["digest"]}
+    assert "linux/arm64" in found["left_out"]
+    for tag, digest in found["tags"].items():
+        name = f"{registry.repository.name}:{tag}"
+        assert transfer.read_list(name, registry.repository) == (digest, found["listed"])
     tags = registry.folder / "docker/registry/v2/repositories/rehearsal/attnimg/_manifests/tags"
     own = {path.name for path in tags.iterdir() if not path.name.startswith("sha256-")}
     # The other tests' small images are in this repository too.
@@ -146,7 +149,7 @@ def test_anybody_verifies_it_by_its_tag_or_digest(
     for which in ({"TAG": "cpu"}, {"DIGEST": found["digest"]}):
         done = make("verify/cpu", **which, **where)
         assert done.returncode == 0, done.stderr
-        assert f"verify: {found['reference']} is signed (key cosign.pub)" in done.stdout
+        assert f"verify: {found['reference']} ({PLAN.platform}) is signed (key" in done.stdout
     # A tag of the registry, but not a digest.
     done = make("verify/cpu", DIGEST="cpu", **where)
     assert "found 'cpu', needed sha256: and 64 digits 0-9a-f" in done.stderr
@@ -158,7 +161,8 @@ def test_the_commands_of_the_docs_verify_it(
     page = (ROOT / "docs/releases.md").read_text()
     found = re.search(r"```bash\n(IMAGE=.*?)```", page, re.S)
     assert found
-    commands = re.sub(r"IMAGE=.*", f"IMAGE={registry.repository.name}:cpu", found.group(1))
+    commands = found.group(1).replace("$IMAGE:hopper", "$IMAGE:cpu")
+    commands = re.sub(r"^IMAGE=[^$]*$", f"IMAGE={registry.repository.name}", commands, flags=re.M)
     key = f"--key {ROOT}/build/release/rehearsal.pub --insecure-ignore-tlog=true"
     commands = re.sub(r"WHO=\(.*?\)\n(?=cosign)", f"WHO=({key})\n", commands, flags=re.S)
     done = subprocess.run(
@@ -183,7 +187,7 @@ def test_a_promotion_over_an_immutable_tag_of_another_image_is_refused(
     done = make("promote/cpu", **settings(registry))
     assert done.returncode != 0
     assert f"the tag {fixed} is taken" in done.stderr
-    transfer.tag(found["digest"], fixed, repository)
+    transfer.tag(found["tags"]["cpu"], fixed, repository)
     assert make("promote/cpu", **settings(registry)).returncode == 0
 
 

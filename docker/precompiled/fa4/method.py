@@ -63,13 +63,14 @@ def check(entry: Path, code: str) -> None:
     objdump, env = "objdump", None
     if (BINUTILS / "bin/objdump").exists():
         objdump = str(BINUTILS / "bin/objdump")
-        env = {"LD_LIBRARY_PATH": str(BINUTILS / "lib/x86_64-linux-gnu")}
+        env = {"LD_LIBRARY_PATH": str(BINUTILS / f"lib/{os.uname().machine}-linux-gnu")}
     if found := beyond_baseline(entry, objdump=objdump, env=env):
         sys.exit(f"precompiled: {entry} needs a CPU with {' '.join(found)}, needed any x86-64")
 
 
 def start(asked: dict[str, Any], device: str, folder: Path) -> dict[str, bool]:
     """Set up this process to compile for a target; return the entries it looks up from here on."""
+    refuse_other_cpu(os.uname().machine)
     target = asked["targets"][device]
     # FlashAttention-4 and CuTe DSL read these at import.
     os.environ |= {
@@ -84,6 +85,16 @@ def start(asked: dict[str, Any], device: str, folder: Path) -> dict[str, bool]:
     retarget_exports()
     without_gpu(target["multiprocessors"])
     return watch()
+
+
+def refuse_other_cpu(machine: str) -> None:
+    """Exit on a CPU that retarget.py compiles no launchers for."""
+    if machine != "x86_64":
+        sys.exit(
+            "precompiled: the launchers of FlashAttention-4's kernels are compiled for x86-64\n"
+            f"  why: found {machine}; no entry was tried on another CPU\n"
+            "  do:  let retarget.py and entries.py compile and check for it, and try such an image"
+        )
 
 
 def without_gpu(multiprocessors: int) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from precompiled.entries import beyond_baseline, gpu_codes
+from precompiled.fa4.method import refuse_other_cpu
 
 
 def cuda_image(sm: int, options: bytes) -> bytes:
@@ -64,3 +65,9 @@ def test_a_file_without_code_is_no_file_without_avx(tmp_path: Path) -> None:
     subprocess.run(["as", "-o", str(entry)], input=".data\n.byte 1\n", text=True, check=True)
     with pytest.raises(ValueError, match="no instructions"):
         beyond_baseline(entry, objdump="objdump")
+
+
+def test_another_cpu_than_the_launchers_is_refused() -> None:
+    refuse_other_cpu("x86_64")
+    with pytest.raises(SystemExit, match="found aarch64; no entry was tried on another CPU"):
+        refuse_other_cpu("aarch64")

@@ -377,7 +377,9 @@ LABELS = {f"{OCI}.title": "attnimg:cpu", f"{OCI}.revision": COMMIT}
 def disagreeing(change: Callable[[dict[str, Any]], object]) -> list[str]:
     said = copy.deepcopy(RIGHT)
     change(said)
-    return disagreements(said, name="cpu", image_id=IMAGE_ID, digest=DIGEST, labels=LABELS)
+    return disagreements(
+        said, name="cpu", platform="linux/amd64", image_id=IMAGE_ID, digest=DIGEST, labels=LABELS
+    )
 
 
 def test_right_statements_agree_with_the_image() -> None:
@@ -413,6 +415,12 @@ def test_right_statements_agree_with_the_image() -> None:
                 image=DIGEST
             ),
             "provenance's ID of the image",
+        ),
+        (
+            lambda said: said["provenance"]["buildDefinition"]["externalParameters"].update(
+                platform="linux/arm64"
+            ),
+            "provenance's platform",
         ),
     ],
 )
