@@ -207,6 +207,9 @@ HOUSE = dist/$*$(OF_FILES)$(if $(TRIM),-trim)
 # Start the engine, unless there is no recipe of the image.
 NEEDS_ENGINE = @$(KNOWN) && $(MAKE) engine
 
+NEEDS_MACHINE = @[ -n "$(MACHINE)" ] || { printf '$(@D): %s\n  why: %s\n  do:  %s\n' "no build machine is given" \
+  "found no MACHINE" "make $@ MACHINE='2 cores, no GPU', in general words" >&2; exit 2; }
+
 # $(call NEEDS_SET,FILE,WHAT): refuse an image whose recipe has nothing to compile ahead of time.
 NEEDS_SET = @[ -e docker/images/$*/$(1) ] || { printf '$@: %s\n  why: %s\n  do:  %s\n' "attnimg:$* has no $(2)" \
 	  "found no docker/images/$*/$(1)" "name one of: $$(cd docker/images && ls */$(1) | cut -d/ -f1 | paste -sd ' ')" >&2; exit 2; }
@@ -240,11 +243,28 @@ layers/%: ## Build the layers of torch and the stack, which images share, and pu
 	$(NEEDS_ENGINE)
 	@CACHE="$(CACHE)" docker/build.py $* --stage stack --to-cache
 
-built/%: .venv/ready ## Record the contents of dist/% in docs/built; MACHINE="the build machine"
+built/%: .venv/ready ## Record the wheels of dist/%, all or some, in docs/built; MACHINE="the build machine"
 	@$(KNOWN)
-	@[ -n "$(MACHINE)" ] || { printf 'built: %s\n  why: %s\n  do:  %s\n' "no build machine is given" \
-	  "found no MACHINE" "make $@ MACHINE='2 cores, no GPU', in general words" >&2; exit 2; }
-	@$(BIN)/python -m recipes built $* --wheels dist/$*$(OF_FILES) --machine "$(MACHINE)"
+	$(NEEDS_MACHINE)
+	@$(BIN)/python -m recipes built $* --wheels $(HOUSE) --machine "$$MACHINE"
+
+image-record/%: .venv/ready ## Run the selftest of attnimg:%, and record it with its sizes, as pushed, in docs/built; 1 to 6 minutes
+	@$(NEEDS_IMAGE)
+	@mkdir -p build; base=build/record-$*$(OF_FILES); trap "rm -f $$base.tar $$base.txt" EXIT; \
+	docker run --rm attnimg:$*$(OF_TAG) selftest | tee $$base.txt; \
+	docker save attnimg:$*$(OF_TAG) -o $$base.tar; \
+	$(BIN)/python -m recipes image-record $* --archive $$base.tar --selftest $$base.txt
+
+# Whether an image has kernels to compile; make again, with what is installed already.
+COMPILED = $(wildcard docker/images/$*/kernels)
+AGAIN = $(MAKE) -o .venv/ready
+
+whole/%: .venv/ready ## Compile what dist/% lacks, record it, build, gate, test and record attnimg:%; continues after an interruption; MACHINE=
+	@$(KNOWN)
+	$(if $(COMPILED),$(NEEDS_MACHINE))
+	@$(if $(COMPILED),$(AGAIN) wheels/$* && $(AGAIN) built/$*)
+	@$(AGAIN) build/$* $(if $(COMPILED),WHEELS=$(HOUSE))
+	@$(AGAIN) gate/$* && $(AGAIN) test/$* && $(AGAIN) image-record/$*
 
 unit/%: ## Compile one source file of flash-attn for attnimg:%; 5 minutes
 	$(NEEDS_ENGINE)

@@ -13,7 +13,7 @@
 Environment variables: PLATFORM, such as linux/arm64, if it is not this machine's (platforms.py, as
 for the names of its files and tags); WHEELS, a folder of wheels to use instead of compiling them;
 TRIM=1, for the small builds of kernels; JOBS, the number of parallel compilers; TORCH_INDEX, an
-index or a folder with the CPU build of torch; BASE_IMAGE, another base (docker/base_image.py);
+index or a folder with the CPU or ROCm build of torch; BASE_IMAGE, another base (base_image.py);
 CACHE, a registry with compiled kernels and layers (kernel_cache.py), and CACHE_WRITE=1 to write
 layers to it; PROGRESS, for docker.
 The labels of the image say which base and which commit were used.
@@ -35,6 +35,7 @@ import base_image
 import kernel_cache
 import kernel_wheels
 import platforms
+import rocm_wheels
 import wheelhouse
 from base_image import BAKE
 from from_git import source_labels
@@ -45,7 +46,8 @@ IMAGES = Path("attnimg/data/images.json")
 DEVEL = "-devel"
 # Free disk that a build needs, in GB: up to 10 for an image; 6 for the toolchain, and the same
 # again while it is written (2026-11-25), unless all kernels come from WHEELS or CACHE.
-NEEDED_GB = {"cpu": 6, "cuda": 25, "rocm": 25}
+# AMD's compiler and libraries are 14 GB (the AUR's package of 7.2.0 says so; not built here).
+NEEDED_GB = {"cpu": 6, "cuda": 25, "rocm": 60}
 NEEDED_GB_WITH_WHEELS = 13
 
 
@@ -72,8 +74,17 @@ def read_targets(name: str) -> dict[str, dict[str, Any]]:
     platform = platforms.choose_platform(name, images[name]["platforms"])
     os.environ |= platforms.bake_variables(platform)
     targets = platforms.bake_targets(platform)
-    refuse_unknown_wheel(files_name(name, targets))
-    return {key: target for key, target in targets.items() if key.partition("_")[0] == name}
+    own = {key: target for key, target in targets.items() if key.partition("_")[0] == name}
+    if is_for(own, name, "rocm"):
+        rocm_wheels.refuse_unknown_hashes(name)
+    else:
+        refuse_unknown_wheel(files_name(name, own))
+    return own
+
+
+def is_for(targets: dict[str, dict[str, Any]], name: str, accelerator: str) -> bool:
+    """Return whether an image is for an accelerator."""
+    return bool(targets[f"{name}_common"]["args"]["ACCELERATOR"] == accelerator)
 
 
 def files_name(name: str, targets: dict[str, dict[str, Any]]) -> str:
@@ -134,7 +145,7 @@ def contexts(
     name: str, targets: dict[str, dict[str, Any]], wheels: str
 ) -> Iterator[tuple[str, str, str]]:
     """Yield (target, context, place) for contexts that replace those of the bake file."""
-    if targets[f"{name}_common"]["args"]["ACCELERATOR"] == "cpu":
+    if is_for(targets, name, "cpu"):
         wheel = torch_wheel(name, files_name(name, targets))
         yield from ((target, "torch-wheel", str(wheel)) for target in targets)
     for target, content in targets.items():
@@ -147,6 +158,15 @@ def contexts(
         for target, content in targets.items():
             if "wheelhouse" in content.get("contexts", {}):
                 yield target, "wheelhouse", wheels
+
+
+def rocm_settings(name: str, targets: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Fetch torch for ROCm; return where the targets have it, and lock files with its hashes."""
+    folder, lock = rocm_wheels.rocm_wheels(name)
+    settings = {f"{target}.contexts.torch-wheel": str(folder) for target in targets}
+    if lock.endswith(rocm_wheels.UNVERIFIED):
+        settings |= {f"{target}.args.LOCK": lock for target in targets}
+    return settings
 
 
 def check_wheels(name: str, files: str, wheels: Path) -> None:
@@ -318,6 +338,8 @@ def main() -> None:
     if target not in targets or (arguments.kernel and not kernels_only):
         target = target if arguments.kernel else f"{name}_common"
         settings[f"{target}.target"] = stage
+    if is_for(targets, name, "rocm"):
+        settings |= rocm_settings(name, targets)
     for bake_target, context, place in contexts(name, targets, wheels):
         settings[f"{bake_target}.contexts.{context}"] = place
     found = cached_kernels(name, targets, cache) if cache and not (wheels or to_cache) else {}

@@ -37,13 +37,17 @@ def kernel_reference(name: str, kernel: str, targets: Targets, cache: str) -> st
     files_name, lock = arguments["IMAGE"], arguments["LOCK"]
     build = json.loads(Path(f"docker/images/{files_name}/kernels/{kernel}.json").read_text())
     files = sorted(Path("docker/kernel").glob("*.py"))
-    if targets[f"{name}_{kernel}"]["args"]["BUILDER"] == "toolchain":
+    args = targets[f"{name}_{kernel}"]["args"]
+    if args["BUILDER"] != "packaging":
         files += [
             Path(f"requirements/images/{layer}-{lock}.txt") for layer in ("toolchain", "torch")
         ]
     else:
         files.append(Path("docker/tools.txt"))
-    toolchain = hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()[:12]
+    # AMD's compiler is named by the arguments of its stage.
+    rocm = "".join(f"{key}={args[key]}" for key in sorted(args) if key.startswith("ROCM_")).encode()
+    read = b"\0".join(path.read_bytes() for path in files)
+    toolchain = hashlib.sha256(read + rocm).hexdigest()[:12]
     return f"{cache.rstrip('/')}/attnimg-kernels:{kernel}-{build['key']}-{toolchain}"
 
 

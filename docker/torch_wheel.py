@@ -96,16 +96,21 @@ def download(folder: Path, wanted: dict[str, Any], where: list[str]) -> str:
     command += [f"--platform={_TAGS[wanted['platform']]}"]
     command += [f"--python-version={wanted['python']}", f"--dest={folder}", *where]
     command += [f"torch=={wanted['version']}+cpu"]
-    env = dict(os.environ)
-    if os.environ.get("TORCH_INDEX"):
-        env |= _ALONE
-        env["PIP_EXTRA_INDEX_URL"] = where[-1].partition("=")[2]
-    process = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    process = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=environment(where)
+    )
     lines = [line for line in process.stderr.splitlines() if line.startswith("ERROR")]
     reason = lines[-1] if lines else process.stderr.strip()
     if "No matching distribution" in reason and "--no-index" not in where:
         reason += ", or the index was not reached"  # pip says the same of both
     return reason if process.returncode else ""
+
+
+def environment(where: list[str]) -> dict[str, str]:
+    """Return the environment of a pip with these options: TORCH_INDEX is asked alone."""
+    if not os.environ.get("TORCH_INDEX"):
+        return dict(os.environ)
+    return {**os.environ, **_ALONE, "PIP_EXTRA_INDEX_URL": where[-1].partition("=")[2]}
 
 
 def wheel_fault(folder: Path, wanted: dict[str, Any]) -> str:

@@ -86,10 +86,12 @@ def lock(arguments: Namespace) -> None:
     """Resolve the base's digest, unresolved wheels of torch, and all packages, with hashes."""
     # Imported here: what asks registries is needed for nothing else.
     from recipes.solve.bases import lock_bases
+    from recipes.solve.rocm import lock_rocm
     from recipes.solve.torch_wheels import lock_torch_wheels
 
-    for line in lock_bases(read_recipes(arguments.root), root=arguments.root):
-        _print(f"lock: {line}")
+    for ask in (lock_bases, lock_rocm):
+        for line in ask(read_recipes(arguments.root), root=arguments.root):
+            _print(f"lock: {line}")
     plans = solve_all(read_recipes(arguments.root))
     for line in lock_torch_wheels(plans, root=arguments.root, env=os.environ):
         _print(f"lock: {line}")
@@ -143,11 +145,29 @@ def record_build(arguments: Namespace) -> None:
     text = built.build_record(
         built.read_manifest(artifact, image=plan.image.name),
         built.list_codes(artifact),
+        platform=plan.platform,
         day=datetime.date.today().isoformat(),
         machine=arguments.machine,
         earlier=built.read_records(root).get(plan.name, {}),
     )
     _write(arguments, {f"{built.FOLDER}/{plan.name}.json": text})
+    render(arguments)
+
+
+def record_image(arguments: Namespace) -> None:
+    """Record the sizes of a finished image in docs/built/image-IMAGE.json, for the pages."""
+    from recipes.artifact.archive import layer_sizes
+
+    _plan(arguments.name, read_recipes(arguments.root))
+    sizes, config = layer_sizes(arguments.archive, log=lambda text: _print(f"image-record: {text}"))
+    path, text = built.image_record(
+        arguments.name,
+        sizes,
+        config,
+        day=datetime.date.today().isoformat(),
+        selftest=arguments.selftest.read_text(encoding="utf-8"),
+    )
+    _write(arguments, {path: text})
     render(arguments)
 
 
@@ -282,7 +302,7 @@ def _render_all(root: Path) -> dict[str, str]:
 
     recipes = read_recipes(root)
     plans = solve_all(recipes)
-    records = built.read_records(root)
+    records, runs = built.read_records(root), gpu_runs.read_runs(root)
     texts = render_files(
         plans,
         recipes,
@@ -293,12 +313,13 @@ def _render_all(root: Path) -> dict[str, str]:
         # Of the installed package, whose schema it describes.
         config_keys=data_file("config_keys.toml").read_text("utf-8"),
         built=records,
+        runs=runs,
     )
     readme = built.replace_table(read("README.md"), "images", built.images_table(plans, records))
     releases, where = read(release_page.PAGE), read_registry(root)
     releases = built.replace_table(releases, "published", release_page.published_part(where))
     releases = built.replace_table(releases, "verify", release_page.verify_part(where))
-    page = gpu_runs.runs_page(gpu_runs.read_runs(root), gpu_runs.read_notes(root))
+    page = gpu_runs.runs_page(runs, gpu_runs.read_notes(root))
     generated = {"docs/gpu-runs.md": page, "README.md": readme, release_page.PAGE: releases}
     return texts | generated
 
@@ -375,6 +396,9 @@ def _parser() -> ArgumentParser:
     command = add("built", record_build, image=True)
     command.add_argument("--wheels", type=Path, required=True, help="the wheelhouse")
     command.add_argument("--machine", required=True, help="the build machine, in general words")
+    command = add("image-record", record_image, image=True)
+    command.add_argument("--archive", type=Path, required=True, help="from `docker save`")
+    command.add_argument("--selftest", type=Path, required=True, help="what selftest printed")
     command = add("gpu-run", gpu_run)
     command.add_argument("file", type=Path, help="the file that tests/gpu/suite.py wrote")
     command.add_argument(

@@ -340,12 +340,48 @@ class CpuBuild(Strict):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RocmBuild(Strict):
+    """The ROCm build of a torch release.
+
+    Attributes:
+        release: of ROCm, one of rocm.toml; torch's version ends with it: +rocm7.2.
+        index: the package index that has it, and triton-rocm.
+        triton: the version of triton-rocm that it requires.
+        hashes: requirement -> the SHA-256 hashes that are accepted, "torch==2.14.1+rocm7.2".
+    """
+
+    release: str
+    index: str
+    triton: str
+    hashes: Mapping[str, tuple[str, ...]] | Unresolved
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rocm(Strict):
+    """One ROCm release: what compiles for it, and the oldest driver that it runs with.
+
+    Attributes:
+        apt: a line of apt's sources: address, suite, component.
+        apt_key: the address of the key that signs it.
+        apt_key_fingerprint: of that key.
+        packages: those to install.
+    """
+
+    apt: str
+    apt_key: str
+    apt_key_fingerprint: Annotated[str, Field(pattern=r"^[0-9A-F]{40}$")]
+    packages: tuple[str, ...]
+    driver_min: str | Unresolved
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Torch(Strict):
     """One torch release.
 
     Attributes:
         archs: platform -> the machine code of its CUDA build, where that was read.
         cpu: its CPU build; None if no image of the accelerator cpu may have it.
+        rocm: its ROCm build; None likewise.
         platforms: those of its CUDA build on PyPI.
     """
 
@@ -355,6 +391,7 @@ class Torch(Strict):
     python: str
     archs: Mapping[Platform, tuple[str, ...]] = field(default_factory=dict)
     cpu: CpuBuild | None = None
+    rocm: RocmBuild | None = None
     platforms: tuple[Platform, ...] = ("linux/amd64",)
 
 
@@ -459,6 +496,7 @@ class Recipes:
         bases: by name.
         allowed: findings of gates that are accepted.
         cves: answers to known vulnerabilities.
+        rocm: by release.
     """
 
     images: Mapping[str, Image]
@@ -470,6 +508,7 @@ class Recipes:
     bases: Mapping[str, Base] = field(default_factory=dict)
     allowed: tuple[Allowance, ...] = ()
     cves: tuple[Cve, ...] = ()
+    rocm: Mapping[str, Rocm] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -507,9 +546,10 @@ class ImagePlan:
         lock: names the lock files of its torch and stack layers, "2.14.1-cu130", likewise.
         base: its base image.
         cpu_torch: the CPU build of its torch for this platform; None on other accelerators.
-        toolkit: the CUDA release of its torch; None on cpu.
+        toolkit: the CUDA or ROCm release of its torch; None on cpu.
         driver_min: the oldest GPU driver that this release runs with; None on cpu.
-        nvcc: the compiler's version; empty where none is needed.
+        nvcc: the version of CUDA's compiler; empty where none is needed.
+        rocm_torch, rocm: the ROCm build of its torch, and its ROCm release; None elsewhere.
     """
 
     image: Image
@@ -525,6 +565,8 @@ class ImagePlan:
     platform: Platform
     name: str
     others: tuple[ImagePlan, ...] = ()
+    rocm_torch: RocmBuild | None = None
+    rocm: Rocm | None = None
 
 
 def on_all_platforms(plans: Iterable[ImagePlan]) -> Iterator[ImagePlan]:

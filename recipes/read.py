@@ -25,6 +25,7 @@ from recipes.facts import (
     Kernel,
     Patch,
     Recipes,
+    Rocm,
     Toolkit,
     Torch,
     Unresolved,
@@ -77,6 +78,7 @@ def read_recipes(root: Path) -> Recipes:
         bases=bases,
         allowed=_read_entries(folder / "allowed.toml", "allowed", Allowance),
         cves=_read_entries(folder / "cves.toml", "cve", Cve),
+        rocm=_read_releases(folder / "rocm.toml", Rocm),
     )
 
 
@@ -288,7 +290,17 @@ def base_faults(base: Base) -> Iterator[str]:
 
 
 def torch_faults(version: str, torch: Torch) -> Iterator[str]:
-    """Yield what is wrong with the CPU build of a torch release."""
+    """Yield what is wrong with the CPU and ROCm builds of a torch release."""
+    if torch.rocm and not isinstance(torch.rocm.hashes, Unresolved):
+        wanted = {
+            f"torch=={version}+rocm{torch.rocm.release}", f"triton-rocm=={torch.rocm.triton}"
+        }  # fmt: skip
+        for name in sorted(wanted ^ torch.rocm.hashes.keys()):
+            yield f"rocm.hashes: {name}: needed {' and '.join(sorted(wanted))}, and no other"
+        for name, accepted in torch.rocm.hashes.items():
+            for text in accepted or ("none",):
+                if not _SHA256.fullmatch(text):
+                    yield f"rocm.hashes.{name}: found {text!r}, needed 64 hexadecimal digits"
     for name, hashes in (torch.cpu.wheels if torch.cpu else {}).items():
         if not name.startswith(f"torch-{version}+cpu-") or not name.endswith(".whl"):
             yield f"cpu.wheels: found {name!r}, needed torch-{version}+cpu-...whl"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from recipes.facts import ImagePlan, Recipes, on_all_platforms
 from recipes.files import generated_json, read_if_exists
 from recipes.gates import all_gates
 from recipes.pages.api_page import api_page
-from recipes.pages.built import built_table
 from recipes.pages.choices import choices_json, choices_page, choose_on_all_gpus
 from recipes.pages.config_keys_page import config_keys_page
 from recipes.pages.convert_keys_page import convert_keys_page
@@ -26,6 +25,7 @@ from recipes.pages.image_pages import (
     kernels_page,
     support_page,
 )
+from recipes.pages.kernels_built import kernels_built_page
 from recipes.pages.model_pages import checkpoints_page, families_page
 from recipes.render.bake import bake_file
 from recipes.render.image_lists import images_json, matrix_json
@@ -44,6 +44,7 @@ def render_files(
     reload: str,
     config_keys: str,
     built: Mapping[str, Mapping[str, Any]],
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> dict[str, str]:
     """Return every generated file: path -> text.
 
@@ -55,7 +56,8 @@ def render_files(
         families: text of the record of `make families`.
         reload: text of the record of `make test/reload`.
         config_keys: text of attnimg/data/config_keys.toml.
-        built: image -> its record of `make built/NAME`.
+        built: the records of docs/built, by the names of the files.
+        runs: the records of docs/gpu-runs, by the names of the files.
 
     Raises:
         AttnimgError: as refuse_wrong_hashes and config_keys_page.
@@ -77,7 +79,8 @@ def render_files(
         "tests/unit/golden/choices.json": choices_json(gpu_choices, parsed),
         "docs/model-types.md": families_page(families),
         "docs/gates.md": gates_page(all_gates(), recipes.allowed),
-        "docs/images.md": images_page(plans, built=built_table(plans, built)),
+        "docs/images.md": images_page(plans),
+        "docs/kernels-built.md": kernels_built_page(plans, built, runs),
         "docs/kernel-sources.md": kernels_page(recipes.kernels.values()),
         "docs/backends-by-image.md": support_page(plans),
         **kernel_sets(plans),

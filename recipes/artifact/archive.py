@@ -74,13 +74,7 @@ def read_archive(
     layers: list[Layer] = []
     files: list[File] = []
     with open_archive(path) as tar:
-        try:
-            stored_config, members = _find_parts(tar)
-            config = json.loads(stored_config)
-            history = [step for step in config.get("history", []) if not step.get("empty_layer")]
-        # The JSON is invalid, or has another structure than expected, or several images.
-        except (ValueError, TypeError, AttributeError) as error:
-            raise tarfile.ReadError(f"its manifest is not that of an image: {error}") from error
+        stored_config, members, history = _read_head(tar)
         names = stage_names([*history, *({} for _ in members[len(history) :])])
         for place, member in enumerate(members):
             step = history[place] if place < len(history) else {}
@@ -105,6 +99,42 @@ def read_archive(
     return tuple(layers), tuple(files), stored_config
 
 
+def layer_sizes(path: Path, *, log: Callable[[str], None]) -> tuple[list[dict[str, Any]], bytes]:
+    """Return the size of each layer of an archive, and its configuration as it is stored.
+
+    A size has the keys name (the stage), bytes, zstd_bytes (with zstd -3) and gzip_bytes (with gzip
+    -6, zlib's default and that of `docker push`).
+
+    Args:
+        path: as read_archive.
+        log: called with a line of text before each layer is read.
+
+    Raises:
+        AttnimgError: as read_archive.
+    """
+    sizes = []
+    with open_archive(path) as tar:
+        stored_config, members, history = _read_head(tar)
+        names = stage_names([*history, *({} for _ in members[len(history) :])])
+        for name, member in zip(names, members, strict=False):
+            log(f"{name}, {tar.getmember(member).size / 1e6:.0f} MB")
+            with _open_layer(tar, member) as stream:
+                gzipped, packer = 0, zlib.compressobj(wbits=31)
+                while chunk := stream.read(_CHUNK):
+                    gzipped += len(packer.compress(chunk))
+                size = stream.tell()
+                stream.seek(0)
+                sizes.append(
+                    {
+                        "name": name,
+                        "bytes": size,
+                        "zstd_bytes": compress(stream).bytes,
+                        "gzip_bytes": gzipped + len(packer.flush()),
+                    }
+                )
+    return sizes, stored_config
+
+
 def archive_kind(path: Path) -> str:
     """Return the format of an archive, by the names that syft uses."""
     with open_archive(path) as tar:
@@ -124,6 +154,17 @@ def stage_names(history: list[dict[str, Any]]) -> list[str]:
         names.append(next((stage for text, stage in _STAGES if own and text in command), default))
     first = names.index("python") if "python" in names else 0
     return ["base"] * first + names[first:]
+
+
+def _read_head(tar: tarfile.TarFile) -> tuple[bytes, list[str], list[dict[str, Any]]]:
+    """Return the configuration of an image, its layers' members, and the step of each layer."""
+    try:
+        config, members = _find_parts(tar)
+        history = json.loads(config).get("history", [])
+        return config, members, [step for step in history if not step.get("empty_layer")]
+    # The JSON is invalid, or has another structure than expected, or several images.
+    except (ValueError, TypeError, AttributeError) as error:
+        raise tarfile.ReadError(f"its manifest is not that of an image: {error}") from error
 
 
 def _find_parts(tar: tarfile.TarFile) -> tuple[bytes, list[str]]:

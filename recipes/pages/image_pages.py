@@ -28,13 +28,8 @@ _IMAGE_HEAD = (
 )
 
 
-def images_page(plans: tuple[ImagePlan, ...], *, built: str) -> str:
-    """Write one row per image, one per GPU with a name, and the unresolved values of images.
-
-    Args:
-        plans: of all images.
-        built: the table of the kernels that were built.
-    """
+def images_page(plans: tuple[ImagePlan, ...]) -> str:
+    """Write one row per image, one per GPU with a name, and the unresolved values of images."""
     base = plans[0].base
     unresolved: dict[str, list[str]] = {}
     for plan in on_all_platforms(plans):
@@ -51,9 +46,7 @@ def images_page(plans: tuple[ImagePlan, ...], *, built: str) -> str:
         f"{markdown_table(_IMAGE_HEAD, [_image_row(plan) for plan in plans])}"
         "\n## Which image for which GPU\n\n"
         f"{markdown_table(('GPU', '`--on`', 'Image'), _gpu_rows(plans))}"
-        "\n## Which kernels were built\n\n"
-        "On a machine without a GPU; the records are in `docs/built/`.\n\n"
-        f"{built}"
+        "\nWhat of it was built, with sizes and times: [kernels built](kernels-built.md).\n"
         "\n## Base image\n\n"
         f"{_base_text(base)}"
         "\n## Unresolved values\n\n"
@@ -87,7 +80,7 @@ def _image_row(plan: ImagePlan) -> tuple[str, ...]:
         " ".join(image.platforms),
         " ".join(image.archs),
         str(image.torch),
-        str(plan.toolkit or "-"),
+        f"ROCm {plan.toolkit}" if image.accelerator == "rocm" else str(plan.toolkit or "-"),
         str(plan.driver_min or "-"),
         ", ".join(kernels) or "-",
         f"{limit} MB" if isinstance(limit, int) else str(limit),

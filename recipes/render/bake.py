@@ -111,8 +111,7 @@ def _targets(plan: ImagePlan) -> dict[str, dict[str, Any]]:
     wheels: dict[str, str] = {}
     for step in built:
         name = step.kernel.name
-        # A kernel package without machine code needs no compiler.
-        args = {"KERNEL": name, "BUILDER": "toolchain" if step.codes else "packaging"}
+        args = {"KERNEL": name, **_builder(plan, step)}
         wheels[name] = add(name, "kernel", _source(step), args=args)
         if step.kernel.ahead_of_time:
             contexts["fa4-kernels"] = add("fa4-kernels", "fa4-compiled", {"wheel": wheels[name]})
@@ -138,9 +137,24 @@ def _targets(plan: ImagePlan) -> dict[str, dict[str, Any]]:
         "labels": labels(plan),
         "tags": [f"attnimg:{name}${{TAG_END}}" for name in (image.name, *image.aliases)],
     }
-    if image.accelerator != "rocm":  # its toolchain is not locked
+    if image.accelerator != "rocm":  # its toolchain is AMD's apt
         targets[f"{image.name}_devel"] = _devel(plan, targets[image.name])
     return targets
+
+
+def _builder(plan: ImagePlan, step: Step) -> dict[str, str]:
+    """Return the stage that builds a kernel, with its arguments."""
+    if not step.codes:
+        return {"BUILDER": "packaging"}  # without machine code it needs no compiler
+    if plan.rocm is None:
+        return {"BUILDER": "toolchain"}
+    return {
+        "BUILDER": "rocm-toolchain",
+        "ROCM_APT": plan.rocm.apt,
+        "ROCM_KEY": plan.rocm.apt_key,
+        "ROCM_KEY_FINGERPRINT": plan.rocm.apt_key_fingerprint,
+        "ROCM_PACKAGES": " ".join(plan.rocm.packages),
+    }
 
 
 def _devel(plan: ImagePlan, runtime: dict[str, Any]) -> dict[str, Any]:

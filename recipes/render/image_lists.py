@@ -163,5 +163,7 @@ def _why_not_built(plan: ImagePlan, runner: Mapping[str, Any]) -> str:
     for hashes in plan.cpu_torch.wheels.values() if plan.cpu_torch else ():
         if isinstance(hashes, Unresolved):
             return hashes.reason
+    if plan.rocm_torch and isinstance(plan.rocm_torch.hashes, Unresolved):
+        return plan.rocm_torch.hashes.reason
     wanted = f"{plan.image.accelerator}{platform_suffix(plan.platform)}"
     return "" if runner else f"no runner in recipes/runners.toml for {wanted}"

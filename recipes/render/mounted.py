@@ -11,6 +11,7 @@ from typing import Any
 from recipes.facts import ImagePlan, Step, Unresolved
 from recipes.files import NOTICE, generated_json
 from recipes.solve.lock import fixed_versions, pinned_versions
+from recipes.solve.rocm import requirements
 
 
 def mounted_files(plan: ImagePlan, *, lock: str) -> dict[str, str]:
@@ -48,6 +49,19 @@ def mounted_files(plan: ImagePlan, *, lock: str) -> dict[str, str]:
                     for hashes in plan.cpu_torch.wheels.values()
                     if isinstance(hashes, Unresolved)
                 ],
+            }
+        )
+    if plan.rocm_torch:
+        hashes = plan.rocm_torch.hashes
+        known = {} if isinstance(hashes, Unresolved) else hashes
+        texts[f"docker/images/{name}/rocm.json"] = generated_json(
+            {
+                "requirements": list(requirements(str(plan.image.torch), plan.rocm_torch)),
+                "python": plan.image.python,
+                "lock": plan.lock,
+                "index": plan.rocm_torch.index,
+                "hashes": {key: list(value) for key, value in known.items()},
+                "unresolved": hashes.reason if isinstance(hashes, Unresolved) else "",
             }
         )
     for step in built:

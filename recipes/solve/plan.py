@@ -30,6 +30,7 @@ from recipes.solve.rules import (
     kernel_archs,
     on_platform,
     reasons_against,
+    rocm_build,
 )
 
 
@@ -54,14 +55,25 @@ def _plan(image: Image, recipes: Recipes, platform: Platform) -> ImagePlan:
     """Plan an image that can be built, for one platform."""
     base, suffix = recipes.bases[image.base], platform_suffix(platform)
     toolkit, driver_min = _toolkit_and_driver(image, recipes)
-    flavour = f"cu{toolkit.replace('.', '')}" if isinstance(toolkit, str) else image.accelerator
+    flavour: str = image.accelerator
+    if isinstance(toolkit, str):
+        cuda = image.accelerator == "cuda"
+        flavour = f"cu{toolkit.replace('.', '')}" if cuda else f"rocm{toolkit}"
     abi = _abi(image, flavour) + suffix
     steps = tuple(
         _step(image, image_kernel, recipes, abi=abi, platform=platform)
         for image_kernel in _sort_kernels(on_platform(image, platform), recipes)
     )
     cpu_torch = _cpu_torch(image, recipes, platform)
-    unresolved = _find_unresolved(image, steps, base, toolkit=toolkit, driver_min=driver_min)
+    rocm_torch = rocm_build(image, recipes)
+    unresolved = _find_unresolved(
+        image,
+        steps,
+        base,
+        toolkit=toolkit,
+        driver_min=driver_min,
+        rocm_hashes=rocm_torch.hashes if rocm_torch else None,
+    )
     for name, hashes in (cpu_torch.wheels if cpu_torch else {}).items():
         if isinstance(hashes, Unresolved):
             unresolved[f"torch/{image.torch}: {name}"] = hashes.reason
@@ -77,7 +89,9 @@ def _plan(image: Image, recipes: Recipes, platform: Platform) -> ImagePlan:
         cpu_torch=cpu_torch,
         toolkit=toolkit,
         driver_min=driver_min,
-        nvcc=recipes.cuda[toolkit].nvcc if isinstance(toolkit, str) else "",
+        nvcc=recipes.cuda[release].nvcc if (release := cuda_release(image, recipes)) else "",
+        rocm_torch=rocm_torch,
+        rocm=recipes.rocm[rocm_torch.release] if rocm_torch else None,
     )
 
 
@@ -209,11 +223,13 @@ def _cpu_torch(image: Image, recipes: Recipes, platform: Platform) -> CpuBuild |
 def _toolkit_and_driver(
     image: Image, recipes: Recipes
 ) -> tuple[str | Unresolved | None, str | Unresolved | None]:
-    """Return the CUDA release of an image's torch and its oldest driver; None on cpu."""
+    """Return the CUDA or ROCm release of an image's torch and its oldest driver; None on cpu."""
     if image.accelerator == "cpu":
         return None, None
     if release := cuda_release(image, recipes):
         return release, recipes.cuda[release].driver_min
+    if build := rocm_build(image, recipes):
+        return build.release, recipes.rocm[build.release].driver_min
     return Unresolved("follows from torch's build"), Unresolved("follows from the ROCm release")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from attnimg.backends import find_backend, runs_on
@@ -21,6 +22,7 @@ from recipes.facts import (
     Kernel,
     Platform,
     Recipes,
+    RocmBuild,
     Torch,
     Unresolved,
 )
@@ -124,6 +126,13 @@ def _check_base_and_torch(image: Image, recipes: Recipes) -> Iterator[str]:
         yield f"torch {image.torch} has CUDA on {has}; found {platform}"
     if image.accelerator == "cuda":
         yield from _check_cuda(image, recipes)
+    if image.accelerator == "rocm" and torch:
+        if torch.rocm is None:
+            yield f"torch {image.torch} has no ROCm build in recipes/torch.toml"
+        elif torch.rocm.release not in recipes.rocm:
+            known = ", ".join(recipes.rocm)
+            release = f"ROCm {torch.rocm.release} of torch {image.torch}"
+            yield f"{release} is not in recipes/rocm.toml; known: {known}"
 
 
 def cpu_wheels(torch: Torch, python: str, platform: Platform) -> list[str]:
@@ -150,6 +159,12 @@ def cuda_release(image: Image, recipes: Recipes) -> str | None:
     """Return the CUDA release of an image's torch; None if that is not known, or not CUDA."""
     torch = recipes.torch.get(str(image.torch)) if image.accelerator == "cuda" else None
     return torch.toolkit if torch else None
+
+
+def rocm_build(image: Image, recipes: Recipes) -> RocmBuild | None:
+    """Return the ROCm build of an image's torch; None if it has none, or is not for ROCm."""
+    torch = recipes.torch.get(str(image.torch)) if image.accelerator == "rocm" else None
+    return torch.rocm if torch else None
 
 
 def _check_cuda(image: Image, recipes: Recipes) -> Iterator[str]:
@@ -243,12 +258,29 @@ def _check_backends(kernel: Kernel, archs: tuple[str, ...]) -> Iterator[str]:
                 yield f"backend {name} needs {backend.needs.arch_text}; found {arch}"
 
 
+def _pins(kernel: Kernel) -> dict[str, str]:
+    """Return the version of a kernel, and those that it pins of other packages."""
+    needs = (Requirement(text) for text in kernel.requires)
+    pinned = {need.name: str(need.specifier)[2:] for need in needs if "==" in str(need.specifier)}
+    return {kernel.name: kernel.version, **pinned}
+
+
 def _check_other_kernels(image: Image, kernel: Kernel, recipes: Recipes) -> Iterator[str]:
     """Check a kernel against the other kernels and the pinned stack."""
     names = {image_kernel.name for image_kernel in image.kernels}
     label = f"{kernel.name} {kernel.version}"
     versions = dict(recipes.stack)
-    versions |= {n: recipes.kernels[n].version for n in names & set(recipes.kernels)}
+    for one in (recipes.kernels[n] for n in sorted(names & set(recipes.kernels))):
+        versions |= _pins(one)
+    torch = recipes.torch.get(str(image.torch))
+    versions |= {"torch": str(image.torch), "triton": torch.triton} if torch else {}
+    for package, version in _pins(kernel).items():
+        for pair in recipes.pairs:
+            found = versions.get(pair.needs)
+            if pair.package != package or found is None or not satisfies(version, pair.versions):
+                continue
+            if not satisfies(found, pair.bound):
+                yield f"{package} {version} works with {pair.needs} {pair.bound}; found {found}"
     for other, bound in kernel.beside.items():
         if other in versions and not satisfies(versions[other], bound):
             yield f"{label} needs {other} {bound} beside it; found {versions[other]}"

@@ -8,15 +8,19 @@ from __future__ import annotations
 import ast
 import re
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
 from packages import constants, function, read
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from attnimg.backends import find_backend
 from attnimg.facts import Needs
 from attnimg.run_facts import LayerGroup
 from attnimg.selection.judge import layer_reasons
+from recipes.read import read_recipes
 
 FLASH_API = "csrc/flash_attn/flash_api.cpp"
 INTERFACE = "flash_attn/cute/interface.py"
@@ -160,3 +164,47 @@ def test_flash_attn_knows_the_variable_and_the_architectures_of_its_variants() -
     allowed = re.search(r"allowed_archs = \[(.*?)\]", read("flash_attn", "setup.py"))
     assert allowed
     assert set(re.findall(r"gfx\w+", allowed[1])) == set(backend.variants) - on_triton
+
+
+RECIPES = read_recipes(Path(__file__).resolve().parents[2])
+# Kernel of PyPI -> its metadata in what was downloaded: an sdist's are named PKG-INFO.
+METADATA = {
+    "flash-attn": ("flash_attn", "PKG-INFO"),
+    "flash-attn-4": ("flash_attn_4", "flash_attn_4-4.0.0b36.dist-info/METADATA"),
+    "torchao": ("torchao", "torchao-0.18.0.dist-info/METADATA"),
+    "xformers": ("xformers", "xformers-0.0.35.dist-info/METADATA"),
+}
+
+
+@pytest.mark.parametrize("name", METADATA)
+def test_the_solver_knows_every_version_that_a_kernel_asks_for(name: str) -> None:
+    """A bound in its metadata is met by each image that has it, and is a pair or in its recipe."""
+    kernel = RECIPES.kernels[name]
+    lines = read(*METADATA[name]).splitlines()
+    asked = [Requirement(line[15:]) for line in lines if line.startswith("Requires-Dist: ")]
+    bounds = {one.name: one.specifier for one in asked if "extra" not in str(one.marker or "")}
+    known = {(pair.package, pair.needs): pair.bound for pair in RECIPES.pairs}
+    own = {Requirement(text).name for text in kernel.requires}
+    for package, bound in bounds.items():
+        if package == "torch":
+            for release in (
+                torch for torch in RECIPES.torch if torch in SpecifierSet(kernel.torch)
+            ):
+                assert release in bound
+        elif str(bound):
+            assert SpecifierSet(known[name, package]) == bound, package
+        else:
+            assert package in own | {"numpy", "typing_extensions"}, "what every image has"
+
+
+def test_the_pinned_kernels_library_is_one_that_the_pinned_transformers_takes() -> None:
+    (pair,) = (pair for pair in RECIPES.pairs if pair.package == "kernels")
+    assert RECIPES.stack["kernels"] in SpecifierSet(pair.versions)
+    assert RECIPES.stack["transformers"] in SpecifierSet(pair.bound)
+
+
+def test_xformers_names_the_flash_attn_that_its_recipe_names() -> None:
+    source = read("xformers", "xformers/ops/fmha/flash.py")
+    least, most = re.findall(r'FLASH_VER_(?:MIN|LAST) = parse_version\("([\d.]+)"\)', source)
+    bound = SpecifierSet(f">={least},<={most}")
+    assert SpecifierSet(RECIPES.kernels["xformers"].beside["flash-attn"]) == bound

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -80,8 +81,40 @@ def test_an_image_without_kernels_to_compile_ahead_is_refused(programs: Path, ta
     assert "hopper" in do
 
 
+@pytest.mark.parametrize("target", ["wheels/hopper", "kernels/hopper", "whole/hopper"])
+def test_an_unknown_kernel_is_refused_before_an_engine_is_started(target: str) -> None:
+    done = subprocess.run(
+        ["make", "-o", ".venv/ready", target, "KERNEL=$$(echo run)", "CACHE=x", "MACHINE=x"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    what, why, do, _ = done.stderr.splitlines()
+    assert what == "build: there is no such kernel to build for hopper"
+    assert "found KERNEL='$(echo run)'; built for it: flash-attn, flash-attn-3, " in why
+    assert do.startswith("  do:  name one of these")
+
+
+@pytest.mark.parametrize(
+    ("variables", "folder"),
+    [
+        pytest.param([], "dist/hopper", id="this machine's"),
+        pytest.param(["TRIM=1"], "dist/hopper-trim", id="small builds apart"),
+        pytest.param(["PLATFORM=linux/arm64"], "dist/hopper-arm64", id="arm64's apart"),
+        pytest.param(["PLATFORM=linux/amd64"], "dist/hopper", id="amd64's"),
+    ],
+)
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the first is for x86-64")
+def test_wheels_have_a_folder_of_their_own(variables: list[str], folder: str) -> None:
+    done = subprocess.run(
+        ["make", "-n", "-o", "engine", "wheels/hopper", *variables],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert f"--wheels-to {folder} " in done.stdout + " "
+
+
 # Each target for an image, with what it needs beside the name.
-VARIABLES = {"kernels": ["CACHE=host/name"], "layers": ["CACHE=host/name"], "built": ["MACHINE=x"]}
+VARIABLES = {"kernels": ["CACHE=host/name"], "layers": ["CACHE=host/name"], "built": ["MACHINE=x"],
+             "whole": ["MACHINE=x"]}  # fmt: skip
 FOR_AN_IMAGE = [
     target
     for target in re.findall(r"^([a-z0-9-]+)/%:", (ROOT / "Makefile").read_text(), re.M)
@@ -115,7 +148,8 @@ def test_every_target_refuses_an_unknown_image_with_the_known_ones(
             break
 
 
-IN_THE_ENGINE = [["run/cpu"], ["test/cpu"], ["gate/cpu"], ["gpu/cpu"], ["gate/cpu", "CHILD=mine"]]
+IN_THE_ENGINE = [["run/cpu"], ["test/cpu"], ["gate/cpu"], ["gpu/cpu"], ["gate/cpu", "CHILD=mine"],
+                 ["image-record/cpu"]]  # fmt: skip
 
 
 @pytest.mark.parametrize("arguments", IN_THE_ENGINE, ids=" ".join)

@@ -22,10 +22,12 @@ from recipes.facts import ImagePlan
 from recipes.files import NOTICE, write_all
 from recipes.pages.built import read_records
 from recipes.pages.config_keys_page import TEXTS as CONFIG_KEYS
+from recipes.pages.gpu_runs import read_runs
 from recipes.pages.model_pages import FAMILIES_RECORD, RELOAD_RECORD
 from recipes.read import read_recipes
 from recipes.render.bake import labels
 from recipes.render.image_lists import matrix_json
+from recipes.render.precompiled import coverage
 from recipes.render_all import render_files
 from recipes.solve.lock import read_locks, split_lock
 from recipes.solve.plan import solve, solve_all
@@ -40,6 +42,7 @@ RECORDS = {
     "reload": (ROOT / RELOAD_RECORD).read_text(encoding="utf-8"),
     "config_keys": (ROOT / CONFIG_KEYS).read_text(encoding="utf-8"),
     "built": read_records(ROOT),
+    "runs": read_runs(ROOT),
 }
 TEXTS = render_files(tuple(PLANS.values()), RECIPES, locks=LOCKS, runners=RUNNERS, **RECORDS)
 FA4_SET = RECIPES.kernels["flash-attn-4"].ahead_of_time
@@ -149,6 +152,20 @@ def test_the_shapes_compiled_ahead_of_time(shape: dict[str, object], devices: st
     assert found == {f"sm_{number}" for number in devices.split()}
 
 
+def test_sageattention_has_triton_kernels_for_every_trained_model_that_it_serves() -> None:
+    triton = RECIPES.kernels["sageattention"].triton
+    assert triton is not None
+    missing = {
+        model.model
+        for model in FA4_SET.models
+        if coverage(model, "sm_90a", backend="sage") == "yes"
+        # Smaller heads are padded to the next size.
+        and f"{model.heads}/{model.kv_heads}"
+        not in triton.heads[min(size for size in triton.heads if size >= model.head_dim)]
+    }
+    assert missing == set()
+
+
 def test_a_shape_of_several_models_is_compiled_once() -> None:
     shapes = compiled_shapes("sm_90")
     assert len(shapes) == len({json.dumps(shape) for shape in shapes})
@@ -186,7 +203,7 @@ def test_labels_carry_oci_and_our_own() -> None:
     assert found["attnimg.driver_min"] == "580.65.06"
     assert "flash-attn-3==3.0.0" in found["attnimg.kernels"].split()
     assert found["org.opencontainers.image.licenses"] == "Apache-2.0"
-    assert labels(PLANS["rocm"])["attnimg.torch"] == "unresolved"
+    assert labels(PLANS["rocm"])["attnimg.driver_min"] == "unresolved"
 
 
 @pytest.mark.parametrize("variable", ["VERSION", "REVISION", "CREATED", "BASE_NAME", "BASE_DIGEST"])
@@ -226,7 +243,7 @@ def test_a_child_image_may_have_other_versions_of_the_rest(name: str) -> None:
     fixed = set(TEXTS[f"docker/constraints/{name}-fixed.txt"].splitlines())
     tested = set(TEXTS[f"docker/constraints/{name}.txt"].splitlines())
     assert not [line for line in fixed if line.partition("==")[0] in FREE]
-    assert {line.removesuffix("+cpu") for line in fixed} <= tested
+    assert {re.sub(r"[+](cpu|rocm[\d.]+)$", "", line) for line in fixed} <= tested
 
 
 def test_the_compilers_of_an_image_are_for_its_gpus() -> None:
@@ -239,7 +256,9 @@ def test_the_compilers_of_an_image_are_for_its_gpus() -> None:
     # Its lock has the packages of a toolchain, and nvcc in the release of torch's CUDA.
     for name, plan in PLANS.items():
         path = ROOT / f"requirements/images/toolchain-{plan.lock}.txt"
-        assert (f"{name}_devel" in bake) == path.exists()
+        assert path.exists()
+        # The compiler for ROCm is AMD's, of apt.
+        assert (f"{name}_devel" in bake) == (plan.image.accelerator != "rocm")
         if plan.image.accelerator == "cuda":
             assert f"nvidia-cuda-nvcc=={plan.toolkit}." in path.read_text(encoding="utf-8")
 
@@ -404,7 +423,8 @@ def checkout(tmp_path: Path) -> Path:
     shutil.copy(ROOT / "README.md", tmp_path)
     (tmp_path / "docs").mkdir()
     shutil.copy(ROOT / "docs/releases.md", tmp_path / "docs")
-    shutil.copytree(ROOT / "docs" / "measured", tmp_path / "docs" / "measured")
+    for name in ("measured", "built"):
+        shutil.copytree(ROOT / "docs" / name, tmp_path / "docs" / name)
     return tmp_path
 
 
@@ -465,6 +485,65 @@ def test_a_kernel_is_one_toml_and_no_other_edit(checkout: Path) -> None:
     assert targets["turing_xformers"] == before["turing_xformers"], "it is not built again"
 
 
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+# The same from a git tree, with a submodule, a patch and Triton kernels compiled ahead of time.
+GIT_TOY = (
+    TOY.replace("toy==1.0", f"someone/toy@{COMMIT}").replace('"sdist"', '"git"')
+    + f"""
+[submodules]
+"csrc/cutlass" = "NVIDIA/cutlass@{COMMIT}"
+
+[triton]
+calls = "precompiled.triton.sage_calls"
+dtypes = ["bfloat16"]
+causal = [true]
+varlen = [false]
+heads = {{ 64 = ["8/2"] }}
+"""
+)
+
+
+@pytest.mark.parametrize("recipe", [TOY, GIT_TOY], ids=["an sdist", "a git tree"])
+def test_every_file_and_page_follows_from_a_kernel_s_toml(checkout: Path, recipe: str) -> None:
+    (checkout / "recipes/kernels/toy.toml").write_text(recipe, encoding="utf-8")
+    edit(checkout / "recipes/images/turing.toml", '["xformers"]', '["xformers", "toy"]')
+    if "git" in recipe:
+        (checkout / "recipes/patches/toy").mkdir()
+        patch = "A reason.\n\n--- a/setup.py\n+++ b/setup.py\n@@ -1 +1 @@\n-a\n+b\n"
+        (checkout / "recipes/patches/toy/one.patch").write_text(patch, encoding="utf-8")
+    done = run(checkout, "render")
+    assert done.returncode == 0, done.stderr
+
+    def read(path: str) -> str:
+        return (checkout / path).read_text(encoding="utf-8")
+
+    assert "| Toy 1.0 | linux/amd64 | sm_75 | not yet built | - |" in read("docs/kernels-built.md")
+    assert "## Toy 1.0\n" in read("docs/kernel-sources.md")
+    assert "| T4, RTX 20 | Toy, xFormers | 1 of 2 kernels built |" in read("README.md")
+    jobs = json.loads(read(".github/matrix.json"))["kernels"]
+    assert [job["image"] for job in jobs if job["kernel"] == "toy"] == ["turing", "turing-frontier"]
+    built = json.loads(read("attnimg/data/images.json"))["images"]["turing"]["kernels"]
+    assert [kernel["name"] for kernel in built] == ["toy", "xformers"]
+    # docker/build.py knows it too: this is what `make wheels/turing KERNEL=toy` asks first.
+    for path in (ROOT / "docker").glob("*.py"):
+        shutil.copy(path, checkout / "docker")
+    for kernel, code in (("toy", 0), ("toys", 1)):
+        command = [sys.executable, "docker/build.py", "turing", "--check", "--kernel", kernel]
+        asked = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False)
+        assert asked.returncode == code, asked.stderr
+    target = json.loads(read("docker/docker-bake.json"))["target"]["turing_toy"]
+    assert target["contexts"] == (
+        {"source": f"https://github.com/someone/toy.git#{COMMIT}", "patches": "recipes/patches/toy"}
+        if "git" in recipe
+        else {}
+    )
+    if "git" in recipe:
+        assert "Toy's Triton kernels, sm_75 | linux/amd64 | - | not yet built |" in read(
+            "docs/kernels-built.md"
+        )
+        assert "turing_triton-kernels" in read("docker/docker-bake.json")
+
+
 SHA = "6540b148e40ba81cbd4de86392225a076a1591146e9cebb099b3b234ba9feebe"
 
 
@@ -515,7 +594,7 @@ def test_a_rendered_checkout_is_up_to_date_until_a_recipe_changes(checkout: Path
 def test_an_image_with_open_values_is_not_published(checkout: Path) -> None:
     done = run(checkout, "release", "rocm")
     assert done.returncode == 2
-    assert "torch is unresolved" in done.stderr
+    assert "rocm_hashes is unresolved" in done.stderr
 
 
 def test_an_unknown_image_is_named_with_those_that_are_known(checkout: Path) -> None:

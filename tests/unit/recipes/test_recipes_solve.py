@@ -259,6 +259,35 @@ def test_refuses(made: Image, says: str, nearest: str) -> None:
             "kernels 0.17.2 works with transformers >=5.20,<5.23; found 5.23.0",
             id="kernels 0.17.2 is not put beside transformers 5.23",
         ),
+        pytest.param(
+            with_kernel("flash-attn-4", requires=("nvidia-cutlass-dsl[cu13]==4.6.1", "einops")),
+            image("hopper"),
+            "flash-attn-4 4.0.0b36 works with nvidia-cutlass-dsl >=4.6.2; found 4.6.1",
+            id="FlashAttention-4 is not put beside an older CuTe DSL",
+        ),
+        pytest.param(
+            with_kernel(
+                "flash-attn-4", requires=("nvidia-cutlass-dsl==4.6.2", "quack-kernels[cu13]==0.6.5")
+            ),
+            image("blackwell"),
+            "quack-kernels 0.6.5 works with nvidia-cutlass-dsl >=4.7; found 4.6.2",
+            id="nor is what it requires put beside one another in other versions",
+        ),
+        pytest.param(
+            with_kernel("flash-attn-4", requires=("apache-tvm-ffi==0.2.0",)),
+            image("hopper"),
+            "flash-attn-4 4.0.0b36 works with apache-tvm-ffi >=0.1.11,<0.2; found 0.2.0",
+            id="a newer TVM FFI is refused",
+        ),
+        pytest.param(
+            replace(
+                RECIPES,
+                torch={**RECIPES.torch, "2.14.1": replace(RECIPES.torch["2.14.1"], triton="2.3.1")},
+            ),
+            image("ampere"),
+            "sageattention 2.2.0 works with triton >=3.0.0; found 2.3.1",
+            id="SageAttention is not put beside an older Triton of torch",
+        ),
     ],
 )
 def test_refuses_what_recipes_must_not_become(recipes: Recipes, made: Image, says: str) -> None:
@@ -463,7 +492,7 @@ def test_an_unresolved_value_is_planned_but_not_published() -> None:
     plan = solve(RECIPES.images["rocm"], RECIPES)
     with pytest.raises(AttnimgError, match="can't be published") as caught:
         refuse_unresolved(plan)
-    assert "images/rocm: torch is unresolved: PyPI has no torch for ROCm" in caught.value.why
+    assert "images/rocm: size_max_mb is unresolved: never built" in caught.value.why
 
 
 def with_digest(recipes: Recipes = RECIPES) -> Recipes:

@@ -228,9 +228,9 @@ def test_an_unresolved_value_is_refused_and_a_warning_in_a_rehearsal() -> None:
     gates_result = replace(PASSED, image="rocm")
     with pytest.raises(AttnimgError, match="rocm can't be published") as caught:
         check(labels, gates_result, plan=plan)
-    assert "images/rocm: torch is unresolved" in caught.value.why
+    assert "images/rocm: rocm_hashes is unresolved" in caught.value.why
     warnings = check(labels, gates_result, plan=plan, repository=LOCAL, rehearsal=True)
-    assert any("torch is unresolved" in text for text in warnings)
+    assert any("rocm_hashes is unresolved" in text for text in warnings)
 
 
 @pytest.mark.parametrize(
