@@ -25,6 +25,9 @@ from attnimg.errors import AttnimgError
 from attnimg.run_facts import Geometry, HubLayer, LayersTask, OptimizerTask, Proof, QatTask, Reason
 from attnimg.verification.cases import full_row_length, longest_document
 
+# Cases between two comparisons of the process, each of which takes 3 ms: as long as a small case.
+COMPARE_EVERY = 8
+
 
 def main() -> None:
     """Prove all candidates on stdin."""
@@ -82,7 +85,7 @@ def prove_candidate(
     watch = _Watch(device, report)
 
     def on_probe(case: str) -> None:
-        watch.require_unchanged()
+        watch.require_unchanged_at_intervals()
         watch.begin(case)
 
     try:
@@ -207,14 +210,22 @@ class _Watch:
         from attnimg.verification.process_state import ProcessState
         from attnimg.verification.random_state import draw_and_read_states
 
-        self.stage = "loading"
+        self.stage, self._since = "loading", ["loading"]
+        self._begun = 0
         self._device, self._report, self._may_change = torch.device(device), report, may_change
         self._before, self._random = ProcessState(), draw_and_read_states(self._device)
 
     def begin(self, case: str) -> None:
         """Report a case that is about to run."""
         self.stage = case
+        self._since.append(case)
+        self._begun += 1
         _send(self._report, case=case)
+
+    def require_unchanged_at_intervals(self) -> None:
+        """Raise as require_unchanged does, after the first case and every COMPARE_EVERY."""
+        if self._begun == 1 or len(self._since) >= COMPARE_EVERY:
+            self.require_unchanged()
 
     def require_unchanged(self, *, all_code: bool = False) -> None:
         """Raise _ProcessChanged if the process changed; `all_code`: also in any loaded module."""
@@ -231,7 +242,13 @@ class _Watch:
         elif not changes and is_rewound(self._random, self._device):
             changes.append("torch's random numbers were seeded or rewound")
         if changes:
-            raise _ProcessChanged(process_state_reason(changes, when=self.stage))
+            raise _ProcessChanged(process_state_reason(changes, when=self._when()))
+        self._since.clear()
+
+    def _when(self) -> str:
+        """Return what ran since the process was last compared."""
+        first = self._since[0] if self._since else self.stage
+        return self.stage if first == self.stage else f"{first} to {self.stage}"
 
     def reasons(self, error: BaseException) -> tuple[Reason, ...]:
         """Return the reasons for an exception; a changed process comes first, as the cause."""
@@ -240,7 +257,7 @@ class _Watch:
         if isinstance(error, _ProcessChanged):
             return (error.reason,)
         changes = [] if self._may_change else self._before.changes()
-        changed = (process_state_reason(changes, when=self.stage),) if changes else ()
+        changed = (process_state_reason(changes, when=self._when()),) if changes else ()
         return (*changed, _reason(error, stage=self.stage))
 
 
