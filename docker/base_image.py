@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -22,6 +23,8 @@ from typing import NoReturn
 
 BAKE = Path("docker/docker-bake.json")
 STAND_IN = "attnimg-base:bookworm"
+# Names of processors: of uname, and of platforms.
+_ARCHS = {"x86_64": "amd64", "aarch64": "arm64", "arm64": "arm64"}
 _PINNED = re.compile(r"(?P<name>[^\s@]+?)(?P<tag>:[\w.-]+)?@(?P<digest>sha256:[0-9a-f]{64})")
 
 
@@ -95,14 +98,26 @@ def pull(reference: str) -> tuple[BaseImage | None, str]:
     return None, process.stderr.strip().splitlines()[-1] if process.stderr.strip() else "no reason"
 
 
-def stand_in() -> BaseImage:
-    """Make the stand-in unless the engine has it, and return it."""
-    made = subprocess.run([Path(__file__).with_name("base.sh")], check=False)
+def stand_in(arch: str = "") -> BaseImage:
+    """Make the stand-in unless the engine has it, and return it.
+
+    Args:
+        arch: "arm64", for another processor than this machine's; its programs run by qemu-user.
+    """
+    name = f"{STAND_IN}-{arch}" if arch else STAND_IN
+    made = subprocess.run([Path(__file__).with_name("base.sh"), name, "", arch], check=False)
     if made.returncode:
         sys.exit(made.returncode)
-    command = ["docker", "image", "inspect", "--format={{.Id}}", STAND_IN]
+    command = ["docker", "image", "inspect", "--format={{.Id}}", name]
     process = subprocess.run(command, capture_output=True, text=True, check=True)
-    return BaseImage(f"docker-image://{STAND_IN}", STAND_IN, process.stdout.strip())
+    return BaseImage(f"docker-image://{name}", name, process.stdout.strip())
+
+
+def for_platform(base: BaseImage, target: str) -> BaseImage:
+    """Return the base for a platform, "linux/arm64": the same index, or a stand-in of its own."""
+    arch = target.rpartition("/")[2]
+    own = _ARCHS.get(platform.machine()) == arch
+    return base if own or base.name != STAND_IN else stand_in(arch)
 
 
 if __name__ == "__main__":
