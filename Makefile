@@ -192,8 +192,17 @@ podman: ## Install Podman for `make test/%`, from Debian's packages, if there is
 base: engine ## Pull the base image by its digest, or make a stand-in of Debian's packages
 	@docker/base_image.py
 
-# Refuse a name without a recipe, with the names that have one.
-KNOWN = docker/build.py $* --check
+# Refuse a name without a recipe, with the names that have one; and a KERNEL that is not built for it.
+KNOWN = docker/build.py $* --check $(if $(KERNEL),--kernel "$$KERNEL")
+
+# PLATFORM=linux/arm64 is for all targets of images; without it, it is this machine's (docker/platforms.py). The end of
+# the names of files is empty for linux/amd64, that of tags in the engine for this machine's platform.
+OWN_PLATFORM := linux/$(subst aarch64,arm64,$(subst x86_64,amd64,$(shell uname -m)))
+OF_FILES = $(if $(filter-out linux/amd64,$(or $(PLATFORM),$(OWN_PLATFORM))),-$(notdir $(or $(PLATFORM),$(OWN_PLATFORM))))
+OF_TAG = $(if $(filter-out $(OWN_PLATFORM),$(PLATFORM)),-$(notdir $(PLATFORM)))
+
+# The wheels of an image; small builds have a folder of their own.
+HOUSE = dist/$*$(OF_FILES)$(if $(TRIM),-trim)
 
 # Start the engine, unless there is no recipe of the image.
 NEEDS_ENGINE = @$(KNOWN) && $(MAKE) engine
@@ -203,12 +212,12 @@ NEEDS_SET = @[ -e docker/images/$*/$(1) ] || { printf '$@: %s\n  why: %s\n  do: 
 	  "found no docker/images/$*/$(1)" "name one of: $$(cd docker/images && ls */$(1) | cut -d/ -f1 | paste -sd ' ')" >&2; exit 2; }
 
 # The image that a target tests or checks: attnimg:NAME in this engine; with DIGEST, that one, pulled from REGISTRY.
-SUBJECT = $(if $(DIGEST),$$($(BIN)/python -m recipes pull $* "$$DIGEST"),attnimg:$*)
+SUBJECT = $(if $(DIGEST),$$($(BIN)/python -m recipes pull $* "$$DIGEST"),attnimg:$*$(OF_TAG))
 
 # Refuse an unknown image, and one that is not in the engine: docker run would ask docker.io for attnimg:NAME.
-NEEDS_IMAGE = $(if $(DIGEST),$(KNOWN),docker/build.py $* --built "$(or $(CHILD),attnimg:$*)")
+NEEDS_IMAGE = $(if $(DIGEST),$(KNOWN),docker/build.py $* --built "$(or $(CHILD),attnimg:$*$(OF_TAG))")
 
-build/%: ## Build the image attnimg:%, for example build/cpu; WHEELS=dist/% uses existing wheels
+build/%: ## Build the image attnimg:%, for example build/cpu; WHEELS=dist/% uses existing wheels, PLATFORM=linux/arm64 another CPU
 	$(NEEDS_ENGINE)
 	@docker/build.py $*
 
@@ -219,13 +228,13 @@ toolchain/%: ## Build the stage that compiles the kernels of attnimg:%
 sources/%: .venv/ready ## Fetch the git trees of attnimg:%'s kernels; FROM=DIR reads them from clones
 	@$(BIN)/python -m recipes sources $* $(if $(FROM),--from "$$FROM")
 
-wheels/%: ## Compile the kernels of attnimg:% into dist/%; hours; TRIM=1 makes small builds in minutes
+wheels/%: ## Compile the kernels of attnimg:% that dist/% lacks, or KERNEL=one of them; hours; TRIM=1: small builds, into dist/%-trim
 	$(NEEDS_ENGINE)
-	@PROGRESS=plain docker/build.py $* --wheels-to dist/$*
+	@PROGRESS=plain docker/build.py $* --wheels-to $(HOUSE) $(if $(KERNEL),--kernel "$$KERNEL")
 
 kernels/%: ## Compile the kernels of attnimg:% that the registry CACHE=host/namespace does not have, and push them; KERNEL=one of them
 	$(NEEDS_ENGINE)
-	@CACHE="$(CACHE)" PROGRESS=plain docker/build.py $* --to-cache $(if $(KERNEL),--kernel "$(KERNEL)")
+	@CACHE="$(CACHE)" PROGRESS=plain docker/build.py $* --to-cache $(if $(KERNEL),--kernel "$$KERNEL")
 
 layers/%: ## Build the layers of torch and the stack, which images share, and push them to the registry CACHE=host/namespace
 	$(NEEDS_ENGINE)
@@ -235,7 +244,7 @@ built/%: .venv/ready ## Record the contents of dist/% in docs/built; MACHINE="th
 	@$(KNOWN)
 	@[ -n "$(MACHINE)" ] || { printf 'built: %s\n  why: %s\n  do:  %s\n' "no build machine is given" \
 	  "found no MACHINE" "make $@ MACHINE='2 cores, no GPU', in general words" >&2; exit 2; }
-	@$(BIN)/python -m recipes built $* --wheels dist/$* --machine "$(MACHINE)"
+	@$(BIN)/python -m recipes built $* --wheels dist/$*$(OF_FILES) --machine "$(MACHINE)"
 
 unit/%: ## Compile one source file of flash-attn for attnimg:%; 5 minutes
 	$(NEEDS_ENGINE)
@@ -246,14 +255,14 @@ fa4-kernels/%: .venv/ready ## Compile FlashAttention-4's kernels for attnimg:% i
 	$(call NEEDS_SET,fa4_kernels.json,kernels of FlashAttention-4)
 	$(NEEDS_ENGINE)
 	@PROGRESS=plain docker/build.py $* --stage fa4-kernels
-	@rm -rf dist/fa4-kernels-$* && mkdir -p dist docs/built
-	@id=$$(docker create attnimg-fa4-kernels:$* none) && \
-	  docker cp -q "$$id:/opt/attnimg/fa4" dist/fa4-kernels-$* && docker rm "$$id" >/dev/null
-	@$(BIN)/python -B docker/precompiled/record.py dist/fa4-kernels-$*/manifest.json >dist/record.json
-	@mv dist/record.json docs/built/fa4-cache-$*.json
-	@release=$$(sed -n 's/.*"python release": "\([^"]*\)".*/\1/p' docs/built/fa4-cache-$*.json); \
+	@rm -rf dist/fa4-kernels-$*$(OF_FILES) && mkdir -p dist docs/built
+	@id=$$(docker create attnimg-fa4-kernels:$*$(OF_TAG) none) && \
+	  docker cp -q "$$id:/opt/attnimg/fa4" dist/fa4-kernels-$*$(OF_FILES) && docker rm "$$id" >/dev/null
+	@$(BIN)/python -B docker/precompiled/record.py dist/fa4-kernels-$*$(OF_FILES)/manifest.json >dist/record.json
+	@mv dist/record.json docs/built/fa4-cache-$*$(OF_FILES).json
+	@release=$$(sed -n 's/.*"python release": "\([^"]*\)".*/\1/p' docs/built/fa4-cache-$*$(OF_FILES).json); \
 	  echo "test them with Python $$release, as in the image; another looks up other kernels:"; \
-	  echo "  rm -rf build/fa4; FA4_KERNELS=dist/fa4-kernels-$* make test/fa4-cache PYTHON=PATH"; \
+	  echo "  rm -rf build/fa4; FA4_KERNELS=dist/fa4-kernels-$*$(OF_FILES) make test/fa4-cache PYTHON=PATH"; \
 	  echo "  PATH is that of Python $$release; Debian bookworm's /usr/bin/python3.11 is 3.11.2"
 
 triton-kernels/%: .venv/ready ## Compile SageAttention's Triton kernels for attnimg:% into dist/; 1 to 3 minutes per architecture
@@ -261,11 +270,11 @@ triton-kernels/%: .venv/ready ## Compile SageAttention's Triton kernels for attn
 	$(call NEEDS_SET,triton_kernels.json,Triton kernels)
 	$(NEEDS_ENGINE)
 	@PROGRESS=plain docker/build.py $* --stage triton-kernels
-	@rm -rf dist/triton-kernels-$* && mkdir -p dist docs/built
-	@id=$$(docker create attnimg-triton-kernels:$* none) && \
-	  docker cp -q "$$id:/opt/attnimg/triton" dist/triton-kernels-$* && docker rm "$$id" >/dev/null
-	@$(BIN)/python -B docker/precompiled/record.py dist/triton-kernels-$*/manifest.json >dist/record.json
-	@mv dist/record.json docs/built/triton-cache-$*.json
+	@rm -rf dist/triton-kernels-$*$(OF_FILES) && mkdir -p dist docs/built
+	@id=$$(docker create attnimg-triton-kernels:$*$(OF_TAG) none) && \
+	  docker cp -q "$$id:/opt/attnimg/triton" dist/triton-kernels-$*$(OF_FILES) && docker rm "$$id" >/dev/null
+	@$(BIN)/python -B docker/precompiled/record.py dist/triton-kernels-$*$(OF_FILES)/manifest.json >dist/record.json
+	@mv dist/record.json docs/built/triton-cache-$*$(OF_FILES).json
 
 test/fa4-cache: .venv/ready build/fa4/ready ## Compile kernels of FlashAttention-4 and Triton without a GPU, and look them up
 	TRITON_PYTHON=build/fa4/bin/python $(BIN)/pytest tests/precompiled/triton
@@ -318,11 +327,11 @@ test/%: .venv/ready ## Test the image attnimg:%, or DIGEST=sha256:... pulled fro
 gate/%: .venv/ready ## Check attnimg:% by all gates, or DIGEST=sha256:... from REGISTRY, ARCHIVE=file or folder, WHEELS=dist/%, CHILD=an image built FROM it; no GPU
 	@$(if $(ARCHIVE)$(WHEELS),$(KNOWN),$(NEEDS_IMAGE))
 	@if [ -z "$${ARCHIVE-}$${WHEELS-}" ]; then image=$(or $(CHILD),$(SUBJECT)); \
-	  mkdir -p build; trap 'rm -f build/$*.tar' EXIT; \
-	  echo "gate: saving $$image to build/$*.tar"; docker save "$$image" -o build/$*.tar; fi; \
+	  mkdir -p build; trap 'rm -f build/$*$(OF_FILES).tar' EXIT; \
+	  echo "gate: saving $$image to build/$*$(OF_FILES).tar"; docker save "$$image" -o build/$*$(OF_FILES).tar; fi; \
 	$(BIN)/python -m recipes gate $* $(if $(WHEELS),--wheels "$$WHEELS") $(if $(CHILD),--child) $(GATE_ARGS) \
-	  $(if $(or $(ARCHIVE),$(if $(WHEELS),,1)),--archive "$${ARCHIVE:-build/$*.tar}") \
-	  $(if $(or $(ARCHIVE),$(WHEELS),$(DIGEST),$(CHILD)),,--layout build/release/$*.oci)
+	  $(if $(or $(ARCHIVE),$(if $(WHEELS),,1)),--archive "$${ARCHIVE:-build/$*$(OF_FILES).tar}") \
+	  $(if $(or $(ARCHIVE),$(WHEELS),$(DIGEST),$(CHILD)),,--layout build/release/$*$(OF_FILES).oci)
 
 scan/%: .venv/ready build/audit/ready ## Scan the Python packages of attnimg:% for known vulnerabilities
 	@$(BIN)/python -m recipes scan $* --pip-audit build/audit/bin/pip-audit
@@ -339,12 +348,12 @@ bump: .venv/ready ## Commit each newer release of a pin, one commit a pin; DRY_R
 	@$(BIN)/python -m recipes bump $(PIN) $(if $(DRY_RUN),--dry-run)
 
 index/%: .venv/ready ## Write the wheels of dist/% as a package index into dist/index/%; BASE_URL=where the files will be
-	@$(BIN)/python -m recipes index $* --wheels dist/$* --to dist/index/$* $(if $(BASE_URL),--base-url "$(BASE_URL)")
+	@$(BIN)/python -m recipes index $* --wheels dist/$*$(OF_FILES) --to dist/index/$*$(OF_FILES) $(if $(BASE_URL),--base-url "$(BASE_URL)")
 
 run/%: ## Run attnimg:% on this folder, as this user: make run/cpu ARGS="train config.yaml"
-	@docker/build.py $* --built attnimg:$*
+	@docker/build.py $* --built attnimg:$*$(OF_TAG)
 	@docker run --rm --user "$$(id -u):$$(id -g)" -v "$$PWD:/workspace" -e ATTNIMG_IMAGE_DIGEST="$$(docker image inspect \
-	  --format '{{range .RepoDigests}}{{println .}}{{end}}' attnimg:$* 2>/dev/null | head -n 1)" attnimg:$* $(ARGS)
+	  --format '{{range .RepoDigests}}{{println .}}{{end}}' attnimg:$*$(OF_TAG) 2>/dev/null | head -n 1)" attnimg:$*$(OF_TAG) $(ARGS)
 
 gpu/%: $(if $(DIGEST),.venv/ready) ## Run the GPU tests inside attnimg:%, or DIGEST=sha256:... pulled from REGISTRY, on a machine with the GPU
 	@$(NEEDS_IMAGE)

@@ -52,7 +52,7 @@ def part(name: str, matrix: dict[str, list[dict[str, Any]]], published: dict[str
         ]
     if name not in MARKDOWN:
         return json.dumps([entry for entry in entries if not entry.get("skip")])
-    columns = ("image", "skip") if key == "images" else ("image", "arch", "skip")
+    columns = ("image", "platform" if key == "images" else "arch", "skip")
     titles = {"arch": "GPU", "skip": f"{MARKDOWN[name]}, because"}
     lines = [[titles.get(column, column) for column in columns], ["---"] * len(columns)]
     lines += [[entry[column] for column in columns] for entry in entries if entry["skip"]]

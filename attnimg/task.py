@@ -16,11 +16,12 @@ from attnimg.run_facts import Model, Plan, Problem
 from attnimg.selection import known_bad, model_config, model_types, plan
 from attnimg.selection.attention_shapes import read_attention_dropout, read_model
 from attnimg.selection.gpus_and_images import (
+    Gpu,
     cpus_of_machines,
     find_image,
-    image_catalogue,
     image_for,
     image_runs_on,
+    image_text,
     machine_with,
     parse_gpu,
 )
@@ -164,9 +165,17 @@ def find_machine(on: str | None, image: str | None) -> tuple[Machine, str | None
     if on is None:
         return installed_machine(), None
     gpu = parse_gpu(on)
-    assumed = named or image_for(gpu.arch, cpu=gpu.cpu)
-    machine = machine_with(assumed, gpu.arch, gpu.label)
+    assumed = named or image_for(gpu.arch, cpu=_cpu(gpu))
+    machine = machine_with(assumed, gpu.arch, gpu.label, cpu=_cpu(gpu))
     return machine, assumed.name if assumed else None
+
+
+def _cpu(gpu: Gpu) -> str | None:
+    """Return the CPU architecture of a GPU's machines; None for one that has several."""
+    if gpu.cpu is not None:
+        return gpu.cpu
+    cpus = cpus_of_machines(gpu.arch)
+    return next(iter(cpus)) if len(cpus) == 1 else None
 
 
 def image_warnings(on: str | None, image: str | None) -> tuple[Finding, ...]:
@@ -179,14 +188,14 @@ def image_warnings(on: str | None, image: str | None) -> tuple[Finding, ...]:
     if on is None:
         return ()
     gpu = parse_gpu(on)
-    right = image_for(gpu.arch, cpu=gpu.cpu)
+    right = image_for(gpu.arch, cpu=_cpu(gpu))
     if image is not None:
         named = find_image(image)
-        if image_runs_on(named, gpu.arch, cpu=gpu.cpu):
+        if image_runs_on(named, gpu.arch, cpu=_cpu(gpu)):
             return ()
         why = f"has no kernels for {gpu.arch.name}"
         if image_runs_on(named, gpu.arch, cpu=None):
-            why = f"is for {' '.join(named.platforms)}, and {gpu.label} has an {gpu.cpu} CPU"
+            why = f"is for {' '.join(named.platforms)}, and {gpu.label} has an {_cpu(gpu)} CPU"
         return (
             Finding(
                 code="wrong-image",
@@ -197,19 +206,44 @@ def image_warnings(on: str | None, image: str | None) -> tuple[Finding, ...]:
                 else "leave --image out: no image runs on that GPU",
             ),
         )
-    cpus = {gpu.cpu} if gpu.cpu else cpus_of_machines(gpu.arch)
-    if right is not None or cpus != {"arm64"}:
+    if right is not None:
         return ()
-    platforms = {name for found in image_catalogue().values() for name in found.platforms}
+    with_code = image_for(gpu.arch)
+    why = f"none has kernels for {gpu.arch.name}"
+    if with_code is not None:
+        why = f"its CPU is {_cpu(gpu)}, and {with_code.name} is for {' '.join(with_code.platforms)}"
     return (
         Finding(
             code="no-image",
             key=None,
-            what=f"no image runs on {gpu.label}: its CPU is arm64, and every image is built for "
-            f"{' '.join(sorted(platforms))}; every package is assumed here",
+            what=f"no image runs on {gpu.label}: {why}; every package is assumed here",
             do="install torch and the kernels on that machine, and run attnimg explain there",
         ),
     )
+
+
+def assumed_platform(on: str | None, image: str) -> str:
+    """Return the platform of an assumed image, "linux/arm64".
+
+    Args:
+        on: a GPU's name; None for the image's first GPU.
+        image: the image that find_machine returned for it.
+    """
+    found = find_image(image)
+    platform = f"linux/{_cpu(parse_gpu(on))}" if on is not None else ""
+    return platform if platform in found.platforms else found.platforms[0]
+
+
+def assumed_text(on: str | None, image: str | None) -> str:
+    """Return the end of a sentence that names an assumed image; empty without one.
+
+    Args:
+        on: as in assumed_platform.
+        image: as in assumed_platform.
+    """
+    if image is None:
+        return ""
+    return f", in {image_text(find_image(image), assumed_platform(on, image))}"
 
 
 def machine_warnings(machine: Machine) -> tuple[Finding, ...]:

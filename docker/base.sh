@@ -17,7 +17,6 @@ if ! command -v mmdebstrap >/dev/null; then
     "apt-get install mmdebstrap, or BASE_IMAGE=NAME@sha256:... of a registry that this machine reaches" >&2
   exit 1
 fi
-[ -z "$arch" ] || "$(dirname "$0")/qemu.sh" "$arch"
 echo "base: making Debian bookworm with $packages by mmdebstrap${arch:+, for $arch: 4 minutes}"
 # These paths are excluded in Debian's own slim images too.
 excluded=('man/*' 'info/*' 'locale/*' 'lintian/*' 'doc/*')

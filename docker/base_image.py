@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -23,8 +22,6 @@ from typing import NoReturn
 
 BAKE = Path("docker/docker-bake.json")
 STAND_IN = "attnimg-base:bookworm"
-# Names of processors: of uname, and of platforms.
-_ARCHS = {"x86_64": "amd64", "aarch64": "arm64", "arm64": "arm64"}
 _PINNED = re.compile(r"(?P<name>[^\s@]+?)(?P<tag>:[\w.-]+)?@(?P<digest>sha256:[0-9a-f]{64})")
 
 
@@ -113,11 +110,16 @@ def stand_in(arch: str = "") -> BaseImage:
     return BaseImage(f"docker-image://{name}", name, process.stdout.strip())
 
 
-def for_platform(base: BaseImage, target: str) -> BaseImage:
-    """Return the base for a platform, "linux/arm64": the same index, or a stand-in of its own."""
-    arch = target.rpartition("/")[2]
-    own = _ARCHS.get(platform.machine()) == arch
-    return base if own or base.name != STAND_IN else stand_in(arch)
+def for_platform(base: BaseImage, platform: str) -> BaseImage:
+    """Return the base for another platform than this machine's: the same index, or a stand-in.
+
+    Its programs will run by qemu-user, which docker/qemu.sh installs where it is missing.
+    """
+    arch = platform.rpartition("/")[2]
+    process = subprocess.run([Path(__file__).with_name("qemu.sh"), arch], check=False)
+    if process.returncode:
+        sys.exit(process.returncode)
+    return stand_in(arch) if base.name == STAND_IN else base
 
 
 if __name__ == "__main__":

@@ -5,15 +5,18 @@
     docker/build.py NAME-devel              the image with compilers, as attnimg:NAME-devel
     docker/build.py NAME --stage STAGE      that stage of the Dockerfile, as attnimg-STAGE:NAME;
                                             for one kernel with --kernel KERNEL
-    docker/build.py NAME --wheels-to DIR    its kernels' wheels only, into DIR
+    docker/build.py NAME --wheels-to DIR    the wheels of its kernels that DIR lacks, or of --kernel
+                                            alone, merged into DIR one by one (kernel_wheels.py)
     docker/build.py NAME --to-cache         its kernels that CACHE lacks, or KERNEL alone, to CACHE;
                                             with --stage stack its shared layers
 
-Environment variables: WHEELS, a folder of wheels to use instead of compiling them; TRIM=1, for the
-small builds of kernels; JOBS, the number of parallel compilers; TORCH_INDEX, an index or a folder
-with the CPU build of torch; BASE_IMAGE, another base (docker/base_image.py); CACHE, a registry with
-compiled kernels and layers (kernel_cache.py), and CACHE_WRITE=1 to write layers to it; PROGRESS,
-for docker. The labels of the image say which base and which commit were used.
+Environment variables: PLATFORM, such as linux/arm64, if it is not this machine's (platforms.py, as
+for the names of its files and tags); WHEELS, a folder of wheels to use instead of compiling them;
+TRIM=1, for the small builds of kernels; JOBS, the number of parallel compilers; TORCH_INDEX, an
+index or a folder with the CPU build of torch; BASE_IMAGE, another base (docker/base_image.py);
+CACHE, a registry with compiled kernels and layers (kernel_cache.py), and CACHE_WRITE=1 to write
+layers to it; PROGRESS, for docker.
+The labels of the image say which base and which commit were used.
 """
 
 from __future__ import annotations
@@ -30,9 +33,12 @@ from typing import Any, NoReturn
 
 import base_image
 import kernel_cache
+import kernel_wheels
+import platforms
+import wheelhouse
 from base_image import BAKE
 from from_git import source_labels
-from torch_wheel import torch_wheel
+from torch_wheel import refuse_unknown_wheel, torch_wheel
 
 IMAGES = Path("attnimg/data/images.json")
 # The end of the name of an image with compilers.
@@ -49,8 +55,7 @@ def fail(what: str, why: str, do: str) -> NoReturn:
 
 
 def read_targets(name: str) -> dict[str, dict[str, Any]]:
-    """Return the targets of an image; exit if its recipe has no torch release."""
-    targets = json.loads(BAKE.read_text())["target"]
+    """Return the targets of an image for PLATFORM; exit if there is no torch release for it."""
     images = json.loads(IMAGES.read_text())["images"]
     if name not in images:
         fail(
@@ -64,7 +69,16 @@ def read_targets(name: str) -> dict[str, dict[str, Any]]:
             f"found no torch for it: {torch}",
             f"set torch in recipes/images/{name}.toml, then make lock",
         )
+    platform = platforms.choose_platform(name, images[name]["platforms"])
+    os.environ |= platforms.bake_variables(platform)
+    targets = platforms.bake_targets(platform)
+    refuse_unknown_wheel(files_name(name, targets))
     return {key: target for key, target in targets.items() if key.partition("_")[0] == name}
+
+
+def files_name(name: str, targets: dict[str, dict[str, Any]]) -> str:
+    """Return the name of an image's own files for its platform: "hopper", "hopper-arm64"."""
+    return str(targets[f"{name}_common"]["args"]["IMAGE"])
 
 
 def needed_gb(name: str, targets: dict[str, dict[str, Any]]) -> int:
@@ -83,11 +97,11 @@ def check_built(name: str, reference: str) -> None:
         fail("docker is not installed", "found no program docker on PATH", "make engine")
     error = process.stderr.strip()
     if process.returncode and "no such image" in error.lower():
-        own = reference == f"attnimg:{name}"
+        own = reference == f"attnimg:{name}{os.environ['TAG_END']}"
         fail(
             f"there is no image {reference}",
             "found no image of that name in the Docker engine",
-            f"make build/{name}"
+            f"make build/{name}{platforms.of_make()}"
             if own
             else f"docker build -t {reference} FOLDER; its Dockerfile has FROM attnimg:{name}",
         )
@@ -121,7 +135,7 @@ def contexts(
 ) -> Iterator[tuple[str, str, str]]:
     """Yield (target, context, place) for contexts that replace those of the bake file."""
     if targets[f"{name}_common"]["args"]["ACCELERATOR"] == "cpu":
-        wheel = torch_wheel(name)
+        wheel = torch_wheel(name, files_name(name, targets))
         yield from ((target, "torch-wheel", str(wheel)) for target in targets)
     for target, content in targets.items():
         address, _, commit = content.get("contexts", {}).get("source", "").partition("#")
@@ -129,15 +143,36 @@ def contexts(
         if address and tree.is_dir():
             yield target, "source", str(tree)
     if wheels:
-        if not (Path(wheels) / "manifest.json").is_file():
-            fail(
-                f"{wheels} is not a wheelhouse",
-                "found no manifest.json in it",
-                f"make wheels/{name}, or omit WHEELS to build them",
-            )
+        check_wheels(name, files_name(name, targets), Path(wheels))
         for target, content in targets.items():
             if "wheelhouse" in content.get("contexts", {}):
                 yield target, "wheelhouse", wheels
+
+
+def check_wheels(name: str, files: str, wheels: Path) -> None:
+    """Exit if a wheelhouse can't be installed in an image; the image's build checks it again.
+
+    Args:
+        name: the image.
+        files: the name of its files for its platform.
+        wheels: the wheelhouse.
+    """
+    if not (wheels / "manifest.json").is_file():
+        fail(
+            f"{wheels} is not a wheelhouse",
+            "found no manifest.json in it",
+            f"make wheels/{name}{platforms.of_make()}, or omit WHEELS to build them",
+        )
+    wanted = kernel_wheels.wanted_wheels(files, trim=False)
+    if faults := wheelhouse.verify(wheels, wanted.abi, dict(wanted.keys)):
+        lacking = [one for one in wanted.keys if f"the kernel {one} is missing" in faults]
+        make = f"make wheels/{name}{platforms.of_make()}"
+        one = f"{make} KERNEL={lacking[0]}, or " if lacking else ""
+        fail(
+            f"{wheels} does not fit the image {name}",
+            "\n       ".join(faults),
+            f"{one}{make}, which compiles what it lacks",
+        )
 
 
 def cached_kernels(name: str, targets: dict[str, dict[str, Any]], cache: str) -> dict[str, str]:
@@ -170,21 +205,69 @@ def fill_cache(
     return 0
 
 
-def run(command: list[str], *, wheels_to: Path | None) -> int:
-    """Run docker; replace older wheels after all new ones are complete."""
-    if wheels_to is None:
-        return subprocess.run(command, check=False).returncode
-    part = wheels_to.with_name(f"{wheels_to.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    process = subprocess.run(
-        [*command, f"--set={command[-1]}.output=type=local,dest={part}"], check=False
+def compile_wheels(
+    name: str,
+    targets: dict[str, dict[str, Any]],
+    folder: Path,
+    bake: list[str],
+    *,
+    only: str,
+    found: dict[str, str],
+) -> int:
+    """Compile the kernels that a wheelhouse lacks, or `only` one, and merge each when it is done.
+
+    Args:
+        name: the image.
+        targets: of the image.
+        folder: the wheelhouse.
+        bake: the docker command that builds a target, without the target.
+        only: a kernel that is compiled again even if it is there; empty for those that are missing.
+        found: kernel -> where CACHE has it, which is taken instead.
+    """
+    kernel_wheels.recover(folder)
+    files = files_name(name, targets)
+    wanted = kernel_wheels.wanted_wheels(files, trim=bool(os.environ.get("TRIM")))
+    todo = [only] if only else kernel_wheels.missing_kernels(folder, wanted)
+    for place, kernel in enumerate(todo, 1):
+        print(f"wheels: {place} of {len(todo)}: {kernel}", flush=True)
+        part = folder.with_name(f"{folder.name}.{kernel}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        if kernel in found:
+            command = ["docker", "buildx", "build", f"--output=type=local,dest={part}", "-"]
+            text = f"FROM {found[kernel]}\n"
+        else:
+            check_free_disk(name, needed_gb(name, targets))
+            target = f"{name}_{kernel}"
+            command = [*bake, f"--set={target}.output=type=local,dest={part}", target]
+            text = ""
+        process = subprocess.run(command, input=text, text=True, check=False)
+        if process.returncode:
+            print(f"wheels: {kernel} failed; {folder} is as before", file=sys.stderr)
+            return process.returncode
+        _merge(folder, part / "wheels", wanted)
+        shutil.rmtree(part)
+    if not todo:
+        print(f"wheels: {folder} has all {len(wanted.keys)} kernels", flush=True)
+        if kernel_wheels.kept_kernels(folder, wanted)[1]:
+            _merge(folder, None, wanted)
+    if missing := kernel_wheels.missing_kernels(folder, wanted):
+        print(f"wheels: {folder} has no {', '.join(missing)} yet: make wheels/{name}")
+    return 0
+
+
+def _merge(folder: Path, made: Path | None, wanted: kernel_wheels.Wanted) -> None:
+    """Merge a finished wheel into a wheelhouse, and print what is in it."""
+    try:
+        dropped = kernel_wheels.merge(folder, made, wanted)
+    except (kernel_wheels.MergeError, OSError) as error:
+        do = f"make wheels/{wanted.image} again; what was finished before is in {folder}"
+        fail("the new wheel can't be merged", str(error), do)
+    for text in dropped:
+        print(f"wheels: {text}", flush=True)
+    print(
+        f"wheels: {folder} has " + ", ".join(sorted(p.name for p in folder.glob("*.whl"))),
+        flush=True,
     )
-    if process.returncode == 0:
-        shutil.rmtree(wheels_to, ignore_errors=True)
-        part.chmod(0o755)  # docker creates it for its own user only
-        part.rename(wheels_to)
-        print(f"wheels: {wheels_to} has " + ", ".join(sorted(p.name for p in wheels_to.iterdir())))
-    return process.returncode
 
 
 def main() -> None:
@@ -205,37 +288,39 @@ def main() -> None:
     arguments = parser.parse_args()
     # `make release` sets REGISTRY to where it pushes; bake would make it part of the image's tags.
     os.environ.pop("REGISTRY", None)
-    name, stage = arguments.name, "wheelhouse" if arguments.wheels_to else arguments.stage
+    name, stage = arguments.name, arguments.stage
     if name.endswith(DEVEL) and stage == "runtime":
         name, stage = name.removesuffix(DEVEL), "devel"
     targets = read_targets(name)
-    if arguments.built:
-        check_built(arguments.name, arguments.built)
-    if arguments.check or arguments.built:
-        return
-    if not (jobs := os.environ.get("JOBS", "1")).isdigit() or int(jobs) < 1:
-        fail(f"JOBS is {jobs!r}", "needed a number of compilers, 1 or more", "make ... JOBS=2")
-    cache, wheels = os.environ.get("CACHE", ""), os.environ.get("WHEELS", "")
-    if arguments.to_cache and not cache:
-        do = f"set CACHE=host/namespace, or make wheels/{name} for this machine"
-        fail("no cache is given", "found no CACHE to push to", do)
-    kernels_only = arguments.to_cache and stage == "runtime"
     kernels = kernel_cache.kernel_names(name, targets)
+    to_cache = arguments.to_cache and stage == "runtime"
+    kernels_only = bool(arguments.wheels_to or to_cache)
     if arguments.kernel not in ("", *kernels) or (kernels_only and not kernels):
         fail(
             f"there is no such kernel to build for {name}",
             f"found KERNEL={arguments.kernel!r}; built for it: {', '.join(kernels) or 'none'}",
             f"name one of these, or make build/{name}",
         )
+    if arguments.built:
+        check_built(arguments.name, arguments.built)
+    if arguments.check or arguments.built:
+        return
+    if not (jobs := os.environ.get("JOBS", "1")).isdigit() or int(jobs) < 1:
+        fail(f"JOBS is {jobs!r}", "needed a number of compilers, 1 or more", "make ... JOBS=2")
+    cache = os.environ.get("CACHE", "")
+    wheels = "" if kernels_only else os.environ.get("WHEELS", "")
+    if arguments.to_cache and not cache:
+        do = f"set CACHE=host/namespace, or make wheels/{name} for this machine"
+        fail("no cache is given", "found no CACHE to push to", do)
     # Stages with named contexts have a target of their own.
     target = name if stage == "runtime" else f"{name}_{arguments.kernel or stage}"
     settings = {}
-    if target not in targets or arguments.kernel:
+    if target not in targets or (arguments.kernel and not kernels_only):
         target = target if arguments.kernel else f"{name}_common"
         settings[f"{target}.target"] = stage
     for bake_target, context, place in contexts(name, targets, wheels):
         settings[f"{bake_target}.contexts.{context}"] = place
-    found = cached_kernels(name, targets, cache) if cache and not (wheels or kernels_only) else {}
+    found = cached_kernels(name, targets, cache) if cache and not (wheels or to_cache) else {}
     for bake_target, context, place in kernel_cache.replaced_contexts(name, targets, found):
         settings[f"{bake_target}.contexts.{context}"] = place
     if not kernels_only:
@@ -243,8 +328,8 @@ def main() -> None:
         if wheels or (cache and len(found) == len(kernels)):
             needed = min(needed, NEEDED_GB_WITH_WHEELS)
         check_free_disk(name, needed)
-    if stage not in ("runtime", "wheelhouse", "devel"):
-        settings[f"{target}.tags"] = f"attnimg-{stage}:{name}"
+    if stage not in ("runtime", "devel"):
+        settings[f"{target}.tags"] = f"attnimg-{stage}:{name}{os.environ['TAG_END']}"
     command = ["docker", "buildx", "bake", f"--progress={os.environ.get('PROGRESS', 'auto')}"]
     command += ["-f", str(BAKE), *(["--no-cache"] if arguments.no_cache else [])]
     for key, value in settings.items():
@@ -253,12 +338,25 @@ def main() -> None:
         write = arguments.to_cache or bool(os.environ.get("CACHE_WRITE"))
         command += kernel_cache.layer_settings(name, target, targets, cache, write=write)
     base = base_image.fetch_base()
-    os.environ |= {"BASE": base.context, "BASE_NAME": base.name, "BASE_DIGEST": base.digest}
+    os.environ["BASE"] = base.context
+    platform = os.environ["PLATFORM"]
+    # Kernels are compiled by this machine's own programs, for whatever platform.
+    if platform != platforms.own_platform() and not kernels_only:
+        base = base_image.for_platform(base, platform)
+        os.environ[f"BASE_{platform.rpartition('/')[2].upper()}"] = base.context
+    os.environ |= {"BASE_NAME": base.name, "BASE_DIGEST": base.digest}
     os.environ |= source_labels(Path())
-    if kernels_only:
+    if to_cache:
         sys.exit(fill_cache(name, targets, arguments.kernel, cache, command))
-    sys.exit(run([*command, target], wheels_to=arguments.wheels_to))
+    if folder := arguments.wheels_to:
+        only = arguments.kernel
+        sys.exit(compile_wheels(name, targets, folder, command, only=only, found=found))
+    sys.exit(subprocess.run([*command, target], check=False).returncode)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("build: interrupted; the same command continues", file=sys.stderr)
+        sys.exit(130)

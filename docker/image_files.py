@@ -2,9 +2,10 @@
 
     python image_files.py IMAGE WHEELHOUSE
 
-The manifest has the values of attnimg/data/images.json, the version and the git commit of the image
-(VERSION and REVISION in the environment, as in its labels), the installed versions, and the hash of
-each wheel that was built for this image. The build fails if kernels break one another.
+IMAGE ends with the platform, "hopper-arm64", where that is not the first. The manifest has the
+values of attnimg/data/images.json, the version and the git commit of the image (VERSION and
+REVISION in the environment, as in its labels), the installed versions, and the hash of each wheel
+that was built for this image. The build fails if kernels break one another.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from packaging.utils import canonicalize_name
 
 from attnimg.__main__ import COMMANDS
 from attnimg.machine.host import this_host
+from attnimg.selection.gpus_and_images import cpu_name
 
 FOLDER = Path("/opt/attnimg")
 # The line of a .pth file, which Python runs at its start: a program that bypasses the entrypoint,
@@ -37,15 +39,39 @@ AT_START = (
 )
 
 
+def recipe_of(image: str, machine: str) -> tuple[str, dict[str, Any]]:
+    """Return the name of an image, and its recipe as it is on one platform.
+
+    Args:
+        image: "hopper", or "hopper-arm64".
+        machine: the value of platform.machine().
+    """
+    text = resources.files("attnimg").joinpath("data", "images.json").read_text(encoding="utf-8")
+    images, here = json.loads(text)["images"], f"linux/{cpu_name(machine)}"
+    name = image if image in images else image.rpartition("-")[0]
+    recipe = images[name]
+    if here not in recipe["platforms"]:
+        sys.exit(f"image_files: {name} is for {' '.join(recipe['platforms'])}, found {here}")
+    return name, {
+        **recipe,
+        "platforms": [here],
+        "abi": {here: recipe["abi"][here]},
+        "kernels": [
+            {**kernel, "keys": {here: kernel["keys"][here]}}
+            for kernel in recipe["kernels"]
+            if here in kernel["keys"]
+        ],
+    }
+
+
 def manifest(image: str, wheelhouse: Path) -> dict[str, Any]:
     """Return the recipe of this image, and what is installed in it.
 
     Args:
-        image: its recipe's name.
+        image: as in recipe_of.
         wheelhouse: the folder of the kernels' wheels that were built for it.
     """
-    text = resources.files("attnimg").joinpath("data", "images.json").read_text(encoding="utf-8")
-    recipe = json.loads(text)["images"][image]
+    name, recipe = recipe_of(image, platform.machine())
     installed = {canonicalize_name(found.name): found.version for found in metadata.distributions()}
     for kernel in recipe["kernels"]:
         found = installed.get(kernel["name"], "nothing")
@@ -53,7 +79,7 @@ def manifest(image: str, wheelhouse: Path) -> dict[str, Any]:
         if found.removesuffix("+trim") != kernel["version"]:
             sys.exit(f"image_files: {kernel['name']} {kernel['version']} is needed, found {found}")
     return {
-        "image": image,
+        "image": name,
         "version": os.environ.get("VERSION") or "dev",
         "revision": os.environ.get("REVISION") or None,
         **recipe,

@@ -33,8 +33,9 @@ def kernel_names(name: str, targets: Targets) -> list[str]:
 
 def kernel_reference(name: str, kernel: str, targets: Targets, cache: str) -> str:
     """Return where the cache has a kernel of an image."""
-    build = json.loads(Path(f"docker/images/{name}/kernels/{kernel}.json").read_text())
-    lock = targets[f"{name}_common"]["args"]["LOCK"]
+    arguments = targets[f"{name}_common"]["args"]
+    files_name, lock = arguments["IMAGE"], arguments["LOCK"]
+    build = json.loads(Path(f"docker/images/{files_name}/kernels/{kernel}.json").read_text())
     files = sorted(Path("docker/kernel").glob("*.py"))
     if targets[f"{name}_{kernel}"]["args"]["BUILDER"] == "toolchain":
         files += [
@@ -94,7 +95,7 @@ def layer_settings(
     """
     place = f"type=registry,ref={cache.rstrip('/')}/attnimg-cache"
     shared = targets[f"{name}_common"]["args"]["LOCK"]
-    own = name if target == name else shared
+    own = targets[f"{name}_common"]["args"]["IMAGE"] if target == name else shared
     settings = [f"{target}.cache-from={place}:{tag}" for tag in dict.fromkeys((own, shared))]
     if write:
         # The layers of the image alone (mode=min): no build reads the toolchain's 6 GB from there.

@@ -5,12 +5,15 @@ set -euo pipefail
 arch=$1
 declare -A names=([amd64]=x86_64 [arm64]=aarch64)
 
-can_run() { command -v arch-test >/dev/null && arch-test "$arch" >/dev/null; }
+# Docker Desktop's engine has it built in.
+can_run() {
+  { command -v arch-test && arch-test "$arch"; } >/dev/null || docker buildx inspect 2>/dev/null | grep -q "linux/$arch"
+}
 
 if can_run; then exit 0; fi
 if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
   printf 'qemu: %s\n  why: %s\n  do:  %s\n' "this machine can't run programs for $arch" \
-    "arch-test says so, or is not installed; installing qemu-user-static needs root, on Debian" \
+    "neither arch-test nor docker buildx inspect says so; installing qemu-user-static needs root, on Debian" \
     "as root: apt-get install qemu-user-static binfmt-support arch-test" >&2
   exit 1
 fi

@@ -11,12 +11,11 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import base_image
+import platforms
 
-BAKE = Path("docker/docker-bake.json")
 DEVEL = "-devel"
 # Layer -> what only its command in the Dockerfile has.
 SHARED = {"torch": "-r /torch.txt", "stack": "-r /stack.txt"}
@@ -109,7 +108,7 @@ def compare(layers: dict[str, dict[str, Layer]]) -> Iterator[tuple[str, bool, st
 
 def main() -> None:
     """Compare, and exit with an error if images differ or fewer than two can be compared."""
-    by_lock = built_images(json.loads(BAKE.read_text(encoding="utf-8"))["target"])
+    by_lock = built_images(platforms.bake_targets(platforms.own_platform()))
     groups = {lock: images for lock, images in by_lock.items() if len(images) > 1}
     if not groups:
         found = "; ".join(f"{', '.join(images)} (torch {lock})" for lock, images in by_lock.items())

@@ -22,8 +22,9 @@ from typing import Any
 from base_image import fail
 
 FOLDER = Path("build/torch-wheel")
-# The wheel is for the image's Python, not for the one that runs this.
-_FOR_IMAGE = ("--only-binary=:all:", "--implementation=cp", "--platform=manylinux_2_28_x86_64")
+# The wheel is for the image's Python and platform, not for the ones that run this.
+_FOR_IMAGE = ("--only-binary=:all:", "--implementation=cp")
+_TAGS = {"linux/amd64": "manylinux_2_28_x86_64", "linux/arm64": "manylinux_2_28_aarch64"}
 
 # User and password of an address, which are not printed.
 _LOGIN = re.compile(r"//[^/\s]*@")
@@ -31,10 +32,36 @@ _LOGIN = re.compile(r"//[^/\s]*@")
 _ALONE = {"PIP_FIND_LINKS": os.devnull, "PIP_NO_INDEX": "0"}
 
 
-def torch_wheel(name: str) -> Path:
-    """Return a folder with the one wheel of an image; exit if there is none with a known hash."""
-    wanted = json.loads(Path(f"docker/images/{name}/torch.json").read_text(encoding="utf-8"))
-    folder = FOLDER / str(wanted["version"])
+def refuse_unknown_wheel(files: str) -> None:
+    """Exit if the hash of the CPU build of an image's torch is not known yet.
+
+    Args:
+        files: the name of the image's files for its platform, "cpu-arm64".
+    """
+    path = Path(f"docker/images/{files}/torch.json")
+    if not path.exists():
+        return
+    wanted = json.loads(path.read_text(encoding="utf-8"))
+    if wanted["unresolved"]:
+        fail(
+            f"there is no CPU build of torch {wanted['version']} for {wanted['platform']} yet",
+            f"the hash of {', '.join(wanted['wheels'])} is unresolved: "
+            + "; ".join(wanted["unresolved"]),
+            f"make lock, where {wanted['index']} can be reached, or make lock TORCH_INDEX=INDEX, "
+            "another index or a folder that has it, if you trust its source",
+            program="build",
+        )
+
+
+def torch_wheel(name: str, files: str) -> Path:
+    """Return a folder with the one wheel of an image; exit if there is none with a known hash.
+
+    Args:
+        name: the image.
+        files: the name of its files for its platform.
+    """
+    wanted = json.loads(Path(f"docker/images/{files}/torch.json").read_text(encoding="utf-8"))
+    folder = FOLDER / f"{wanted['version']}{files.removeprefix(name)}"
     if not wheel_fault(folder, wanted):
         return folder
     tried = []
@@ -66,6 +93,7 @@ def places(index: str) -> list[list[str]]:
 def download(folder: Path, wanted: dict[str, Any], where: list[str]) -> str:
     """Download the wheel; return the last line of pip's error, empty if there is none."""
     command = [*pip(), "download", "-q", "--disable-pip-version-check", "--no-deps", *_FOR_IMAGE]
+    command += [f"--platform={_TAGS[wanted['platform']]}"]
     command += [f"--python-version={wanted['python']}", f"--dest={folder}", *where]
     command += [f"torch=={wanted['version']}+cpu"]
     env = dict(os.environ)

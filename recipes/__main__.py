@@ -15,9 +15,10 @@ from typing import NoReturn
 
 from attnimg.errors import AttnimgError
 from attnimg.files import data_file
+from attnimg.selection.gpus_and_images import cpu_name
 from recipes.bump import commit_bumps, find_bumps
 from recipes.cves import grype_config, refuse_expired, refuse_wrong_cves
-from recipes.facts import ImagePlan, Recipes
+from recipes.facts import ImagePlan, Recipes, on_all_platforms
 from recipes.files import write_all
 from recipes.package_index import PackageIndex
 from recipes.pages import built, gpu_runs
@@ -54,7 +55,9 @@ def check(arguments: Namespace) -> None:
     plans = solve_all(recipes)
     locks = read_locks(plans, root=arguments.root)
     pins = {
-        pin for plan in plans for pin in pinned_versions(plan, lock=locks[plan.image.name]).items()
+        pin
+        for plan in on_all_platforms(plans)
+        for pin in pinned_versions(plan, lock=locks[plan.name]).items()
     }
     refuse_wrong_cves(recipes.cves, pins=pins)
 
@@ -68,23 +71,27 @@ def print_plans(arguments: Namespace) -> None:
     """Print an image's contents, or why it can't be built and the nearest image that can."""
     recipes = read_recipes(arguments.root)
     for name in arguments.names or recipes.images:
-        plan = _plan(name, recipes)
-        _print(f"{name}: {plan.abi} for {' '.join(plan.image.archs)}")
-        for step in plan.steps:
-            code = f"code {' '.join(step.codes)}" if step.codes else "no machine code of its own"
-            _print(f"  {step.kernel.name} {step.kernel.version}: {code}, key {step.key}")
-            if step.prebuilt:
-                _print(f"    not built, uses the public wheel {step.prebuilt.source}")
-        for key, reason in plan.unresolved.items():
-            _print(f"  unresolved: {key}: {reason}")
+        for plan in on_all_platforms([_plan(name, recipes)]):
+            _print(f"{name}: {plan.abi} for {' '.join(plan.image.archs)} on {plan.platform}")
+            for step in plan.steps:
+                code = f"code {' '.join(step.codes)}" if step.codes else "no machine code"
+                _print(f"  {step.kernel.name} {step.kernel.version}: {code}, key {step.key}")
+                if step.prebuilt:
+                    _print(f"    not built, uses the public wheel {step.prebuilt.source}")
+            for key, reason in plan.unresolved.items():
+                _print(f"  unresolved: {key}: {reason}")
 
 
 def lock(arguments: Namespace) -> None:
-    """Resolve the base image's digest and the packages of every image again, with hashes."""
+    """Resolve the base's digest, unresolved wheels of torch, and all packages, with hashes."""
     # Imported here: what asks registries is needed for nothing else.
     from recipes.solve.bases import lock_bases
+    from recipes.solve.torch_wheels import lock_torch_wheels
 
     for line in lock_bases(read_recipes(arguments.root), root=arguments.root):
+        _print(f"lock: {line}")
+    plans = solve_all(read_recipes(arguments.root))
+    for line in lock_torch_wheels(plans, root=arguments.root, env=os.environ):
         _print(f"lock: {line}")
     for path in lock_all(solve_all(read_recipes(arguments.root)), root=arguments.root):
         _print(f"lock: wrote {path}")
@@ -104,7 +111,7 @@ def gate(arguments: Namespace) -> None:
     from recipes.run_gates import check_artifact, format_json, format_report
 
     recipes = read_recipes(arguments.root)
-    plan = _plan(arguments.name, recipes)
+    plan = _plan_for_platform(arguments.name, recipes)
     if arguments.archive and arguments.unpacked:
         raise AttnimgError(
             "two images are given",
@@ -121,7 +128,7 @@ def gate(arguments: Namespace) -> None:
         child=arguments.child,
         layout=arguments.layout,
     )
-    _print((format_json if arguments.json else format_report)(arguments.name, artifact, results))
+    _print((format_json if arguments.json else format_report)(plan.name, artifact, results))
     if any(result.findings for result in results):
         sys.exit(1)
 
@@ -130,17 +137,17 @@ def record_build(arguments: Namespace) -> None:
     """Record the contents of a wheelhouse in docs/built/IMAGE.json, for the tables of images."""
     from recipes.artifact.read import read_wheelhouse
 
-    name, root = arguments.name, arguments.root
-    _plan(name, read_recipes(root))
+    root = arguments.root
+    plan = _plan_for_platform(arguments.name, read_recipes(root))
     artifact = read_wheelhouse(arguments.wheels, over=None, log=lambda _: None)
     text = built.build_record(
-        built.read_manifest(artifact, image=name),
+        built.read_manifest(artifact, image=plan.image.name),
         built.list_codes(artifact),
         day=datetime.date.today().isoformat(),
         machine=arguments.machine,
-        earlier=built.read_records(root).get(name, {}),
+        earlier=built.read_records(root).get(plan.name, {}),
     )
-    _write(arguments, {f"{built.FOLDER}/{name}.json": text})
+    _write(arguments, {f"{built.FOLDER}/{plan.name}.json": text})
     render(arguments)
 
 
@@ -148,11 +155,11 @@ def scan_packages(arguments: Namespace) -> None:
     """Scan an image's Python packages for known vulnerabilities; exit with 3 if that can't be."""
     root = arguments.root
     recipes = read_recipes(root)
-    plan = _plan(arguments.name, recipes)
+    plan = _plan_for_platform(arguments.name, recipes)
     findings = scan(
         plan,
         recipes.cves,
-        lock=read_locks((plan,), root=root)[arguments.name],
+        lock=read_locks((plan,), root=root)[plan.name],
         pip_audit=arguments.pip_audit,
         today=datetime.date.today(),
     )
@@ -239,7 +246,7 @@ def release(arguments: Namespace) -> None:
     from recipes.release import command
 
     recipes = read_recipes(arguments.root)
-    plan = _plan(arguments.name, recipes)
+    plan = _plan_for_platform(arguments.name, recipes)
     _print(command.release(plan, recipes, step=arguments.step, root=arguments.root, env=os.environ))
 
 
@@ -306,6 +313,25 @@ def _plan(name: str, recipes: Recipes) -> ImagePlan:
             code="unknown-image",
         )
     return solve(recipes.images[name], recipes)
+
+
+def _plan_for_platform(name: str, recipes: Recipes) -> ImagePlan:
+    """Plan one image for PLATFORM; without it for this machine's, or the image's first.
+
+    Raises:
+        AttnimgError: there is no such image, or it is not built for PLATFORM (code "no-platform").
+    """
+    plan, asked = _plan(name, recipes), os.environ.get("PLATFORM", "")
+    plans = {one.platform: one for one in on_all_platforms([plan])}
+    if asked and asked not in plans:
+        raise AttnimgError(
+            f"the image {name} is not built for {asked}",
+            why=f"found PLATFORM={asked}; recipes/images/{name}.toml has {', '.join(plans)}",
+            do=f"set PLATFORM={plan.platform}",
+            code="no-platform",
+        )
+    here = asked or f"linux/{cpu_name(os.uname().machine)}"
+    return next((one for key, one in plans.items() if key == here), plan)
 
 
 def _write(arguments: Namespace, texts: dict[str, str]) -> None:

@@ -6,7 +6,7 @@ version specifiers of PEP 440 (">=2.10"), architectures are compiler targets ("s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import date
 from typing import Annotated, Literal
@@ -14,6 +14,9 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 
 Accelerator = Literal["cpu", "cuda", "rocm"]
+Platform = Literal["linux/amd64", "linux/arm64"]
+# In the order of plans and manifest lists. The files of the first have no suffix in their names.
+PLATFORMS: tuple[Platform, ...] = ("linux/amd64", "linux/arm64")
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 Form = Literal["sdist", "git", "wheel"]
 Abi = Literal["torch", "stable", "python"]
@@ -103,6 +106,7 @@ class Prebuilt(Strict):
         abi: in the format of ImagePlan.abi; empty for torch's stable ABI.
         codes: the machine code in it.
         reason: where it was found, and when.
+        platform: of its host code.
     """
 
     source: str
@@ -110,6 +114,7 @@ class Prebuilt(Strict):
     codes: tuple[str, ...]
     reason: str
     abi: str = ""
+    platform: Platform = "linux/amd64"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -241,6 +246,7 @@ class Kernel(Strict):
         needs: kernels it needs in the same image.
         ships: paths below site-packages that its source installs.
         owns: those of them that no other package may install.
+        platforms: those it can be built for; for a wheel, those whose wheel has its machine code.
         archs: architecture -> how it is built for it.
         build: accelerator -> how it is built there.
         remove: folders that are deleted first.
@@ -273,6 +279,7 @@ class Kernel(Strict):
     beside: Mapping[str, str] = field(default_factory=dict)
     needs: tuple[Need, ...] = ()
     owns: tuple[str, ...] = ()
+    platforms: tuple[Platform, ...] = PLATFORMS
     remove: tuple[Removal, ...] = ()
     patches: tuple[Patch, ...] = ()
     trim: Trim | None = None
@@ -283,10 +290,11 @@ class Kernel(Strict):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageKernel(Strict):
-    """A kernel in an image; `archs` are those it is built for, empty for all of the image's."""
+    """A kernel in an image, for its `archs` and on its `platforms`; empty: all of the image's."""
 
     name: str
     archs: tuple[str, ...] = ()
+    platforms: tuple[Platform, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -296,6 +304,7 @@ class Image(Strict):
     Attributes:
         aliases: additional tags.
         archs: the architectures it supports.
+        platforms: those it is built for; the pages and the examples are about the first.
         base: the image it starts from, one of bases.toml; empty in a file for the first.
         python: of its base.
         size_max_mb: compressed with zstd -3, in 10**6 bytes.
@@ -308,7 +317,7 @@ class Image(Strict):
     accelerator: Accelerator
     torch: str | Unresolved
     kernels: tuple[ImageKernel, ...]
-    platforms: tuple[str, ...]
+    platforms: tuple[Platform, ...]
     size_max_mb: int | Unresolved
     base: str = ""
     python: str = ""
@@ -327,7 +336,7 @@ class CpuBuild(Strict):
     """
 
     index: str
-    wheels: Mapping[str, tuple[str, ...]]
+    wheels: Mapping[str, tuple[str, ...] | Unresolved]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -335,16 +344,18 @@ class Torch(Strict):
     """One torch release.
 
     Attributes:
-        archs: the machine code of its CUDA build; empty if that was not read.
+        archs: platform -> the machine code of its CUDA build, where that was read.
         cpu: its CPU build; None if no image of the accelerator cpu may have it.
+        platforms: those of its CUDA build on PyPI.
     """
 
     toolkit: str
     cxx_standard: int
     triton: str
     python: str
-    archs: tuple[str, ...] = ()
+    archs: Mapping[Platform, tuple[str, ...]] = field(default_factory=dict)
     cpu: CpuBuild | None = None
+    platforms: tuple[Platform, ...] = ("linux/amd64",)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -485,14 +496,17 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImagePlan:
-    """An image that can be built, with its kernels in order of installation.
+    """An image that can be built on one platform, with its kernels in order of installation.
 
     Attributes:
+        platform: what it is for.
+        name: of the image's files for this platform: "hopper", "hopper-arm64".
+        others: the plans for the image's other platforms; empty in those.
         unresolved: field -> reason; empty if the image may be published.
-        abi: what a compiled extension must match, "cp311-torch2.14-cu130".
-        lock: names the lock files of its torch and stack layers, "2.14.1-cu130".
+        abi: what a compiled extension must match, "cp311-torch2.14-cu130", on arm64 with "-arm64".
+        lock: names the lock files of its torch and stack layers, "2.14.1-cu130", likewise.
         base: its base image.
-        cpu_torch: the CPU build of its torch; None on other accelerators.
+        cpu_torch: the CPU build of its torch for this platform; None on other accelerators.
         toolkit: the CUDA release of its torch; None on cpu.
         driver_min: the oldest GPU driver that this release runs with; None on cpu.
         nvcc: the compiler's version; empty where none is needed.
@@ -508,3 +522,28 @@ class ImagePlan:
     toolkit: str | Unresolved | None
     driver_min: str | Unresolved | None
     nvcc: str
+    platform: Platform
+    name: str
+    others: tuple[ImagePlan, ...] = ()
+
+
+def on_all_platforms(plans: Iterable[ImagePlan]) -> Iterator[ImagePlan]:
+    """Yield each plan, then those for the other platforms of its image."""
+    for plan in plans:
+        yield plan
+        yield from plan.others
+
+
+def steps_and_platforms(plan: ImagePlan) -> dict[str, tuple[Step, tuple[Platform, ...]]]:
+    """Return the kernels of an image on any platform: name -> step, and the platforms it is on."""
+    found: dict[str, tuple[Step, tuple[Platform, ...]]] = {}
+    for one in on_all_platforms([plan]):
+        for step in one.steps:
+            first, platforms = found.get(step.kernel.name, (step, ()))
+            found[step.kernel.name] = first, (*platforms, one.platform)
+    return found
+
+
+def platform_suffix(platform: Platform) -> str:
+    """Return what the names of files for a platform end with: "", or "-arm64"."""
+    return "" if platform == PLATFORMS[0] else f"-{platform.rpartition('/')[2]}"

@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from attnimg.errors import AttnimgError
 from recipes.facts import (
+    PLATFORMS,
     Allowance,
     Base,
     Cve,
@@ -268,6 +269,10 @@ def image_faults(image: Image) -> Iterator[str]:
         yield from _arch_faults(f"kernels.{choice.name}.archs", choice.archs)
     if not image.archs:
         yield "archs: found none, needed at least one"
+    platforms = [platform for platform in PLATFORMS if platform in image.platforms]
+    if list(image.platforms) != platforms or not platforms:
+        found = " ".join(image.platforms) or "none"
+        yield f"platforms: found {found}, needed each once, in this order: {' '.join(PLATFORMS)}"
 
 
 def base_faults(base: Base) -> Iterator[str]:
@@ -289,7 +294,7 @@ def torch_faults(version: str, torch: Torch) -> Iterator[str]:
             yield f"cpu.wheels: found {name!r}, needed torch-{version}+cpu-...whl"
         if not hashes:
             yield f"cpu.wheels.{name}: found no hash, needed at least one"
-        for text in hashes:
+        for text in () if isinstance(hashes, Unresolved) else hashes:
             if not _SHA256.fullmatch(text):
                 yield f"cpu.wheels.{name}: found {text!r}, needed 64 hexadecimal digits"
 

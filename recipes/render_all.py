@@ -11,7 +11,7 @@ from attnimg.config.json_schema import config_schema
 from attnimg.errors import AttnimgError
 from attnimg.selection.gpus_and_images import parse_images
 from attnimg.selection.model_types import read_causal_types
-from recipes.facts import ImagePlan, Recipes
+from recipes.facts import ImagePlan, Recipes, on_all_platforms
 from recipes.files import generated_json, read_if_exists
 from recipes.gates import all_gates
 from recipes.pages.api_page import api_page
@@ -50,7 +50,7 @@ def render_files(
     Args:
         plans: of all images.
         recipes: of the plans.
-        locks: image -> text of its lock file.
+        locks: name of a plan, "hopper-arm64" -> text of its lock file.
         runners: text of recipes/runners.toml.
         families: text of the record of `make families`.
         reload: text of the record of `make test/reload`.
@@ -84,8 +84,8 @@ def render_files(
     }
     for kernel in (kernel for kernel in recipes.kernels.values() if kernel.ahead_of_time):
         texts["docs/precompiled-models.md"] = fa4_models_page(kernel)
-    for plan in plans:
-        texts |= mounted_files(plan, lock=locks[plan.image.name])
+    for plan in on_all_platforms(plans):
+        texts |= mounted_files(plan, lock=locks[plan.name])
     return texts
 
 
@@ -98,12 +98,12 @@ def refuse_wrong_hashes(plans: tuple[ImagePlan, ...], *, locks: Mapping[str, str
         AttnimgError: a hash is not among them (code "wrong-hash").
     """
     wrong = []
-    for plan in plans:
-        locked = split_lock(locks[plan.image.name])
+    for plan in on_all_platforms(plans):
+        locked = split_lock(locks[plan.name])
         for kernel in (step.kernel for step in plan.steps if step.kernel.form == "wheel"):
             text = locked.get(kernel.name, "")
             if isinstance(kernel.sha256, str) and f"sha256:{kernel.sha256}" not in text:
-                wrong.append(f"{plan.image.name}: no file of {kernel.source} has {kernel.sha256}")
+                wrong.append(f"{plan.name}: no file of {kernel.source} has {kernel.sha256}")
     if wrong:
         raise AttnimgError(
             "a kernel's sha256 is not that of its package",

@@ -77,7 +77,7 @@ def check_artifact(
     Raises:
         AttnimgError: neither is given, or one of them can't be read; or it is no child.
     """
-    name, blobs = plan.image.name + ("-child" if child else ""), None
+    name, blobs = plan.name + ("-child" if child else ""), None
     if layout is not None:
         shutil.rmtree(layout, ignore_errors=True)
         blobs = layout / "blobs/sha256"
@@ -100,7 +100,7 @@ def check_artifact(
         codes = json.dumps(list_machine_code(artifact), indent=1)
         texts = {f"{name}-licences.txt": "".join(lines), f"{name}-machine-code.json": codes + "\n"}
         write_all(root / "dist", texts)
-    lock = read_locks((plan,), root=root)[plan.image.name]
+    lock = read_locks((plan,), root=root)[plan.name]
     expected = expected_contents(
         plan, recipes, lock=lock + (root / _EVERY_IMAGE).read_text(encoding="utf-8")
     )
@@ -145,8 +145,8 @@ def expected_contents(plan: ImagePlan, recipes: Recipes, *, lock: str) -> Expect
     torch = recipes.torch.get(str(plan.image.torch))
     return ExpectedContents(
         plan=plan,
-        platform=plan.image.platforms[0],
-        torch_archs=torch.archs if torch and plan.image.accelerator == "cuda" else (),
+        platform=plan.platform,
+        torch_archs=torch.archs.get(plan.platform, ()) if torch and plan.toolkit else (),
         pins=pinned_versions(plan, lock=lock),
         base=recipes.bases.get(plan.image.base),
         fixed=frozenset(fixed_versions(plan, lock=lock)),

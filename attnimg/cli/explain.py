@@ -23,6 +23,8 @@ from attnimg.selection.plan import plan_dict
 from attnimg.selection.run_findings import other_layers, quadratic_memory, run_findings
 from attnimg.task import (
     Task,
+    assumed_platform,
+    assumed_text,
     build_task,
     find_machine,
     gpu_text,
@@ -91,10 +93,11 @@ def explain(
     warnings += [*machine_warnings(machine), *image_warnings(on, assumed)]
     checked = replace(checked, errors=tuple(errors), warnings=tuple(warnings))
     if as_json_lines:
-        found_json = _json(checked, plan, task, machine=machine, image=assumed)
+        found_json = _json(checked, plan, task, machine=machine, on=on, image=assumed)
         print(json_line(found_json | {"memory": memory and memory_dict(memory)}))
     else:
-        _print(checked, plan, task, memory)
+        where = f"{gpu_text(machine)}{assumed_text(on, assumed)}"
+        _print(checked, plan, task, memory, where=where)
     invalid = any(error.code not in _EXPLAINED for error in errors)
     raise SystemExit(2 if invalid else 0)
 
@@ -219,6 +222,7 @@ def _json(
     task: Task | None,
     *,
     machine: Machine,
+    on: str | None,
     image: str | None,
 ) -> dict[str, Any]:
     """Return the object that `explain --json` prints."""
@@ -228,6 +232,7 @@ def _json(
     return checked_json(checked) | {
         "on": machine.arch.name,
         "image": image,
+        "platform": image and assumed_platform(on, image),
         "model": model and _model_json(model),
         "layers": [asdict(group) for group in model.layers] if model else [],
         "candidates": chosen["candidates"],
@@ -248,7 +253,12 @@ def _model_json(model: Model) -> dict[str, Any]:
 
 
 def _print(
-    checked: CheckResult, plan: Plan | None, task: Task | None, memory: MemoryReport | None
+    checked: CheckResult,
+    plan: Plan | None,
+    task: Task | None,
+    memory: MemoryReport | None,
+    *,
+    where: str,
 ) -> None:
     from attnimg.cli import as_text
 
@@ -257,7 +267,7 @@ def _print(
         with out.capture() as captured:
             as_text.print_explained(
                 plan,
-                gpu=gpu_text(task.machine),
+                gpu=where,
                 model=task.problem.model,
                 problem=task.problem,
                 others=other_layers(task.problem.model, task.machine),

@@ -20,7 +20,7 @@ from attnimg.machine.kernel_cache import (
 from attnimg.machine.network import judge_rdma
 from attnimg.machine.threads import count_threads, read_threads
 from attnimg.run_facts import Reason
-from attnimg.selection.gpus_and_images import ImageFacts
+from attnimg.selection.gpus_and_images import ImageFacts, image_text
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -113,7 +113,10 @@ def _check_gpu(
     if machine.arch.vendor == "cpu":
         yield _check_absent_gpu(host, image)
         return
-    yield _check_architecture(machine, image, images)
+    starting = {
+        name: other for name, other in images.items() if f"linux/{host.cpu}" in other.platforms
+    }
+    yield _check_architecture(machine, host, image, images, starting)
     if machine.other_archs:
         what = f"GPUs differ: {machine.arch.name} and {', '.join(machine.other_archs)}"
         yield Check("mixed-gpus", "warn", what, "select GPUs of one kind with CUDA_VISIBLE_DEVICES")
@@ -125,7 +128,7 @@ def _check_gpu(
         )
         yield Check("libcuda", "fail", what, do)
     if machine.driver is not None:
-        found = judge_driver(machine, image=image, images=images)
+        found = judge_driver(machine, image=image, images=starting)
         yield Check("driver", *found)
 
 
@@ -137,17 +140,37 @@ def _check_absent_gpu(host: Host, image: ImageFacts | None) -> Check:
 
 
 def _check_architecture(
-    machine: Machine, image: ImageFacts | None, images: Mapping[str, ImageFacts]
+    machine: Machine,
+    host: Host,
+    image: ImageFacts | None,
+    images: Mapping[str, ImageFacts],
+    starting: Mapping[str, ImageFacts],
 ) -> Check:
+    """Check that the image has code for the GPU; name the one that has.
+
+    Args:
+        machine: with a GPU.
+        host: its CPU.
+        image: the image of this process; None outside an image.
+        images: all images.
+        starting: those that are built for this CPU.
+    """
     arch, gpu = machine.arch.name, f"{machine.gpu} ({machine.arch.name})"
-    if image is None or arch in image.devices:
+    with_code = [one for one in images.values() if arch in one.devices and one.channel == "stable"]
+    right = [one for one in with_code if one.name in starting]
+    if image is not None and arch in image.devices:
         return Check("gpu", "ok", gpu)
-    right = [
-        other for other in images.values() if arch in other.devices and other.channel == "stable"
-    ]
+    names = " or ".join(image_text(one, f"linux/{host.cpu}") for one in right)
+    if image is None:
+        return Check("gpu", "ok", gpu + (f"; its image is {names}" if right else ""))
     do = "no image serves this GPU yet; run attnimg:cpu"
+    if with_code:
+        other = with_code[0]
+        do = (
+            f"attnimg:{other.name} has code for it, but is for {' '.join(other.platforms)}, and "
+            f"this CPU is {host.cpu}; install torch and the kernels on this machine"
+        )
     if right:
-        names = " or ".join(f"attnimg:{other.name}" for other in right)
         too_old = all(driver_is_too_old(machine, other) for other in right)
         do = f"run {names}" + (" after an update of the driver (next line)" if too_old else "")
     if "cpu" in image.devices:

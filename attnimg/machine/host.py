@@ -31,6 +31,7 @@ from attnimg.machine.container import (
 from attnimg.machine.kernel_cache import ShippedKernels, shipped_kernels, shipped_triton
 from attnimg.machine.network import Rdma, read_rdma
 from attnimg.machine.probe import canonical, changed_files, read_record
+from attnimg.selection.gpus_and_images import cpu_name
 
 WORKING_FOLDER = "the working folder"
 # Top-level packages of the kernels; of two with one name on sys.path, one shadows the other.
@@ -89,6 +90,7 @@ class Host:
         cpus: CPUs of the affinity mask.
         quota: the smallest quota of the cgroups, in CPUs; None without one.
         threads: OMP_NUM_THREADS; None where it is not set.
+        cpu: the CPU architecture, as platforms of images have it: "amd64", "arm64".
     """
 
     uid: int
@@ -112,6 +114,7 @@ class Host:
     cpus: int | None = None
     quota: float | None = None
     threads: str | None = None
+    cpu: str = "amd64"
 
 
 def this_host() -> Host:
@@ -156,6 +159,7 @@ def this_host() -> Host:
         cpus=len(os.sched_getaffinity(0)),
         quota=cpu_quota(),
         threads=os.environ.get("OMP_NUM_THREADS"),
+        cpu=cpu_name(os.uname().machine),
     )
 
 

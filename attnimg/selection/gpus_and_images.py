@@ -133,6 +133,7 @@ class ImageFacts:
         driver_min: lowest GPU driver version; None without a GPU.
         packages: distribution -> version: those that the recipe names; in an image, all of them.
         kernels: distribution of each attention kernel -> the devices it has code for.
+        kernel_platforms: distribution of each attention kernel -> the platforms it is on.
         fixed: those of `packages` that nothing may replace: torch, CUDA's, Triton, the kernels.
         version: attnimg's version, or "dev" if it was not built from the commit of a release; None
             in the catalogue.
@@ -149,6 +150,7 @@ class ImageFacts:
     driver_min: str | None
     packages: Mapping[str, str]
     kernels: Mapping[str, frozenset[str]]
+    kernel_platforms: Mapping[str, frozenset[str]]
     fixed: frozenset[str]
     version: str | None = None
     revision: str | None = None
@@ -238,22 +240,48 @@ def image_for(
     return next((image for image in known.values() if image_runs_on(image, arch, cpu=cpu)), None)
 
 
+def cpu_name(machine: str) -> str:
+    """Return Docker's name of a CPU architecture: "amd64" for Python's "x86_64".
+
+    Args:
+        machine: the value of platform.machine().
+    """
+    return {"x86_64": "amd64", "aarch64": "arm64"}.get(machine.lower(), machine.lower())
+
+
+def image_text(image: ImageFacts, platform: str) -> str:
+    """Return an image's name: "attnimg:hopper", "attnimg:hopper, its linux/arm64 build"."""
+    build = "" if platform == image.platforms[0] else f", its {platform} build"
+    return f"attnimg:{image.name}{build}"
+
+
 def image_runs_on(image: ImageFacts, arch: Arch, *, cpu: str | None) -> bool:
     """Return whether an image has code for an architecture and runs on a CPU (None: any)."""
     return arch.name in image.devices and (cpu is None or f"linux/{cpu}" in image.platforms)
 
 
-def machine_with(image: ImageFacts | None, arch: Arch, label: str) -> Machine:
+def machine_with(
+    image: ImageFacts | None, arch: Arch, label: str, *, cpu: str | None = None
+) -> Machine:
     """Return a machine with the packages of an image that have code for its architecture.
 
     Without an image, every package is assumed.
+
+    Args:
+        image: the image.
+        arch: the architecture of the GPU.
+        label: the GPU's name.
+        cpu: the CPU architecture, whose image may lack a kernel; None for that of the first
+            platform.
     """
     if image is None:
         return Machine(arch=arch, gpu=label)
+    platform = f"linux/{cpu}" if cpu else image.platforms[0]
     packages = {
         name: version
         for name, version in image.packages.items()
-        if name not in image.kernels or arch.name in image.kernels[name]
+        if name not in image.kernels
+        or (arch.name in image.kernels[name] and platform in image.kernel_platforms[name])
     }
     return Machine(arch=arch, gpu=label, packages=packages, torch=image.torch)
 
@@ -269,6 +297,7 @@ def _image_facts(name: str, raw: Mapping[str, Any]) -> ImageFacts:
         driver_min=raw["driver_min"],
         packages=raw["packages"],
         kernels={kernel["name"]: frozenset(kernel["devices"]) for kernel in raw["kernels"]},
+        kernel_platforms={kernel["name"]: frozenset(kernel["keys"]) for kernel in raw["kernels"]},
         fixed=frozenset(raw["fixed"]),
         version=raw.get("version"),
         revision=raw.get("revision"),

@@ -26,14 +26,15 @@ def check(artifact: Artifact, expected: ExpectedContents) -> tuple[GateFinding, 
     kernels = [step.kernel for step in expected.plan.steps if step.kernel.form != "wheel"]
     pins = {kernel.name: kernel.version for kernel in kernels}
     return (
-        *_check_versions(artifact.distributions, pins),
+        *_check_versions(artifact.distributions, pins, image=expected.plan.image.name),
         *_check_wheelhouse(artifact, expected.plan),
     )
 
 
 def _check_versions(
-    installed: tuple[Distribution, ...], pins: Mapping[str, str]
+    installed: tuple[Distribution, ...], pins: Mapping[str, str], *, image: str = ""
 ) -> Iterator[GateFinding]:
+    """Compare packages with pins; `image` is that of a wheelhouse, whose wheels can be added."""
     do = "make lock and build again; install nothing by hand"
     seen: dict[str, Distribution] = {}
     for package in installed:
@@ -51,7 +52,8 @@ def _check_versions(
         elif name not in pins and name != "attnimg":
             yield GateFinding(name, f"version {version}", "no package that is not locked", do)
     for name in sorted(pins.keys() - seen.keys()):
-        yield GateFinding(name, "nothing installed", f"{pins[name]}, which is locked", do)
+        add = f"make wheels/{image} KERNEL={name}" if image else do
+        yield GateFinding(name, "nothing installed", f"{pins[name]}, which is locked", add)
 
 
 def _equal(found: str, pin: str) -> bool:
@@ -77,6 +79,7 @@ def _check_wheelhouse(artifact: Artifact, plan: ImagePlan) -> Iterator[GateFindi
     kernels = listed if isinstance(listed, list) else []
     keys = {str(one.get("name")): one.get("key") for one in kernels if isinstance(one, dict)}
     for step in plan.steps:
-        if step.kernel.form != "wheel" and keys.get(step.kernel.name) != step.key:
+        # One that is missing was found above.
+        if step.kernel.form != "wheel" and keys.get(step.kernel.name, step.key) != step.key:
             found = f"key {keys.get(step.kernel.name)} of {step.kernel.name}"
             yield GateFinding("manifest.json", found, f"{step.key}, this recipe's", do)

@@ -87,7 +87,7 @@ def choose_on_all_gpus(images: Mapping[str, ImageFacts]) -> list[GpuChoice]:
 
 def choose_on_gpu(gpu: Gpu, image: ImageFacts | None) -> list[GpuChoice]:
     """Choose for one GPU and every model; without an image, all packages are assumed."""
-    machine = machine_with(image, gpu.arch, gpu.label)
+    machine = machine_with(image, gpu.arch, gpu.label, cpu=gpu.cpu)
     return [
         _choice(name, model, gpu=gpu, image=image, machine=machine)
         for name, model in _read_models().items()

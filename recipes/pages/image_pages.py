@@ -8,13 +8,24 @@ from attnimg.backends import all_backends, runs_on
 from attnimg.facts import Backend
 from attnimg.selection.gpus_and_images import arch_from_name, gpu_catalogue
 from recipes.archs import device_name
-from recipes.facts import Allowance, Base, ImagePlan, Kernel, TrainedModel
+from recipes.facts import (
+    Allowance,
+    Base,
+    ImagePlan,
+    Kernel,
+    TrainedModel,
+    on_all_platforms,
+    steps_and_platforms,
+)
 from recipes.files import NOTICE
 from recipes.gates import Gate
 from recipes.pages import markdown_table
 from recipes.render.precompiled import coverage
 
-_IMAGE_HEAD = ("Tag", "GPUs", "Machine code", "torch", "CUDA", "Driver", "Kernels", "Size limit")
+_IMAGE_HEAD = (
+    *("Tag", "GPUs", "Platforms", "Machine code", "torch", "CUDA", "Driver", "Kernels"),
+    "Size limit",
+)
 
 
 def images_page(plans: tuple[ImagePlan, ...], *, built: str) -> str:
@@ -26,15 +37,15 @@ def images_page(plans: tuple[ImagePlan, ...], *, built: str) -> str:
     """
     base = plans[0].base
     unresolved: dict[str, list[str]] = {}
-    for plan in plans:
+    for plan in on_all_platforms(plans):
         for key, reason in plan.unresolved.items():
             image, _, field = key.rpartition(": ")
             where = unresolved.setdefault(f"{field}: {reason}", [])
             where += [text for text in (f"`{image}`",) if text not in where]
     return (
         f"<!-- {NOTICE} -->\n\n# Images\n\n"
-        f"Every image has Python {base.python} on Debian {base.debian}, and is built for "
-        f"{' '.join(sorted({platform for plan in plans for platform in plan.image.platforms}))}.\n"
+        f"Every image has Python {base.python} on Debian {base.debian}. On each of its platforms\n"
+        "it has the same versions, without the kernels that are not there.\n"
         "The size limit is that of the compressed image. `frontier` images have a newer torch and\n"
         "CUDA.\n\n"
         f"{markdown_table(_IMAGE_HEAD, [_image_row(plan) for plan in plans])}"
@@ -65,14 +76,20 @@ def _base_text(base: Base) -> str:
 def _image_row(plan: ImagePlan) -> tuple[str, ...]:
     image = plan.image
     limit = image.size_max_mb
+    kernels = []
+    for step, platforms in steps_and_platforms(plan).values():
+        missing = [one for one in image.platforms if one not in platforms]
+        without = f" (not on {' '.join(missing)})" if missing else ""
+        kernels.append(f"{step.kernel.summary} {step.kernel.version}{without}")
     return (
         ", ".join(f"`{name}`" for name in (image.name, *image.aliases)),
         image.summary,
+        " ".join(image.platforms),
         " ".join(image.archs),
         str(image.torch),
         str(plan.toolkit or "-"),
         str(plan.driver_min or "-"),
-        ", ".join(f"{step.kernel.summary} {step.kernel.version}" for step in plan.steps) or "-",
+        ", ".join(kernels) or "-",
         f"{limit} MB" if isinstance(limit, int) else str(limit),
     )
 
@@ -89,8 +106,10 @@ def _gpu_rows(plans: tuple[ImagePlan, ...]) -> list[tuple[str, ...]]:
     for name, gpu in gpu_catalogue().items():
         image = images.get(gpu.arch.name)
         text = f"`{image.name}`" if image else "none"
-        if f"linux/{gpu.cpu}" not in (image.platforms if image else ()) and gpu.cpu != "amd64":
+        if image and f"linux/{gpu.cpu}" not in image.platforms:
             text = f"none: its CPU is {gpu.cpu}"
+        elif image and gpu.cpu != "amd64":
+            text += f", its linux/{gpu.cpu} build"
         rows.append((gpu.label, f"`{name}`", text))
     return rows
 

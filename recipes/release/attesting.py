@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from recipes.facts import ImagePlan, Recipes
+from recipes.facts import ImagePlan, Recipes, platform_suffix
 from recipes.files import read_if_exists, write_all
 from recipes.release.provenance import find_builder, provenance
 from recipes.release.publishable import OCI
@@ -40,14 +40,18 @@ def write_predicates(
     Raises:
         AttnimgError: an answer to a known vulnerability does not hold (code "no-vex").
     """
-    name = plan.image.name
+    name = plan.name
     files = {kind: root / path for kind, path in evidence(name).items()}
     locks = {}
     for pattern in _LOCKS:
         path = f"requirements/images/{pattern.format(lock=plan.lock, name=name)}.txt"
         if (text := read_if_exists(root / path)) is not None:
             locks[path] = text
-    bake = json.loads((root / "docker/docker-bake.json").read_text(encoding="utf-8"))
+    bake = json.loads(
+        (root / "docker/docker-bake.json")
+        .read_text(encoding="utf-8")
+        .replace("${ARCH}", platform_suffix(plan.platform))
+    )
     predicates = {
         "provenance": provenance(
             plan,

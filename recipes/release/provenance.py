@@ -107,6 +107,7 @@ def provenance(
             "externalParameters": {
                 "image": name,
                 "recipe": f"recipes/images/{name.removesuffix('-frontier')}.toml",
+                "platform": plan.platform,
                 "source": source,
                 "revision": revision,
             },

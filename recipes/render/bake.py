@@ -8,14 +8,18 @@
 
 An arrow is a named context: BuildKit builds the target on its left first, and again only if its
 inputs have changed. NAME_common has the arguments that all of them share.
+
+A target is for one platform, PLATFORM. It decides ARCH, the end of the names of its files
+("-arm64"; empty for the first platform), which is in the arguments IMAGE and LOCK.
 """
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from recipes.archs import torch_arch
-from recipes.facts import ImagePlan, Step
+from recipes.facts import PLATFORMS, ImagePlan, Step, platform_suffix, steps_and_platforms
 from recipes.files import generated_json
 
 # git, for `pip install git+https://...` and for trackers that record a commit; curl, less and
@@ -30,18 +34,24 @@ _APT = {"cpu": _TOOLS, "cuda": _GPU, "rocm": _GPU}
 def bake_file(plans: tuple[ImagePlan, ...]) -> str:
     """Write docker/docker-bake.json.
 
-    docker/build.py sets the variables in the environment: BASE (the base image that is used),
-    BASE_NAME, BASE_DIGEST, VERSION, REVISION, CREATED (for the labels), CA (a CA bundle), TRIM and
-    JOBS (for the kernels: small builds, compilers at a time). A build without docker/build.py says
-    `dev`, and nothing of its base.
+    docker/build.py sets the variables in the environment: PLATFORM, ARCH, TAG_END (of the tags,
+    where PLATFORM is not this machine's), BASE (the base image that is used), BASE_ARM64 or
+    BASE_AMD64 (of a PLATFORM that is not this machine's), BASE_NAME, BASE_DIGEST, VERSION,
+    REVISION, CREATED (for the labels), CA (a CA bundle), TRIM and JOBS (for the kernels: small
+    builds, compilers at a time). A build without docker/build.py says `dev`, and nothing of its
+    base.
     """
     stable = [plan.image.name for plan in plans if plan.image.channel == "stable"]
     frontier = [plan.image.name for plan in plans if plan.image.channel == "frontier"]
-    base = plans[0].base
+    base, ends = plans[0].base, [platform_suffix(platform) for platform in PLATFORMS]
     pinned = f"@{base.digest}" if isinstance(base.digest, str) else ""
     content = {
         "variable": {
+            "PLATFORM": {"default": PLATFORMS[0]},
+            "ARCH": {"default": f'${{PLATFORM == "{PLATFORMS[0]}" ? "" : "{ends[1]}"}}'},
+            "TAG_END": {"default": ""},
             "BASE": {"default": f"docker-image://{base.reference}{pinned}"},
+            **{_base_of(platform): {"default": "${BASE}"} for platform in PLATFORMS},
             "BASE_NAME": {"default": ""},
             "BASE_DIGEST": {"default": ""},
             "CA": {"default": "/etc/ssl/certs/ca-certificates.crt"},
@@ -60,7 +70,11 @@ def bake_file(plans: tuple[ImagePlan, ...]) -> str:
             "image": {
                 "context": ".",
                 "dockerfile": "docker/Dockerfile",
-                "contexts": {"base": "${BASE}"},
+                # BuildKit takes the second where a stage is for that platform.
+                "contexts": {
+                    "base": "${BASE}",
+                    **{f"base::{p}": f"${{{_base_of(p)}}}" for p in PLATFORMS},
+                },
                 "secret": ["id=ca,src=${CA}"],
                 "args": {
                     "PYTHON": base.python,
@@ -75,6 +89,11 @@ def bake_file(plans: tuple[ImagePlan, ...]) -> str:
     return generated_json(content, indent=2)
 
 
+def _base_of(platform: str) -> str:
+    """Return the variable with the base for a platform: "BASE_ARM64"."""
+    return f"BASE_{platform.rpartition('/')[2].upper()}"
+
+
 def _targets(plan: ImagePlan) -> dict[str, dict[str, Any]]:
     """Return the targets of one image, as shown in the module's docstring."""
     image, common = plan.image, f"{plan.image.name}_common"
@@ -83,13 +102,13 @@ def _targets(plan: ImagePlan) -> dict[str, dict[str, Any]]:
         common: {
             "inherits": ["image"],
             "args": {
-                "IMAGE": image.name,
+                "IMAGE": f"{image.name}${{ARCH}}",
                 "ACCELERATOR": image.accelerator,
-                "LOCK": plan.lock,
+                "LOCK": f"{_without_platform(plan.lock, plan)}${{ARCH}}",
                 "APT_PACKAGES": _APT[image.accelerator],
                 "VISIBLE_DEVICES": "all" if image.accelerator == "cuda" else "void",
             },
-            "platforms": list(image.platforms),
+            "platforms": ["${PLATFORM}"],
         }
     }
 
@@ -114,7 +133,7 @@ def _targets(plan: ImagePlan) -> dict[str, dict[str, Any]]:
             "context": ".",
             "dockerfile-inline": f"FROM scratch\n{copies}",
             "contexts": wheels,
-            "platforms": list(image.platforms),
+            "platforms": ["${PLATFORM}"],
         }
         kernel_wheels = {"kernel-wheels": f"target:{image.name}_wheels"}
         contexts["wheelhouse"] = add("wheelhouse", "wheelhouse", kernel_wheels)
@@ -128,7 +147,7 @@ def _targets(plan: ImagePlan) -> dict[str, dict[str, Any]]:
         # Also in image.json, since a process in the image can't read its labels.
         "args": {"VERSION": "${VERSION}", "REVISION": "${REVISION}"},
         "labels": labels(plan),
-        "tags": [f"attnimg:{name}" for name in (image.name, *image.aliases)],
+        "tags": [f"attnimg:{name}${{TAG_END}}" for name in (image.name, *image.aliases)],
     }
     if image.accelerator != "rocm":  # its toolchain is not locked
         targets[f"{image.name}_devel"] = _devel(plan, targets[image.name])
@@ -147,7 +166,7 @@ def _devel(plan: ImagePlan, runtime: dict[str, Any]) -> dict[str, Any]:
         "target": "devel",
         "args": cuda if plan.image.accelerator == "cuda" else {},
         "labels": {**runtime["labels"], "org.opencontainers.image.title": title},
-        "tags": [title],
+        "tags": [f"{title}${{TAG_END}}"],
     }
 
 
@@ -169,7 +188,6 @@ def labels(plan: ImagePlan) -> dict[str, str]:
     Source of OCI's: https://github.com/opencontainers/image-spec, annotations.md (2026-11-21).
     """
     image = plan.image
-    kernels = [f"{step.kernel.name}=={step.kernel.version}" for step in plan.steps]
     return {
         "org.opencontainers.image.title": f"attnimg:{image.name}",
         "org.opencontainers.image.description": f"Attention kernels for {image.summary}",
@@ -180,8 +198,23 @@ def labels(plan: ImagePlan) -> dict[str, str]:
         "org.opencontainers.image.base.name": "${BASE_NAME}",
         "org.opencontainers.image.base.digest": "${BASE_DIGEST}",
         "attnimg.arch": " ".join(image.archs),
-        "attnimg.kernels": " ".join(kernels),
+        "attnimg.kernels": _kernels_label(plan),
         "attnimg.driver_min": str(plan.driver_min or ""),
         "attnimg.torch": str(image.torch),
-        "attnimg.abi": plan.abi,
+        "attnimg.abi": f"{_without_platform(plan.abi, plan)}${{ARCH}}",
     }
+
+
+def _without_platform(text: str, plan: ImagePlan) -> str:
+    return text.removesuffix(platform_suffix(plan.platform))
+
+
+def _kernels_label(plan: ImagePlan) -> str:
+    """Return the kernels of an image; those that not every platform has, as an expression."""
+    texts = []
+    for step, platforms in steps_and_platforms(plan).values():
+        text = f" {step.kernel.name}=={step.kernel.version}"
+        if platforms != plan.image.platforms:
+            text = f'${{contains({json.dumps(platforms)}, PLATFORM) ? "{text}" : ""}}'
+        texts.append(text)
+    return "".join(texts).removeprefix(" ")

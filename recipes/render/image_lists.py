@@ -6,7 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from recipes.archs import device_name
-from recipes.facts import ImagePlan, Step, Unresolved
+from recipes.facts import (
+    ImagePlan,
+    Step,
+    Unresolved,
+    on_all_platforms,
+    platform_suffix,
+    steps_and_platforms,
+)
 from recipes.files import generated_json
 from recipes.solve.lock import fixed_versions, pinned_versions
 
@@ -31,7 +38,8 @@ def images_json(
 def _image(plan: ImagePlan, stack: Mapping[str, str], *, lock: str) -> dict[str, Any]:
     image = plan.image
     torch = _or_none(image.torch)
-    packages = {**stack, **{step.kernel.name: step.kernel.version for step in plan.steps}}
+    packages = {**stack}
+    packages |= {name: step.kernel.version for name, (step, _) in steps_and_platforms(plan).items()}
     locked = pinned_versions(plan, lock=lock)
     packages |= {name: locked[name] for name in _LISTED if name in locked}
     if torch:
@@ -48,15 +56,26 @@ def _image(plan: ImagePlan, stack: Mapping[str, str], *, lock: str) -> dict[str,
         "torch": torch,
         "toolkit": _or_none(plan.toolkit),
         "driver_min": _or_none(plan.driver_min),
-        "abi": plan.abi,
+        "abi": {one.platform: one.abi for one in on_all_platforms([plan])},
         "packages": dict(sorted(packages.items())),
         "fixed": sorted(fixed_versions(plan, lock=lock)),
-        "kernels": [_kernel(step) for step in plan.steps],
-        "unresolved": dict(plan.unresolved),
+        "kernels": [_kernel(step, plan) for step, _ in steps_and_platforms(plan).values()],
+        "unresolved": {
+            key: reason
+            for one in on_all_platforms([plan])
+            for key, reason in one.unresolved.items()
+        },
     }
 
 
-def _kernel(step: Step) -> dict[str, Any]:
+def _kernel(step: Step, plan: ImagePlan) -> dict[str, Any]:
+    """Return a kernel of an image; it is on the platforms for which it has a key."""
+    keys = {
+        one.platform: other.key
+        for one in on_all_platforms([plan])
+        for other in one.steps
+        if other.kernel.name == step.kernel.name
+    }
     return {
         "name": step.kernel.name,
         "version": step.kernel.version,
@@ -65,7 +84,7 @@ def _kernel(step: Step) -> dict[str, Any]:
         "backends": list(step.kernel.backends),
         "devices": [device_name(arch) for arch in step.archs],
         "code": list(step.codes),
-        "key": step.key,
+        "keys": keys,
     }
 
 
@@ -78,9 +97,9 @@ def matrix_json(plans: tuple[ImagePlan, ...], *, runners: Mapping[str, Any]) -> 
 
     `images` has one entry per image and platform: `skip` is the reason why it can't be built yet,
     or empty; `publish` is false while a value is unresolved. `kernels` has one entry per kernel to
-    compile, named by its key; `layers` one image of each torch that images share. `gpu` has one
-    entry per image and architecture; with a null runner the suite is skipped, and the skip is
-    recorded.
+    compile, named by its key; `layers` one image of each torch that images share: both have the
+    platform to build on. `gpu` has one entry per image and architecture; with a null runner the
+    suite is skipped, and the skip is recorded.
 
     Args:
         plans: of all images.
@@ -89,31 +108,33 @@ def matrix_json(plans: tuple[ImagePlan, ...], *, runners: Mapping[str, Any]) -> 
     images, gpu = [], []
     kernels: dict[tuple[str, str, str], dict[str, Any]] = {}
     layers: dict[str, dict[str, Any]] = {}
-    for plan in plans:
+    for plan in on_all_platforms(plans):
         image = plan.image
-        runner = runners["build"].get(image.accelerator, {})
+        runner = runners["build"].get(f"{image.accelerator}{platform_suffix(plan.platform)}", {})
         skip = _why_not_built(plan, runner)
-        machine = {"runner": runner.get("label"), "prepare": runner.get("prepare", False)}
-        for platform in image.platforms:
-            images.append(
-                {
-                    "image": image.name,
-                    "channel": image.channel,
-                    "platform": platform,
-                    "aliases": list(image.aliases),
-                    "skip": skip,
-                    "publish": not (skip or plan.unresolved),
-                    "kernels": any(step.kernel.form != "wheel" for step in plan.steps),
-                    **machine,
-                }
-            )
+        machine = {
+            "platform": plan.platform,
+            "runner": runner.get("label"),
+            "prepare": runner.get("prepare", False),
+        }
+        images.append(
+            {
+                "image": image.name,
+                "channel": image.channel,
+                "aliases": list(image.aliases),
+                "skip": skip,
+                "publish": not (skip or plan.unresolved),
+                "kernels": any(step.kernel.form != "wheel" for step in plan.steps),
+                **machine,
+            }
+        )
         if not skip:
             layers.setdefault(plan.lock, {"lock": plan.lock, "image": image.name, **machine})
             for step in plan.steps:
                 if step.kernel.form != "wheel":
                     entry = {"image": image.name, "kernel": step.kernel.name, **machine}
                     kernels.setdefault((plan.lock, step.kernel.name, step.key), entry)
-        if image.accelerator != "cpu":
+        if image.accelerator != "cpu" and plan.platform == image.platforms[0]:
             for arch in image.archs:
                 label = runners.get("gpu", {}).get(device_name(arch))
                 reason = skip or ("" if label else "no runner")
@@ -139,4 +160,8 @@ def _why_not_built(plan: ImagePlan, runner: Mapping[str, Any]) -> str:
     """Return why CI builds no image of a plan; empty if it does."""
     if isinstance(plan.image.torch, Unresolved):
         return plan.image.torch.reason
-    return "" if runner else f"no runner in recipes/runners.toml for {plan.image.accelerator}"
+    for hashes in plan.cpu_torch.wheels.values() if plan.cpu_torch else ():
+        if isinstance(hashes, Unresolved):
+            return hashes.reason
+    wanted = f"{plan.image.accelerator}{platform_suffix(plan.platform)}"
+    return "" if runner else f"no runner in recipes/runners.toml for {wanted}"

@@ -1,26 +1,29 @@
-"""Write the files that the Dockerfile mounts for one image: docker/images/NAME/, constraints."""
+"""Write the files that the Dockerfile mounts for one image: docker/images/NAME/, constraints.
+
+On another platform than the first, NAME ends with it: docker/images/hopper-arm64.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from recipes.facts import ImagePlan, Step
+from recipes.facts import ImagePlan, Step, Unresolved
 from recipes.files import NOTICE, generated_json
 from recipes.solve.lock import fixed_versions, pinned_versions
 
 
 def mounted_files(plan: ImagePlan, *, lock: str) -> dict[str, str]:
-    """Return the files of one image: path -> text.
+    """Return the files of one image on one platform: path -> text.
 
     Args:
         plan: of the image.
-        lock: the text of requirements/images/IMAGE.txt.
+        lock: the text of requirements/images/NAME.txt.
     """
-    name = plan.image.name
+    name = plan.name
     built = [step for step in plan.steps if step.kernel.form != "wheel"]
     wheelhouse = {
-        "image": name,
+        "image": plan.image.name,
         "abi": plan.abi,
         "kernels": {step.kernel.name: step.key for step in built},
     }
@@ -34,8 +37,17 @@ def mounted_files(plan: ImagePlan, *, lock: str) -> dict[str, str]:
             {
                 "version": str(plan.image.torch),
                 "python": plan.image.python,
+                "platform": plan.platform,
                 "index": plan.cpu_torch.index,
-                "wheels": {key: list(value) for key, value in plan.cpu_torch.wheels.items()},
+                "wheels": {
+                    name: [] if isinstance(hashes, Unresolved) else list(hashes)
+                    for name, hashes in plan.cpu_torch.wheels.items()
+                },
+                "unresolved": [
+                    hashes.reason
+                    for hashes in plan.cpu_torch.wheels.values()
+                    if isinstance(hashes, Unresolved)
+                ],
             }
         )
     for step in built:

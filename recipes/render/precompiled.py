@@ -10,15 +10,22 @@ from attnimg.run_facts import LayerGroup
 from attnimg.selection.gpus_and_images import arch_from_name
 from attnimg.selection.judge import layer_reasons
 from recipes.archs import device_name
-from recipes.facts import AheadOfTime, ImagePlan, Step, TrainedModel, TritonSet
+from recipes.facts import (
+    AheadOfTime,
+    ImagePlan,
+    Step,
+    TrainedModel,
+    TritonSet,
+    on_all_platforms,
+)
 from recipes.files import generated_json
 
 
 def kernel_sets(plans: tuple[ImagePlan, ...]) -> dict[str, str]:
     """Write the set of each image that has one: path -> text."""
     texts = {}
-    for plan in plans:
-        folder = f"docker/images/{plan.image.name}"
+    for plan in on_all_platforms(plans):
+        folder = f"docker/images/{plan.name}"
         for step in plan.steps:
             if step.kernel.ahead_of_time:
                 texts[f"{folder}/fa4_kernels.json"] = _fa4_set(step, step.kernel.ahead_of_time)

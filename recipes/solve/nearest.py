@@ -13,8 +13,8 @@ from recipes.facts import Image, ImageKernel, Recipes
 from recipes.solve.rules import reasons_against
 
 # The cost of each kind of change, for the order of candidates: adding a kernel is the smallest
-# change, then another torch; removing a GPU architecture is the largest.
-_ADD, _TORCH, _DROP, _NARROW, _ARCH = 1, 2, 4, 3, 8
+# change, then another torch; removing a platform or a GPU architecture is the largest.
+_ADD, _TORCH, _DROP, _NARROW, _PLATFORM, _ARCH = 1, 2, 4, 3, 7, 8
 
 
 class _Change(NamedTuple):
@@ -34,24 +34,34 @@ def nearest_buildable(image: Image, recipes: Recipes) -> str:
         if not reasons_against(replace(image, **change.values), recipes):
             return f"nearest: {', '.join(change.texts)}"
     return (
-        "nearest: none by changing torch, kernels or architectures; copy a file of recipes/images"
+        "nearest: none by changing torch, kernels, platforms or architectures; copy a file of "
+        "recipes/images"
     )
 
 
 def _changes(image: Image, recipes: Recipes) -> Iterator[_Change]:
-    """Yield each combination of a change of torch, one of kernels and one of architectures."""
-    for torch, kernels, archs in product(
-        _change_torch(image, recipes), _change_kernels(image, recipes), _change_archs(image)
+    """Yield each combination of changes: of torch, kernels, platforms and architectures."""
+    for changes in product(
+        _change_torch(image, recipes),
+        _change_kernels(image, recipes),
+        _change_platforms(image),
+        _change_archs(image),
     ):
-        values = {**torch.values, **kernels.values, **archs.values}
-        left = set(values.get("archs", image.archs))
+        values = {key: value for change in changes for key, value in change.values.items()}
+        archs = values.get("archs", image.archs)
+        platforms = values.get("platforms", image.platforms)
         values["kernels"] = tuple(
-            replace(kernel, archs=tuple(arch for arch in kernel.archs if arch in left))
+            replace(
+                kernel,
+                archs=tuple(arch for arch in kernel.archs if arch in archs),
+                platforms=tuple(one for one in kernel.platforms if one in platforms),
+            )
             for kernel in values.get("kernels", image.kernels)
-            if not kernel.archs or left & set(kernel.archs)
+            if not (kernel.archs and set(archs).isdisjoint(kernel.archs))
+            and not (kernel.platforms and set(platforms).isdisjoint(kernel.platforms))
         )
-        cost = torch.cost + kernels.cost + archs.cost
-        yield _Change(cost, [*torch.texts, *kernels.texts, *archs.texts], values)
+        cost = sum(change.cost for change in changes)
+        yield _Change(cost, [text for change in changes for text in change.texts], values)
 
 
 def _change_torch(image: Image, recipes: Recipes) -> Iterator[_Change]:
@@ -78,7 +88,7 @@ def _is_older(version: str, other: str) -> bool:
 
 
 def _change_kernels(image: Image, recipes: Recipes) -> Iterator[_Change]:
-    """Remove up to three kernels, add one that others need, or limit one to its architectures."""
+    """Remove up to three kernels, add one that others need, or limit one to what it supports."""
     known = [recipes.kernels[k.name] for k in image.kernels if k.name in recipes.kernels]
     needed = {need.kernel for kernel in known for need in kernel.needs}
     addable = sorted(needed - {kernel.name for kernel in image.kernels})
@@ -91,13 +101,27 @@ def _change_kernels(image: Image, recipes: Recipes) -> Iterator[_Change]:
                 kernels = (*kept, ImageKernel(name=name))
                 yield _Change(_DROP * count + _ADD, [*texts, f"with {name}"], {"kernels": kernels})
     for place, kernel in enumerate(image.kernels):
-        supported = recipes.kernels[kernel.name].archs if kernel.name in recipes.kernels else {}
-        archs = tuple(arch for arch in image.archs if arch in supported)
+        recipe = recipes.kernels.get(kernel.name)
+        if recipe is None:
+            continue
+        archs = tuple(arch for arch in image.archs if arch in recipe.archs)
+        platforms = tuple(one for one in image.platforms if one in recipe.platforms)
+        limited: list[tuple[ImageKernel, tuple[str, ...]]] = []
         if archs and archs != (kernel.archs or image.archs):
-            limited = ImageKernel(name=kernel.name, archs=archs)
-            kernels = (*image.kernels[:place], limited, *image.kernels[place + 1 :])
-            text = f"{kernel.name} for {' '.join(archs)} only"
+            limited.append((replace(kernel, archs=archs), archs))
+        if platforms and platforms != (kernel.platforms or image.platforms):
+            limited.append((replace(kernel, platforms=platforms), platforms))
+        for other, left in limited:
+            kernels = (*image.kernels[:place], other, *image.kernels[place + 1 :])
+            text = f"{kernel.name} for {' '.join(left)} only"
             yield _Change(_NARROW, [text], {"kernels": kernels})
+
+
+def _change_platforms(image: Image) -> Iterator[_Change]:
+    yield _NONE
+    for dropped in image.platforms if len(image.platforms) > 1 else ():
+        kept = tuple(platform for platform in image.platforms if platform != dropped)
+        yield _Change(_PLATFORM, [f"without {dropped}"], {"platforms": kept})
 
 
 def _change_archs(image: Image) -> Iterator[_Change]:

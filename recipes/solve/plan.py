@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from graphlib import TopologicalSorter
 
 from attnimg.errors import AttnimgError
@@ -16,17 +16,25 @@ from recipes.facts import (
     ImageKernel,
     ImagePlan,
     Kernel,
+    Platform,
     Prebuilt,
     Recipes,
     Step,
     Unresolved,
+    platform_suffix,
 )
 from recipes.solve.nearest import nearest_buildable
-from recipes.solve.rules import cuda_release, kernel_archs, reasons_against
+from recipes.solve.rules import (
+    cpu_wheels,
+    cuda_release,
+    kernel_archs,
+    on_platform,
+    reasons_against,
+)
 
 
 def solve(image: Image, recipes: Recipes) -> ImagePlan:
-    """Plan one image.
+    """Plan one image for its first platform; the plan's `others` are those for the rest.
 
     Raises:
         AttnimgError: it can't be built; `why` has every reason, `do` the nearest that works.
@@ -38,22 +46,35 @@ def solve(image: Image, recipes: Recipes) -> ImagePlan:
             do=nearest_buildable(image, recipes),
             code="no-solution",
         )
-    base = recipes.bases[image.base]
+    first, *others = (_plan(image, recipes, platform) for platform in image.platforms)
+    return replace(first, others=tuple(others))
+
+
+def _plan(image: Image, recipes: Recipes, platform: Platform) -> ImagePlan:
+    """Plan an image that can be built, for one platform."""
+    base, suffix = recipes.bases[image.base], platform_suffix(platform)
     toolkit, driver_min = _toolkit_and_driver(image, recipes)
     flavour = f"cu{toolkit.replace('.', '')}" if isinstance(toolkit, str) else image.accelerator
-    abi = _abi(image, flavour)
+    abi = _abi(image, flavour) + suffix
     steps = tuple(
-        _step(image, image_kernel, recipes, abi=abi)
-        for image_kernel in _sort_kernels(image, recipes)
+        _step(image, image_kernel, recipes, abi=abi, platform=platform)
+        for image_kernel in _sort_kernels(on_platform(image, platform), recipes)
     )
+    cpu_torch = _cpu_torch(image, recipes, platform)
+    unresolved = _find_unresolved(image, steps, base, toolkit=toolkit, driver_min=driver_min)
+    for name, hashes in (cpu_torch.wheels if cpu_torch else {}).items():
+        if isinstance(hashes, Unresolved):
+            unresolved[f"torch/{image.torch}: {name}"] = hashes.reason
     return ImagePlan(
         image=image,
+        platform=platform,
+        name=f"{image.name}{suffix}",
         steps=steps,
-        unresolved=_find_unresolved(image, steps, base, toolkit=toolkit, driver_min=driver_min),
+        unresolved=unresolved,
         abi=abi,
-        lock=f"{image.torch}-{flavour}",
+        lock=f"{image.torch}-{flavour}{suffix}",
         base=base,
-        cpu_torch=_cpu_torch(image, recipes),
+        cpu_torch=cpu_torch,
         toolkit=toolkit,
         driver_min=driver_min,
         nvcc=recipes.cuda[toolkit].nvcc if isinstance(toolkit, str) else "",
@@ -126,7 +147,9 @@ def cache_key(
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _step(image: Image, image_kernel: ImageKernel, recipes: Recipes, *, abi: str) -> Step:
+def _step(
+    image: Image, image_kernel: ImageKernel, recipes: Recipes, *, abi: str, platform: Platform
+) -> Step:
     kernel = recipes.kernels[image_kernel.name]
     archs = kernel_archs(image, image_kernel)
     build = kernel.build[image.accelerator]
@@ -140,15 +163,18 @@ def _step(image: Image, image_kernel: ImageKernel, recipes: Recipes, *, abi: str
         tokens=tokens,
         codes=codes,
         build=build,
-        prebuilt=_find_prebuilt(kernel, codes, abi=abi),
+        prebuilt=_find_prebuilt(kernel, codes, abi=abi, platform=platform),
         key=cache_key(kernel, archs, abi=bound_to, env={**build.env, **arch_env}),
     )
 
 
-def _find_prebuilt(kernel: Kernel, codes: tuple[str, ...], *, abi: str) -> Prebuilt | None:
+def _find_prebuilt(
+    kernel: Kernel, codes: tuple[str, ...], *, abi: str, platform: Platform
+) -> Prebuilt | None:
     """Return a public wheel with exactly this machine code, torch, CUDA and Python; or None."""
     for wheel in kernel.prebuilt:
-        if set(wheel.codes) == set(codes) and wheel.abi in ("", abi):
+        fits = wheel.platform == platform and wheel.abi in ("", abi)
+        if fits and set(wheel.codes) == set(codes):
             return wheel
     return None
 
@@ -171,9 +197,13 @@ def _sort_kernels(image: Image, recipes: Recipes) -> list[ImageKernel]:
     return [image_kernels[name] for name in TopologicalSorter(graph).static_order()]
 
 
-def _cpu_torch(image: Image, recipes: Recipes) -> CpuBuild | None:
+def _cpu_torch(image: Image, recipes: Recipes, platform: Platform) -> CpuBuild | None:
+    """Return the CPU build of an image's torch, with the wheels for its Python and a platform."""
     torch = recipes.torch.get(str(image.torch))
-    return torch.cpu if torch and image.accelerator == "cpu" else None
+    if image.accelerator != "cpu" or torch is None or torch.cpu is None:
+        return None
+    names = cpu_wheels(torch, image.python, platform)
+    return replace(torch.cpu, wheels={name: torch.cpu.wheels[name] for name in names})
 
 
 def _toolkit_and_driver(

@@ -6,13 +6,24 @@ A bound on an unresolved value is not checked: publishing refuses such an image 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from packaging.specifiers import SpecifierSet
 
 from attnimg.backends import find_backend, runs_on
 from attnimg.selection.gpus_and_images import arch_from_name
 from recipes.archs import can_run, device_name
-from recipes.facts import Base, Image, ImageKernel, Kernel, Recipes, Torch, Unresolved
+from recipes.facts import (
+    PLATFORMS,
+    Base,
+    Image,
+    ImageKernel,
+    Kernel,
+    Platform,
+    Recipes,
+    Torch,
+    Unresolved,
+)
 
 # What the build serves, and which of its files have it written in them.
 SERVED = {
@@ -25,22 +36,40 @@ SERVED = {
 }
 
 
+# Platform -> the CPU architecture in the names of its wheels.
+MACHINES: dict[Platform, str] = {"linux/amd64": "x86_64", "linux/arm64": "aarch64"}
+
+
 def reasons_against(image: Image, recipes: Recipes) -> tuple[str, ...]:
     """Return every reason why an image can't be built; none means that it can."""
-    found = [
-        *_check_names(image, recipes),
-        *_check_platform(image, recipes),
-        *_check_stack(recipes),
-    ]
+    found = [*_check_names(image, recipes), *_check_stack(recipes)]
+    for platform in image.platforms:
+        # A reason that holds on every platform is named once, without one.
+        found += _reasons_on_platform(on_platform(image, platform), recipes)
+    return tuple(dict.fromkeys(found))
+
+
+def on_platform(image: Image, platform: Platform) -> Image:
+    """Return an image as it is on one of its platforms: with the kernels that it has there."""
+    kernels = tuple(one for one in image.kernels if platform in (one.platforms or image.platforms))
+    return replace(image, platforms=(platform,), kernels=kernels)
+
+
+def _reasons_on_platform(image: Image, recipes: Recipes) -> Iterator[str]:
+    """Yield the reasons why an image of one platform can't be built."""
+    yield from _check_base_and_torch(image, recipes)
+    (platform,) = image.platforms
     for image_kernel in image.kernels:
         if kernel := recipes.kernels.get(image_kernel.name):
             archs = kernel_archs(image, image_kernel)
-            found += _check_versions(image, kernel, recipes)
-            found += _check_archs(image, kernel, archs)
-            found += _check_backends(kernel, archs)
-            found += _check_other_kernels(image, kernel, recipes)
-    found += _check_coverage(image)
-    return tuple(found)
+            if platform not in kernel.platforms:
+                has = " ".join(kernel.platforms)
+                yield f"{kernel.name} {kernel.version} is for {has}; found {platform}"
+            yield from _check_versions(image, kernel, recipes)
+            yield from _check_archs(image, kernel, archs)
+            yield from _check_backends(kernel, archs)
+            yield from _check_other_kernels(image, kernel, recipes)
+    yield from _check_coverage(image)
 
 
 def _check_names(image: Image, recipes: Recipes) -> Iterator[str]:
@@ -50,13 +79,24 @@ def _check_names(image: Image, recipes: Recipes) -> Iterator[str]:
             yield f"found kernel {image_kernel.name!r}; known: {known}"
         for arch in set(image_kernel.archs) - set(image.archs):
             yield f"{image_kernel.name} has {arch}, which the archs of {image.name} lack"
+        for platform in image_kernel.platforms:
+            if platform not in image.platforms:
+                yield f"{image_kernel.name} has {platform}, which {image.name} is not built for"
+        kernel = recipes.kernels.get(image_kernel.name)
+        limited = image_kernel.platforms and set(image_kernel.platforms) != set(image.platforms)
+        if limited and kernel and kernel.form != "wheel":
+            yield (
+                f"{kernel.name} is compiled, and on {' '.join(image_kernel.platforms)} alone; "
+                "the bake file compiles the same kernels on all platforms"
+            )
     names = [image_kernel.name for image_kernel in image.kernels]
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"found {name} twice in kernels"
 
 
-def _check_platform(image: Image, recipes: Recipes) -> Iterator[str]:
+def _check_base_and_torch(image: Image, recipes: Recipes) -> Iterator[str]:
     """Check base, torch, its CUDA release, Python and architectures against one another."""
+    (platform,) = image.platforms
     if image.base not in recipes.bases:
         known = ", ".join(recipes.bases)
         yield f"base {image.base} is not in recipes/bases.toml; known: {known}"
@@ -75,17 +115,22 @@ def _check_platform(image: Image, recipes: Recipes) -> Iterator[str]:
         )
     elif not satisfies(image.python, torch.python):
         yield f"torch {image.torch} needs Python {torch.python}; found {image.python}"
-    if image.accelerator == "cpu" and torch and not cpu_wheels(torch, image.python):
+    if image.accelerator == "cpu" and torch and not cpu_wheels(torch, image.python, platform):
         python = f"cp{image.python.replace('.', '')}"
-        yield f"torch {image.torch} has no CPU build for {python} in recipes/torch.toml"
+        on = "" if platform == PLATFORMS[0] else f" on {platform}"
+        yield f"torch {image.torch} has no CPU build for {python}{on} in recipes/torch.toml"
+    if image.accelerator == "cuda" and torch and platform not in torch.platforms:
+        has = " ".join(torch.platforms)
+        yield f"torch {image.torch} has CUDA on {has}; found {platform}"
     if image.accelerator == "cuda":
         yield from _check_cuda(image, recipes)
 
 
-def cpu_wheels(torch: Torch, python: str) -> list[str]:
-    """Return the names of a release's CPU wheels for one Python."""
-    tag = f"-cp{python.replace('.', '')}-"
-    return [name for name in (torch.cpu.wheels if torch.cpu else ()) if tag in name]
+def cpu_wheels(torch: Torch, python: str, platform: Platform) -> list[str]:
+    """Return the names of a release's CPU wheels for one Python and platform."""
+    tag, end = f"-cp{python.replace('.', '')}-", f"_{MACHINES[platform]}.whl"
+    names = torch.cpu.wheels if torch.cpu else ()
+    return [name for name in names if tag in name and name.endswith(end)]
 
 
 def _check_base(image: Image, base: Base) -> Iterator[str]:
@@ -94,6 +139,9 @@ def _check_base(image: Image, base: Base) -> Iterator[str]:
         served, why = SERVED[key]
         if found != served:
             yield f"base {base.name}: {key} {found} is not served, only {served}: {why}"
+    for platform in image.platforms:
+        if base.platforms and platform not in base.platforms:
+            yield f"base {base.name} is for {' '.join(base.platforms)}; found {platform}"
     for text in base.open:
         yield f"base {base.name} is not served yet; missing: {text}"
 
@@ -114,11 +162,14 @@ def _check_cuda(image: Image, recipes: Recipes) -> Iterator[str]:
         release = f"CUDA {torch.toolkit} of torch {image.torch}"
         yield f"{release} is not in recipes/cuda.toml; known: {known}"
         return
+    (platform,) = image.platforms
+    codes = torch.archs.get(platform, ())
+    on = "" if platform == PLATFORMS[0] else f" on {platform}"
     for arch in image.archs:
         if arch not in toolkit.archs:
             yield f"CUDA {torch.toolkit} compiles for {' '.join(toolkit.archs)}; found {arch}"
-        if torch.archs and not any(can_run(arch, code) for code in torch.archs):
-            yield f"torch {image.torch} has machine code for {' '.join(torch.archs)}; found {arch}"
+        if codes and not any(can_run(arch, code) for code in codes):
+            yield f"torch {image.torch} has machine code for {' '.join(codes)}{on}; found {arch}"
 
 
 def _check_stack(recipes: Recipes) -> Iterator[str]:

@@ -89,6 +89,21 @@ def test_a_wheel_for_a_newer_c_library_than_the_base_s_is_refused(
     ]
 
 
+def test_a_part_of_the_wheels_is_refused_with_the_kernels_that_are_missing(
+    run_gate, gcc, tmp_path: Path
+) -> None:
+    plan = plan_of("hopper")
+    (first,) = (kernel for kernel in manifest()["kernels"] if kernel["name"] == "flash-attn")
+    said = {**manifest(), "kernels": [first]}
+    found = run_gate(
+        "pins", "hopper", house(tmp_path / "wheels", gcc("int x;", soname="ext.so"), said=said)
+    )
+    missing = {step.kernel.name for step in plan.steps if step.kernel.form != "wheel"}
+    assert {f.file: f.do for f in found} == {
+        name: f"make wheels/hopper KERNEL={name}" for name in missing - {"flash-attn"}
+    }
+
+
 def test_wheels_that_changed_or_are_missing_are_refused(run_gate, gcc, tmp_path: Path) -> None:
     house(tmp_path / "wheels", gcc("int x;", soname="ext.so"))
     with (tmp_path / "wheels" / WHEEL).open("ab") as wheel:

@@ -20,7 +20,7 @@ from attnimg.selection.gpus_and_images import image_catalogue as images
 from recipes.pages.choices import ROW, models
 
 GOLDEN = json.loads((Path(__file__).parent / "golden/choices.json").read_text(encoding="utf-8"))
-# GPUs of arm64 machines have blocks of their own, "sm_90 arm64": no image runs there.
+# GPUs of arm64 machines have blocks of their own, "sm_90 arm64".
 ARM64: dict[str, Any] = {key: block for key, block in GOLDEN.items() if key.endswith(" arm64")}
 BLOCKS: dict[str, Any] = {arch: block for arch, block in GOLDEN.items() if " " not in arch}
 BLOCKS.pop("//")
@@ -129,12 +129,18 @@ def test_every_image_is_there_for_every_gpu() -> None:
         assert own is None or block["images"][own] == {}
 
 
-def test_no_image_runs_on_an_arm64_machine() -> None:
+def test_an_arm64_machine_has_the_image_and_the_choices_of_its_gpu() -> None:
     gpus = [gpu for block in ARM64.values() for gpu in block["gpus"]]
     assert set(gpus) == {"dgx-spark", "gh200", "gb200", "gb300", "jetson-thor"}
-    for block in ARM64.values():
-        assert block["image"] is None
-        assert set(block["images"].values()) == {"wrong-image"}
+    for key, block in ARM64.items():
+        arch = key.partition(" ")[0]
+        served = {name for name, cell in block["images"].items() if cell != "wrong-image"}
+        with_code = {name: image for name, image in images().items() if arch in image.devices}
+        assert served == {n for n, image in with_code.items() if "linux/arm64" in image.platforms}
+        assert (block["image"] is None) == (arch == "sm_110")
+        if arch in BLOCKS:
+            takes = {model: line["takes"] for model, line in BLOCKS[arch]["models"].items()}
+            assert {model: line["takes"] for model, line in block["models"].items()} == takes
 
 
 @pytest.mark.parametrize("arch", ["sm_70", "sm_75"])

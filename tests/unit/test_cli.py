@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import pytest
 from attnimg.__main__ import COMMANDS
 from attnimg.__main__ import run as attnimg
 from attnimg.backends import all_backends
+from attnimg.selection import gpus_and_images
+from attnimg.selection.gpus_and_images import image_catalogue
 
 GOOD = "base_model: org/model\nlearning_rate: 1e-4\ndatasets: [{path: d.jsonl, type: alpaca}]\n"
 LLAMA = {
@@ -235,7 +238,8 @@ def test_debug_shows_the_traceback_and_nothing_else_does() -> None:
     ("arguments", "on", "image", "notes"),
     [
         (("--on", "t4"), "sm_75", "turing", []),
-        (("--on", "v100"), "sm_70", None, []),
+        (("--on", "v100"), "sm_70", None, ["no-image"]),
+        (("--on", "gb200"), "sm_100", "blackwell", []),
         (("--image", "ada"), "sm_80", "ampere", []),
         (("--image", "hopper", "--on", "t4"), "sm_75", "hopper", ["wrong-image"]),
         ((), "cpu", None, []),
@@ -323,47 +327,85 @@ def test_a_config_in_json_is_a_config(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("gpu", "arch", "image", "code"),
+    ("gpu", "arch", "image", "platform"),
     [
-        pytest.param("dgx-spark", "sm_121", None, "no-image", id="DGX Spark"),
-        pytest.param("gh200", "sm_90", None, "no-image", id="GH200, though hopper has sm_90"),
-        pytest.param("gb200", "sm_100", None, "no-image", id="GB200"),
-        pytest.param("gb300", "sm_103", None, "no-image", id="GB300"),
-        pytest.param(
-            "sm_110", "sm_110", None, "no-image", id="Thor's architecture has arm64 alone"
-        ),
-        pytest.param("h100", "sm_90", "hopper", None, id="H100"),
-        pytest.param("sm_90", "sm_90", "hopper", None, id="an architecture of both kinds"),
-        pytest.param("sm_121", "sm_121", "blackwell", None, id="an architecture is no machine"),
-        pytest.param("v100", "sm_70", None, None, id="no image, and not for its CPU"),
+        pytest.param("dgx-spark", "sm_121", "blackwell", "linux/arm64", id="DGX Spark"),
+        pytest.param("gh200", "sm_90", "hopper", "linux/arm64", id="GH200"),
+        pytest.param("gb200", "sm_100", "blackwell", "linux/arm64", id="GB200"),
+        pytest.param("gb300", "sm_103", "blackwell", "linux/arm64", id="GB300"),
+        pytest.param("sm_121", "sm_121", "blackwell", "linux/arm64", id="all with it have arm64"),
+        pytest.param("h100", "sm_90", "hopper", "linux/amd64", id="H100"),
+        pytest.param("sm_90", "sm_90", "hopper", "linux/amd64", id="an architecture of both kinds"),
+        pytest.param("a100", "sm_80", "ampere", "linux/amd64", id="an image of one platform"),
     ],
 )
-def test_explain_says_where_no_image_starts(
-    capsys: pytest.CaptureFixture[str], gpu: str, arch: str, image: str | None, code: str | None
+def test_explain_names_the_image_and_its_platform(
+    capsys: pytest.CaptureFixture[str], gpu: str, arch: str, image: str, platform: str
 ) -> None:
     file = write("x.yaml", GOOD)
     status, out, _ = run(capsys, "explain", file, "--on", gpu, "--json")
     (said,) = objects(out)
-    assert (status, said["on"], said["image"]) == (0, arch, image)
-    notes = [w for w in said["warnings"] if w["code"] in ("no-image", "wrong-image")]
-    assert [note["code"] for note in notes] == ([code] if code else [])
+    found = (said["on"], said["image"], said["platform"])
+    assert (status, *found) == (0, arch, image, platform)
+    assert not [w for w in said["warnings"] if w["code"] in ("no-image", "wrong-image")]
+    _, out, _ = run(capsys, "explain", file, "--on", gpu)
+    text = " ".join(out.split())
+    assert f", in attnimg:{image}" in text
+    assert ("its linux/arm64 build" in text) == (platform == "linux/arm64")
+
+
+def test_the_arm64_build_lacks_the_kernels_that_it_has_not(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = write("x.yaml", GOOD)
+    fits = {}
+    for gpu in ("h100", "gh200"):
+        _, out, _ = run(capsys, "explain", file, "--on", gpu, "--json")
+        found = objects(out)[0]["candidates"]
+        fits[gpu] = {candidate["backend"] for candidate in found if candidate["fits"]}
+        reasons = {c["backend"]: [r["code"] for r in c["reasons"]] for c in found}
+        assert ("fp8-torchao" in reasons["fp8"]) == (gpu == "gh200")
+    assert fits["h100"] >= fits["gh200"]
+    assert "flash_attention_3" in fits["gh200"]
+
+
+@pytest.mark.parametrize(
+    "gpu", [pytest.param("jetson-thor", id="Thor"), pytest.param("v100", id="V100")]
+)
+def test_explain_says_where_no_image_starts(capsys: pytest.CaptureFixture[str], gpu: str) -> None:
+    file = write("x.yaml", GOOD)
+    status, out, _ = run(capsys, "explain", file, "--on", gpu, "--json")
+    (said,) = objects(out)
+    assert (status, said["image"], said["platform"]) == (0, None, None)
+    (note,) = (w for w in said["warnings"] if w["code"] == "no-image")
+    assert f"none has kernels for {said['on']}" in note["what"]
     assert any(candidate["fits"] for candidate in said["candidates"]), "it is judged all the same"
-    if code:
-        assert "arm64" in notes[0]["what"]
-        assert "linux/amd64" in notes[0]["what"]
-        _, _, err = run(capsys, "explain", file, "--on", gpu)
-        assert "its CPU is arm64" in " ".join(err.split())
 
 
 def test_explain_refuses_an_image_that_does_not_start_there(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     file = write("x.yaml", GOOD)
+    _, out, _ = run(capsys, "explain", file, "--on", "gb200", "--image", "ampere", "--json")
+    (note,) = (w for w in objects(out)[0]["warnings"] if w["code"] == "wrong-image")
+    assert "no kernels for sm_100" in note["what"]
+    assert note["do"] == "use the image blackwell"
+
+
+def test_explain_refuses_an_image_without_the_platform_of_the_machine(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = dict(image_catalogue())
+    images["hopper"] = replace(images["hopper"], platforms=("linux/amd64",))
+    monkeypatch.setattr(gpus_and_images, "image_catalogue", lambda: images)
+    file = write("x.yaml", GOOD)
     _, out, _ = run(capsys, "explain", file, "--on", "gh200", "--image", "hopper", "--json")
     (note,) = (w for w in objects(out)[0]["warnings"] if w["code"] == "wrong-image")
-    assert "linux/amd64" in note["what"]
-    assert "arm64" in note["what"]
+    assert "is for linux/amd64, and NVIDIA GH200 96GB has an arm64 CPU" in note["what"]
     assert note["do"] == "leave --image out: no image runs on that GPU"
+    _, out, _ = run(capsys, "explain", file, "--on", "gh200", "--json")
+    (note,) = (w for w in objects(out)[0]["warnings"] if w["code"] == "no-image")
+    assert "its CPU is arm64, and hopper is for linux/amd64" in note["what"]
 
 
 def test_check_imports_nothing_that_it_can_do_without() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import os
 import re
@@ -15,7 +16,10 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 # The variables that docker/build.py reads.
-VARIABLES = ("CACHE", "CACHE_WRITE", "WHEELS", "TRIM", "JOBS", "BASE_IMAGE", "TORCH_INDEX")
+VARIABLES = (
+    *("PLATFORM", "CACHE", "CACHE_WRITE", "WHEELS", "TRIM", "JOBS", "BASE_IMAGE"),
+    "TORCH_INDEX",
+)
 
 
 def build(
@@ -67,9 +71,19 @@ def docker(tmp_path: Path) -> Path:
         'echo "$@"\nenv >"$(dirname "$0")/env"\n'
     )
     program.chmod(0o755)
-    (tmp_path / "wheels").mkdir()
-    (tmp_path / "wheels/manifest.json").write_text("{}")
+    fill_wheelhouse(tmp_path / "wheels", "hopper")
     return program.parent
+
+
+def fill_wheelhouse(folder: Path, image: str) -> None:
+    """Write a wheelhouse that fits an image, without wheels."""
+    folder.mkdir()
+    wanted = json.loads((ROOT / f"docker/images/{image}/wheelhouse.json").read_text())
+    kernels = [{"name": name, "key": key} for name, key in wanted["kernels"].items()]
+    manifest = json.dumps({"image": image, "abi": wanted["abi"], "kernels": kernels})
+    (folder / "manifest.json").write_text(manifest)
+    digest = hashlib.sha256(manifest.encode()).hexdigest()
+    (folder / "SHA256SUMS").write_text(f"{digest}  manifest.json\n")
 
 
 @pytest.mark.parametrize(
@@ -227,3 +241,73 @@ def test_a_large_layer_depends_on_what_it_uses_alone(name: str, files: set[str])
 def test_the_files_of_a_layer_have_one_time(name: str) -> None:
     *_, last = stage(name).split('<<"EOT"\n')[-1].split("EOT")[0].strip().splitlines()
     assert last == '/install/same_times.sh "$began"'
+
+
+@pytest.mark.parametrize(
+    ("name", "platform", "says"),
+    [
+        pytest.param(
+            "ampere", "linux/arm64", "recipes/images/ampere.toml has linux/amd64", id="not its own"
+        ),
+        pytest.param(
+            "hopper", "arm64", "recipes/images/hopper.toml has linux/amd64, linux/arm64", id="typo"
+        ),
+        pytest.param("cpu", "linux/arm64", "index for CPUs was not reached", id="no torch"),
+    ],
+)
+def test_a_platform_that_can_not_be_built_is_refused(name: str, platform: str, says: str) -> None:
+    done = build(name, "--check", PLATFORM=platform)
+    assert done.returncode == 1
+    what, why, do = done.stderr.splitlines()
+    assert platform in what
+    assert says in why
+    assert "do:" in do
+
+
+def test_a_platform_is_chosen_by_its_variables_and_names_its_files(docker: Path) -> None:
+    other = "arm64" if os.uname().machine == "x86_64" else "amd64"
+    own, end = f"linux/{'amd64' if other == 'arm64' else 'arm64'}", {"amd64": "", "arm64": "-arm64"}
+    for platform, tag_end in ((f"linux/{other}", f"-{other}"), (own, "")):
+        bake(docker, "hopper", PLATFORM=platform)
+        env = dict(line.split("=", 1) for line in (docker / "env").read_text().splitlines())
+        files_end = end[platform.partition("/")[2]]
+        assert (env["PLATFORM"], env["ARCH"], env["TAG_END"]) == (platform, files_end, tag_end)
+    command = bake(docker, "hopper", "--stage", "toolchain", PLATFORM=f"linux/{other}")
+    assert f"hopper_common.tags=attnimg-toolchain:hopper-{other}" in command
+
+
+def test_wheels_of_another_platform_are_refused(docker: Path) -> None:
+    wheels = docker.parent / "house"
+    wheels.mkdir()
+    for platform, abi, needed in (
+        ("linux/arm64", "cp311-torch2.14-cu130", "cp311-torch2.14-cu130-arm64"),
+        ("linux/amd64", "cp311-torch2.14-cu130-arm64", "cp311-torch2.14-cu130"),
+    ):
+        manifest = json.dumps({"image": "hopper", "abi": abi, "kernels": []})
+        (wheels / "manifest.json").write_text(manifest)
+        digest = hashlib.sha256(manifest.encode()).hexdigest()
+        (wheels / "SHA256SUMS").write_text(f"{digest}  manifest.json\n")
+        done = build("hopper", docker=docker, PLATFORM=platform, WHEELS=str(wheels))
+        assert done.returncode == 1
+        assert f"found {abi}, needed {needed}\n" in done.stderr
+        end = "" if platform.endswith(os.uname().machine.replace("x86_64", "amd64")) else platform
+        assert (f"make wheels/hopper PLATFORM={platform}, which" in done.stderr) == bool(end)
+
+
+def test_without_a_platform_it_is_that_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "docker")
+    import platforms
+
+    from recipes.facts import PLATFORMS, platform_suffix
+    from recipes.solve.rules import MACHINES
+
+    monkeypatch.delenv("PLATFORM", raising=False)
+    for platform in PLATFORMS:
+        machine = os.uname_result(("Linux", "host", "1", "1", MACHINES[platform]))
+        monkeypatch.setattr(os, "uname", lambda machine=machine: machine)
+        assert platforms.choose_platform("x", PLATFORMS) == platform
+        assert platforms.files_end(platform) == platform_suffix(platform)
+    machine = os.uname_result(("Linux", "host", "1", "1", "riscv64"))
+    monkeypatch.setattr(os, "uname", lambda: machine)
+    with pytest.raises(SystemExit, match="this machine's platform, linux/riscv64"):
+        platforms.choose_platform("x", PLATFORMS)

@@ -16,9 +16,10 @@ ROOT = Path(__file__).parents[3]
 sys.path.insert(0, str(ROOT / "docker"))
 import kernel_cache  # noqa: E402  # it runs beside docker/build.py, which is no package
 
+BAKE = (ROOT / "docker/docker-bake.json").read_text().replace("${ARCH}", "")
 TARGETS = {
     key: target
-    for key, target in json.loads((ROOT / "docker/docker-bake.json").read_text())["target"].items()
+    for key, target in json.loads(BAKE)["target"].items()
     if key.partition("_")[0] == "hopper"
 }
 CACHE = "127.0.0.1:5000/team"

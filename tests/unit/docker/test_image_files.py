@@ -121,3 +121,38 @@ def test_the_order_of_the_pth_files_does_not_matter(site: Path, tmp_path: Path, 
     seen, modules = start(site, {}, code=f"import mine\n{SHOW}")
     assert {"mine", "attnimg_added", "attnimg.machine.container"} <= modules
     assert "OMP_NUM_THREADS" in seen
+
+
+@pytest.mark.parametrize(
+    ("image", "machine", "name", "torchao"),
+    [
+        pytest.param("hopper", "x86_64", "hopper", True, id="the first platform"),
+        pytest.param("hopper-arm64", "aarch64", "hopper", False, id="another platform"),
+        pytest.param(
+            "blackwell-frontier-arm64", "aarch64", "blackwell-frontier", False, id="a frontier"
+        ),
+    ],
+)
+def test_the_manifest_has_the_recipe_of_its_platform(
+    monkeypatch: pytest.MonkeyPatch, image: str, machine: str, name: str, *, torchao: bool
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "docker")
+    import image_files
+
+    found, recipe = image_files.recipe_of(image, machine)
+    platform = "linux/arm64" if machine == "aarch64" else "linux/amd64"
+    assert found == name
+    assert recipe["platforms"] == list(recipe["abi"]) == [platform]
+    kernels = {kernel["name"]: kernel["keys"] for kernel in recipe["kernels"]}
+    assert ("torchao" in kernels) == torchao
+    assert all(list(keys) == [platform] for keys in kernels.values())
+
+
+def test_an_image_is_not_finished_on_a_platform_that_its_recipe_lacks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "docker")
+    import image_files
+
+    with pytest.raises(SystemExit, match="ampere is for linux/amd64, found linux/arm64"):
+        image_files.recipe_of("ampere-arm64", "aarch64")

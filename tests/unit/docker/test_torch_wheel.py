@@ -17,7 +17,7 @@ from loopback import serve_files
 ROOT = Path(__file__).parents[3]
 CPU = "torch-2.13.0+cpu-cp311-cp311-manylinux_2_28_x86_64.whl"
 CUDA = "torch-2.13.0-cp311-cp311-manylinux_2_28_x86_64.whl"
-FETCH = "from torch_wheel import torch_wheel; print(torch_wheel('cpu'))"
+FETCH = "from torch_wheel import torch_wheel; print(torch_wheel('cpu', 'cpu'))"
 
 
 def write_wheel(path: Path, *, note: str = "") -> str:
@@ -54,8 +54,19 @@ def checkout(tmp_path: Path) -> Path:
 def write_recipe(folder: Path, index: str, sha256: str) -> None:
     path = folder / "docker/images/cpu/torch.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"version": "2.13.0", "python": "3.11", "index": index, "wheels": {CPU: [sha256]}}
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(recipe(index, CPU, sha256)))
+
+
+def recipe(index: str, name: str, sha256: str, platform: str = "linux/amd64") -> dict[str, object]:
+    """Return the content of torch.json."""
+    return {
+        "version": "2.13.0",
+        "python": "3.11",
+        "platform": platform,
+        "index": index,
+        "wheels": {name: [sha256] if sha256 else []},
+        "unresolved": [] if sha256 else ["no index was reached"],
+    }
 
 
 def fetch(checkout: Path, index: str = "", **env: str) -> subprocess.CompletedProcess[str]:
@@ -64,7 +75,7 @@ def fetch(checkout: Path, index: str = "", **env: str) -> subprocess.CompletedPr
     config = {"PIP_CONFIG_FILE": "/dev/null", "PIP_RETRIES": "0", "PIP_TIMEOUT": "5"}
     config |= {"PIP_INDEX_URL": index} if index else {}
     return subprocess.run(
-        [sys.executable, "-c", FETCH],
+        [sys.executable, "-c", env.pop("PROGRAM", FETCH)],
         cwd=checkout,
         env={**inherited, **config, "PYTHONPATH": str(ROOT / "docker"), **env},
         capture_output=True, text=True, check=False,
@@ -182,3 +193,37 @@ def test_the_recipe_knows_the_hash_that_the_image_is_locked_to() -> None:
     _, _, block = lock.partition(f"torch=={wanted['version']}+cpu")
     for accepted in wanted["wheels"].values():
         assert all(f"--hash=sha256:{sha256}" in block for sha256 in accepted)
+
+
+ARM64 = CPU.replace("x86_64", "aarch64")
+
+
+def test_the_wheel_of_another_platform_is_fetched_beside_the_first(
+    checkout: Path, tmp_path: Path
+) -> None:
+    sha256 = write_wheel(tmp_path / "both" / ARM64)
+    write_wheel(tmp_path / "both" / CPU)
+    path = checkout / "docker/images/cpu-arm64/torch.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(recipe("http://127.0.0.1:9/simple", ARM64, sha256, "linux/arm64")))
+    both = {"TORCH_INDEX": str(tmp_path / "both")}
+    for files in ("cpu", "cpu-arm64"):
+        done = fetch(checkout, PROGRAM=FETCH.replace("'cpu')", f"'{files}')"), **both)
+        assert done.returncode == 0, done.stderr
+    assert fetched(checkout) == [ARM64, CPU]
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_wheel_whose_hash_is_unresolved_is_refused_with_the_reason(
+    checkout: Path, *, known: bool
+) -> None:
+    path = checkout / "docker/images/cpu/torch.json"
+    path.write_text(json.dumps(recipe("https://example.org/cpu", CPU, "0" * 64 * known)))
+    refuse = "from torch_wheel import refuse_unknown_wheel; refuse_unknown_wheel('cpu')"
+    done = fetch(checkout, PROGRAM=refuse)
+    assert done.returncode == (0 if known else 1)
+    if not known:
+        what, why, do = done.stderr.splitlines()
+        assert "no CPU build of torch 2.13.0 for linux/amd64 yet" in what
+        assert "no index was reached" in why
+        assert "make lock, where https://example.org/cpu can be reached" in do

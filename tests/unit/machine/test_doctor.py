@@ -583,3 +583,50 @@ def test_the_advice_has_the_options_of_the_container_runtime(
     without_gpu, without_cache = findings(NO_GPU, host)
     assert gpu_flag in without_gpu.do
     assert volume_flag in without_cache.do
+
+
+ARM64 = replace(HOST, cpu="arm64")
+GB200 = gpu("sm_100")
+
+
+@pytest.mark.parametrize(
+    ("machine", "host", "image", "text"),
+    [
+        pytest.param(
+            GB200, ARM64, None, "its image is attnimg:blackwell, its linux/arm64 build",
+            id="GB200, outside an image",
+        ),
+        pytest.param(GB200, HOST, None, "its image is attnimg:blackwell", id="B200"),
+        pytest.param(
+            GB200, ARM64, CPU, "run attnimg:blackwell, its linux/arm64 build",
+            id="GB200, in the image for CPUs",
+        ),
+        pytest.param(
+            H100, ARM64, CPU, "run attnimg:hopper, its linux/arm64 build", id="GH200"
+        ),
+        pytest.param(H100, HOST, CPU, "run attnimg:hopper", id="H100, in the image for CPUs"),
+        pytest.param(
+            gpu("sm_80"), ARM64, CPU,
+            "attnimg:ampere has code for it, but is for linux/amd64, and this CPU is arm64",
+            id="an A100 beside an arm64 CPU",
+        ),
+    ],
+)  # fmt: skip
+def test_the_image_of_this_cpu_is_named(
+    machine: Machine, host: Host, image: ImageFacts | None, text: str
+) -> None:
+    found = check_machine(machine, host, image=image, images=IMAGES)
+    (check,) = (check for check in found if check.code == "gpu")
+    assert text in f"{check.what} {check.do}"
+    assert ("linux/arm64 build" in f"{check.what} {check.do}") == ("linux/arm64 build" in text)
+
+
+def test_an_image_for_another_cpu_decides_nothing_about_the_driver() -> None:
+    old = gpu("sm_80", driver="550.54")
+    found = check_machine(old, ARM64, image=CPU, images=IMAGES)
+    (driver,) = (check for check in found if check.code == "driver")
+    assert (driver.status, driver.do) == ("ok", "")
+
+
+def test_the_cpu_of_this_host_is_read() -> None:
+    assert this_host().cpu in {"amd64", "arm64"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import shutil
@@ -90,8 +91,9 @@ def test_a_bumped_kernel_changes_its_own_build_and_what_is_installed() -> None:
     after = render_files(solve_all(recipes), recipes, locks=LOCKS, runners=RUNNERS, **RECORDS)
     changed = {path for path in TEXTS if TEXTS[path] != after[path]}
     assert {path for path in changed if path.startswith("docker/images/hopper")} == {
-        "docker/images/hopper/kernels/sageattention.json",
-        "docker/images/hopper/wheelhouse.json",
+        f"docker/images/{name}/{file}"
+        for name in ("hopper", "hopper-arm64")
+        for file in ("kernels/sageattention.json", "wheelhouse.json")
     }
     old, new = (json.loads(texts["docker/docker-bake.json"])["target"] for texts in (TEXTS, after))
     without_labels = [
@@ -180,7 +182,7 @@ def test_another_set_of_models_does_not_rebuild_the_wheel() -> None:
 def test_labels_carry_oci_and_our_own() -> None:
     found = labels(PLANS["hopper"])
     assert found["attnimg.arch"] == "sm_90a"
-    assert found["attnimg.abi"] == "cp311-torch2.14-cu130"
+    assert found["attnimg.abi"] == "cp311-torch2.14-cu130${ARCH}"
     assert found["attnimg.driver_min"] == "580.65.06"
     assert "flash-attn-3==3.0.0" in found["attnimg.kernels"].split()
     assert found["org.opencontainers.image.licenses"] == "Apache-2.0"
@@ -283,15 +285,15 @@ def test_every_gpu_of_the_catalogue_that_we_can_serve_has_one_image() -> None:
     for name, gpu in gpu_catalogue().items():
         serving = [found for found in stable if gpu.arch.name in found["devices"]]
         serving = [found for found in serving if f"linux/{gpu.cpu}" in found["platforms"]]
-        assert len(serving) == (0 if name == "v100" or gpu.cpu == "arm64" else 1), name
+        assert len(serving) == (0 if name in ("v100", "jetson-thor") else 1), name
 
 
-def test_the_page_of_images_promises_no_arm64_machine_one() -> None:
-    images, _, gpus = TEXTS["docs/images.md"].partition("## Which image")
+def test_the_page_of_images_names_the_arm64_build_for_arm64_machines() -> None:
+    _, _, gpus = TEXTS["docs/images.md"].partition("## Which image")
     for name, gpu in gpu_catalogue().items():
         (row,) = (line for line in gpus.splitlines() if f"| `{name}` |" in line)
-        assert ("none: its CPU is arm64" in row) == (gpu.cpu == "arm64")
-    assert "DGX Spark" not in images
+        served = gpu.cpu == "arm64" and name != "jetson-thor"
+        assert ("its linux/arm64 build" in row) == served
 
 
 def test_every_backend_has_a_row_in_the_support_matrix() -> None:
@@ -311,7 +313,68 @@ def test_a_gpu_without_a_runner_is_a_skip_on_the_record() -> None:
     assert runners == {"sm_90": "h100", "sm_75": None}
 
 
-def printed_by_buildx(folder: Path, *targets: str) -> dict[str, Any]:
+def test_a_platform_without_a_runner_is_a_skip_on_the_record() -> None:
+    built = {"label": "ubuntu-24.04", "disk_gb": 14, "prepare": True}
+    arm = {"label": "arm", "disk_gb": 100, "prepare": False}
+    plans: tuple[ImagePlan, ...] = (PLANS["hopper"], PLANS["cpu"])
+    for runners, skip in (
+        ({"cuda": built}, "no runner in recipes/runners.toml for cuda-arm64"),
+        ({"cuda": built, "cuda-arm64": arm}, ""),
+    ):
+        found = json.loads(matrix_json(plans, runners={"build": runners, "gpu": {}}))
+        entries = {(e["image"], e["platform"]): e for e in found["images"]}
+        assert entries["hopper", "linux/amd64"]["skip"] == ""
+        assert entries["hopper", "linux/arm64"]["skip"] == skip
+        # Its torch is unresolved, whatever the runner.
+        assert "index for CPUs was not reached" in entries["cpu", "linux/arm64"]["skip"]
+        compiled = [e for e in found["kernels"] if e["platform"] == "linux/arm64"]
+        assert {e["runner"] for e in compiled} == (set() if skip else {"arm"})
+
+
+@pytest.mark.parametrize("name", [plan.name for plan in PLANS.values() if plan.others])
+def test_the_locks_of_both_platforms_have_the_same_versions(name: str) -> None:
+    plan = PLANS[name]
+    layers = ("torch-{lock}", "stack-{lock}", "toolchain-{lock}", "{name}")
+    for other in plan.others:
+        assert other.platform == "linux/arm64"
+        for layer in layers:
+            first, second = (
+                {
+                    package: block.split()[0]
+                    for package, block in split_lock(
+                        (ROOT / f"requirements/images/{layer.format(lock=p.lock, name=p.name)}.txt")
+                        .read_text(encoding="utf-8")
+                    ).items()
+                }
+                for p in (plan, other)
+            )  # fmt: skip
+            shared = first.keys() & second.keys()
+            assert {key: first[key] for key in shared} == {key: second[key] for key in shared}
+            # Kernels, and torch where its wheel is unresolved, are all that arm64 may lack.
+            lacks = first.keys() - second.keys()
+            assert lacks <= {"torch", *(step.kernel.name for step in plan.steps)}
+            assert second.keys() <= first.keys()
+
+
+def test_one_variable_chooses_the_platform_of_every_target() -> None:
+    bake = json.loads(TEXTS["docker/docker-bake.json"])
+    assert bake["variable"]["PLATFORM"]["default"] == "linux/amd64"
+    for name, target in bake["target"].items():
+        assert target.get("platforms", ["${PLATFORM}"]) == ["${PLATFORM}"], name
+        args = target.get("args", {})
+        assert all(args[key].endswith("${ARCH}") for key in ("IMAGE", "LOCK") if key in args), name
+    for platform, end in (("linux/amd64", ""), ("linux/arm64", "-arm64")):
+        found = printed_by_buildx(ROOT, "hopper", PLATFORM=platform)["hopper"]
+        assert found["platforms"] == [platform]
+        assert found["args"]["IMAGE"] == f"hopper{end}"
+        assert found["args"]["LOCK"] == f"2.14.1-cu130{end}"
+        assert found["labels"]["attnimg.abi"] == f"cp311-torch2.14-cu130{end}"
+        kernels = found["labels"]["attnimg.kernels"].split()
+        assert ("torchao==0.18.0" in kernels) == (not end)
+        assert {path for path in TEXTS if path.startswith(f"docker/images/hopper{end}/")}
+
+
+def printed_by_buildx(folder: Path, *targets: str, **variables: str) -> dict[str, Any]:
     """Return the targets of a bake file as the engine's own bake reads them."""
     if shutil.which("docker") is None:
         pytest.skip("docker is not installed: buildx can't read the bake file")
@@ -319,7 +382,8 @@ def printed_by_buildx(folder: Path, *targets: str) -> dict[str, Any]:
     if asked.returncode != 0:
         pytest.skip("docker has no buildx")
     command = ["docker", "buildx", "bake", "-f", "docker/docker-bake.json", "--print", *targets]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    env = {**os.environ, **variables}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)["target"]
     return found

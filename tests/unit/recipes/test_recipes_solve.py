@@ -148,7 +148,7 @@ FRONTIER = {"torch": "2.15.0"}
             id="SageAttention has no kernel for Turing",
         ),
         pytest.param(
-            image("hopper", kernels="flash-attn torchao"),
+            image("hopper", kernels="flash-attn torchao", platforms=("linux/amd64",)),
             "torchao 0.18.0 needs flash-attn-3; found none",
             "with flash-attn-3",
             id="torchao's fp8 attention stands on FlashAttention-3",
@@ -298,7 +298,8 @@ ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_103", "sm_1
 )
 def test_matrix(kernel: str, arch: str, *, runs: bool) -> None:
     needed = {need.kernel for need in RECIPES.kernels[kernel].needs if not need.beside}
-    made = image("hopper", kernels=" ".join([kernel, *sorted(needed)]), archs=(arch,))
+    names = " ".join([kernel, *sorted(needed)])
+    made = image("hopper", kernels=names, archs=(arch,), platforms=("linux/amd64",))
     assert (reasons_against(made, RECIPES) == ()) is runs
 
 
@@ -309,8 +310,8 @@ def test_matrix(kernel: str, arch: str, *, runs: bool) -> None:
             image("hopper"), "13.0", "580.65.06", "cp311-torch2.14-cu130", id="torch 2.14: CUDA 13"
         ),
         pytest.param(
-            image("hopper", kernels="xformers", torch="2.10.0"), "12.8", "570.26",
-            "cp311-torch2.10-cu128", id="torch 2.10: CUDA 12.8 and its older driver",
+            image("hopper", kernels="xformers", torch="2.10.0", platforms=("linux/amd64",)),
+            "12.8", "570.26", "cp311-torch2.10-cu128", id="torch 2.10: CUDA 12.8, its older driver",
         ),
         pytest.param(image("cpu"), None, None, "cp311-torch2.13-cpu", id="none on a CPU"),
     ],
@@ -536,3 +537,91 @@ def test_images_share_one_base() -> None:
 def test_a_kernel_that_nobody_has_can_be_needed_without_a_crash() -> None:
     recipes = with_kernel("xformers", needs=(Need(reason="a test", kernel="mslk"),))
     assert "needs mslk" in refusal(image("turing"), recipes).why
+
+
+BOTH = ("linux/amd64", "linux/arm64")
+
+
+@pytest.mark.parametrize(
+    ("made", "says", "nearest"),
+    [
+        pytest.param(
+            image("turing", platforms=BOTH),
+            "torch 2.14.1 has machine code for sm_80 sm_90 sm_100 sm_110 sm_120 on linux/arm64; "
+            "found sm_75",
+            "nearest: ",
+            id="torch for arm64 has no code for Turing",
+        ),
+        pytest.param(
+            image("hopper", kernels="flash-attn-3 torchao"),
+            "torchao 0.18.0 is for linux/amd64; found linux/arm64",
+            "torchao for linux/amd64 only",
+            id="a kernel without a wheel for arm64",
+        ),
+        pytest.param(
+            image("hopper", kernels="xformers", torch="2.10.0"),
+            "torch 2.10.0 has CUDA on linux/amd64; found linux/arm64",
+            "torch 2.11.0",
+            id="a torch without CUDA for arm64",
+        ),
+        pytest.param(
+            image("cpu", torch="2.14.1"),
+            "torch 2.14.1 has no CPU build for cp311 on linux/arm64 in recipes/torch.toml",
+            "torch 2.13.0",
+            id="a torch without a CPU build for arm64",
+        ),
+        pytest.param(
+            image(
+                "hopper",
+                kernels=(
+                    ImageKernel(name="flash-attn-3", platforms=("linux/amd64",)),
+                    ImageKernel(name="xformers"),
+                ),
+            ),
+            "flash-attn-3 is compiled, and on linux/amd64 alone",
+            "flash-attn-3 for linux/amd64 linux/arm64 only",
+            id="a compiled kernel on one platform",
+        ),
+        pytest.param(
+            image("ampere", kernels=(ImageKernel(name="xformers", platforms=("linux/arm64",)),)),
+            "xformers has linux/arm64, which ampere is not built for",
+            "",
+            id="a kernel on a platform that the image lacks",
+        ),
+    ],
+)
+def test_a_platform_is_refused_with_its_reason(made: Image, says: str, nearest: str) -> None:
+    error = refusal(made)
+    assert says in error.why
+    assert nearest in error.do
+
+
+@pytest.mark.parametrize("name", ["cpu", "hopper", "blackwell", "blackwell-frontier"])
+def test_a_platform_has_the_kernels_and_the_machine_code_of_the_first(name: str) -> None:
+    plan = solve(RECIPES.images[name], RECIPES)
+    (arm64,) = plan.others
+    assert (plan.platform, arm64.platform) == BOTH
+    assert (arm64.name, arm64.lock) == (f"{plan.name}-arm64", f"{plan.lock}-arm64")
+    assert arm64.abi == f"{plan.abi}-arm64"
+    assert not arm64.others
+    first = {step.kernel.name: step for step in plan.steps}
+    assert first.keys() - {step.kernel.name for step in arm64.steps} <= {"torchao"}
+    for step in arm64.steps:
+        other = first[step.kernel.name]
+        assert (step.codes, step.tokens) == (other.codes, other.tokens)
+        # Host code is another's; a wheel of Python alone is the same file.
+        assert (step.key == other.key) == (step.kernel.abi == "python")
+
+
+def test_a_reason_that_holds_on_all_platforms_is_named_once() -> None:
+    why = refusal(image("blackwell", kernels="flash-attn-3")).why
+    assert why.count("flash-attn-3 3.0.0 supports sm_90a; found sm_100") == 1
+
+
+def test_an_unresolved_wheel_of_torch_blocks_its_own_platform_alone() -> None:
+    recipes = with_digest()
+    plan = solve(recipes.images["cpu"], recipes)
+    refuse_unresolved(plan)
+    with pytest.raises(AttnimgError, match="cpu can't be published") as caught:
+        refuse_unresolved(plan.others[0])
+    assert "aarch64.whl is unresolved: PyTorch's index" in caught.value.why

@@ -483,5 +483,7 @@ def test_no_file_names_the_registry_but_its_recipe() -> None:
 def test_a_build_is_tagged_by_its_name_and_aliases_whatever_the_registry_is() -> None:
     bake = json.loads((ROOT / "docker/docker-bake.json").read_text())
     for name, plan in PLANS.items():
-        assert bake["target"][name]["tags"] == [f"attnimg:{tag}" for tag in moving_tags(plan)]
+        assert bake["target"][name]["tags"] == [
+            f"attnimg:{tag}${{TAG_END}}" for tag in moving_tags(plan)
+        ]
     assert "REGISTRY" not in bake["variable"]

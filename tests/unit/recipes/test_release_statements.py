@@ -42,7 +42,9 @@ def origin(image: str, revision: str = COMMIT, warnings: tuple[str, ...] = ()) -
     paths = [f"requirements/images/{name}.txt" for name in names]
     return provenance(
         plan,
-        targets=json.loads((ROOT / "docker/docker-bake.json").read_text())["target"],
+        targets=json.loads((ROOT / "docker/docker-bake.json").read_text().replace("${ARCH}", ""))[
+            "target"
+        ],
         locks={path: (ROOT / path).read_text() for path in paths if (ROOT / path).exists()},
         base={"name": "python:3.11-slim-bookworm", "digest": DIGEST},
         image_id=IMAGE_ID,
@@ -86,6 +88,7 @@ def test_the_provenance_has_the_recipe_the_arguments_and_the_builder() -> None:
     assert build["externalParameters"] == {
         "image": "hopper",
         "recipe": "recipes/images/hopper.toml",
+        "platform": "linux/amd64",
         "source": SOURCE,
         "revision": COMMIT,
     }
