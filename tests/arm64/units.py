@@ -1,7 +1,8 @@
-"""Compile one source in CUDA and one in C++ for arm64 natively, crosswise and under qemu-user.
+"""Compile for arm64 by a cross compiler and under qemu-user (`make bench/arm64-units`).
 
-The sources are xFormers', the compilers CUDA's wheels and Debian's g++ in containers of the base.
-The time is what the compilers used of a CPU, in seconds; it hardly depends on other work.
+One source in CUDA and one in C++, of xFormers; for amd64 by its own compilers too. The compilers
+are CUDA's wheels and Debian's g++, in containers of the base. The time is what they used of a CPU,
+in seconds. Writes docs/measured/arm64.json.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ import subprocess
 import sys
 import tarfile
 
-from image import PLACE, PLATFORM, ROOT, bases, say
+from image import PLATFORM, ROOT, bases, merge_record, say
 
 from recipes.read import read_recipes
 from recipes.solve.lock import split_lock
 
-PLACE_OF_UNITS = PLACE / "units"
+PLACE_OF_UNITS = ROOT / "build/arm64-units"
 LOCK = ROOT / "requirements/images"
 PACKAGES = (
     "torch", "nvidia-cuda-runtime", "nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt",
@@ -83,7 +84,7 @@ def compare_units() -> dict[str, dict[str, float]]:
     """Return way -> source -> the CPU seconds of its compilers."""
     shutil.rmtree(PLACE_OF_UNITS, ignore_errors=True)
     PLACE_OF_UNITS.mkdir(parents=True)
-    say("downloading compilers and headers for both processors into build/arm64/units: 3 GB")
+    say("downloading compilers and headers for both processors into build/arm64-units: 3 GB")
     install("x86_64", "")
     install("aarch64", "-arm64")
     fetch_source()
@@ -111,3 +112,7 @@ def compare_units() -> dict[str, dict[str, float]]:
         say(f"  CPU seconds: {found[way]}")
     shutil.rmtree(PLACE_OF_UNITS)
     return found
+
+
+if __name__ == "__main__":
+    merge_record("units", {"cpu_seconds": compare_units()})

@@ -120,7 +120,7 @@ def test_a_machine_without_docker_is_told_so(checkout: Path, tmp_path: Path, ask
     assert do.startswith("  do:  install Docker")
 
 
-OWN, OTHER = ("amd64", "arm64") if platform.machine() == "x86_64" else ("arm64", "amd64")
+OTHER = "arm64" if platform.machine() == "x86_64" else "amd64"
 ASK = """
 import sys; sys.path.insert(0, "docker")
 import base_image
@@ -129,10 +129,14 @@ print(base.name, base.digest)
 """
 
 
-def for_platform(checkout: Path, name: str, target: str) -> subprocess.CompletedProcess[str]:
-    """Ask for a base of a platform, on a machine without mmdebstrap and emulation."""
-    for tool in ("bash", "dirname"):
+def for_platform(
+    checkout: Path, name: str, target: str, *, runs: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """Ask for a base of a platform, on a machine without mmdebstrap, with or without emulation."""
+    for tool in ("bash", "dirname", "grep", "id"):
         (checkout / "bin" / tool).symlink_to(str(shutil.which(tool)))
+    (checkout / "bin/arch-test").write_text(f"#!/bin/sh\nexit {0 if runs else 1}\n")
+    (checkout / "bin/arch-test").chmod(0o755)
     return subprocess.run(
         [sys.executable, "-c", ASK, name, target],
         cwd=checkout, env={"PATH": str(checkout / "bin")},
@@ -143,7 +147,6 @@ def for_platform(checkout: Path, name: str, target: str) -> subprocess.Completed
 @pytest.mark.parametrize(
     ("name", "arch", "found"),
     [
-        pytest.param("attnimg-base:bookworm", OWN, "attnimg-base:bookworm sha256:1", id="its own"),
         pytest.param(PUBLIC, OTHER, f"{PUBLIC} sha256:1", id="an index has all platforms"),
         pytest.param(
             "attnimg-base:bookworm", OTHER, f"attnimg-base:bookworm-{OTHER} sha256:5555",
@@ -168,6 +171,14 @@ def test_a_stand_in_of_another_platform_needs_the_program_that_makes_it(checkout
     assert ("mmdebstrap" in why, do.startswith("  do:  apt-get install mmdebstrap")) == (True, True)
 
 
+def test_a_base_whose_programs_can_not_run_here_is_refused(checkout: Path) -> None:
+    done = for_platform(checkout, PUBLIC, f"linux/{OTHER}", runs=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    first, why, do = done.stderr.splitlines()
+    assert first == f"qemu: this machine can't run programs for {OTHER}"
+    assert ("neither arch-test nor docker" in why, "qemu-user-binfmt" in do) == (True, True)
+
+
 @pytest.mark.parametrize(
     ("runs", "user", "code"),
     [
@@ -178,7 +189,12 @@ def test_a_stand_in_of_another_platform_needs_the_program_that_makes_it(checkout
 def test_only_root_may_let_a_machine_run_another_processor_s_programs(
     checkout: Path, runs: bool, user: int, code: int
 ) -> None:
-    made = {"arch-test": f"exit {0 if runs else 1}", "id": f"echo {user}", "apt-get": "exit 9"}
+    made = {
+        "arch-test": f"exit {0 if runs else 1}",
+        "id": f"echo {user}",
+        "apt-get": "exit 9",
+        "grep": "exit 1",
+    }
     for name, text in made.items():
         (checkout / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
         (checkout / "bin" / name).chmod(0o755)
@@ -192,4 +208,4 @@ def test_only_root_may_let_a_machine_run_another_processor_s_programs(
     assert [line.lstrip().partition(" ")[0] for line in lines] == (
         ["qemu:", "why:", "do:"] if code else []
     )
-    assert not code or "qemu-user-static" in lines[2]
+    assert not code or "qemu-user-binfmt" in lines[2]
