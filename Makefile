@@ -324,6 +324,15 @@ test/public-base: .venv/ready engine ## Build attnimg:cpu on a base made as the 
 	@[ -x "$$(command -v docker-registry)" ] || apt-get install -qy --no-install-recommends docker-registry
 	@$(BIN)/python tests/public_base/run.py
 
+test/arm64: .venv/ready engine ## Build attnimg:cpu for linux/arm64 under qemu-user, without torch where no index has it, and run it; 20 minutes; as root installs qemu-user
+	@PYTHONPATH=.:docker $(BIN)/python tests/arm64/image.py
+
+test/arm64-kernel: .venv/ready engine ## Build xFormers for linux/arm64 and amd64, check and compare both wheels; 20 minutes
+	@PYTHONPATH=.:docker $(BIN)/python tests/arm64/kernel.py
+
+bench/arm64-units: .venv/ready engine ## Compile two sources for arm64 by a cross compiler and under qemu-user; downloads 1 GB; 10 minutes
+	@PYTHONPATH=.:docker:tests/arm64 $(BIN)/python tests/arm64/units.py
+
 test/reproducible: .venv/ready engine ## Build attnimg:cpu twice without a cache and list what differs; 15 minutes
 	@mkdir -p build
 	@$(BIN)/python tests/reproducible/run.py

@@ -95,14 +95,31 @@ def pull(reference: str) -> tuple[BaseImage | None, str]:
     return None, process.stderr.strip().splitlines()[-1] if process.stderr.strip() else "no reason"
 
 
-def stand_in() -> BaseImage:
-    """Make the stand-in unless the engine has it, and return it."""
-    made = subprocess.run([Path(__file__).with_name("base.sh")], check=False)
+def stand_in(arch: str = "") -> BaseImage:
+    """Make the stand-in unless the engine has it, and return it.
+
+    Args:
+        arch: "arm64", for another processor than this machine's; its programs run by qemu-user.
+    """
+    name = f"{STAND_IN}-{arch}" if arch else STAND_IN
+    made = subprocess.run([Path(__file__).with_name("base.sh"), name, "", arch], check=False)
     if made.returncode:
         sys.exit(made.returncode)
-    command = ["docker", "image", "inspect", "--format={{.Id}}", STAND_IN]
+    command = ["docker", "image", "inspect", "--format={{.Id}}", name]
     process = subprocess.run(command, capture_output=True, text=True, check=True)
-    return BaseImage(f"docker-image://{STAND_IN}", STAND_IN, process.stdout.strip())
+    return BaseImage(f"docker-image://{name}", name, process.stdout.strip())
+
+
+def for_platform(base: BaseImage, platform: str) -> BaseImage:
+    """Return the base for another platform than this machine's: the same index, or a stand-in.
+
+    Its programs will run by qemu-user, which docker/qemu.sh installs where it is missing.
+    """
+    arch = platform.rpartition("/")[2]
+    process = subprocess.run([Path(__file__).with_name("qemu.sh"), arch], check=False)
+    if process.returncode:
+        sys.exit(process.returncode)
+    return stand_in(arch) if base.name == STAND_IN else base
 
 
 if __name__ == "__main__":

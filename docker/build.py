@@ -360,7 +360,13 @@ def main() -> None:
         write = arguments.to_cache or bool(os.environ.get("CACHE_WRITE"))
         command += kernel_cache.layer_settings(name, target, targets, cache, write=write)
     base = base_image.fetch_base()
-    os.environ |= {"BASE": base.context, "BASE_NAME": base.name, "BASE_DIGEST": base.digest}
+    os.environ["BASE"] = base.context
+    platform = os.environ["PLATFORM"]
+    # Kernels are compiled by this machine's own programs, for whatever platform.
+    if platform != platforms.own_platform() and not kernels_only:
+        base = base_image.for_platform(base, platform)
+        os.environ[f"BASE_{platform.rpartition('/')[2].upper()}"] = base.context
+    os.environ |= {"BASE_NAME": base.name, "BASE_DIGEST": base.digest}
     os.environ |= source_labels(Path())
     if to_cache:
         sys.exit(fill_cache(name, targets, arguments.kernel, cache, command))

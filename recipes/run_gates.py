@@ -145,6 +145,7 @@ def expected_contents(plan: ImagePlan, recipes: Recipes, *, lock: str) -> Expect
     torch = recipes.torch.get(str(plan.image.torch))
     return ExpectedContents(
         plan=plan,
+        platform=plan.platform,
         torch_archs=torch.archs.get(plan.platform, ()) if torch and plan.toolkit else (),
         pins=pinned_versions(plan, lock=lock),
         base=recipes.bases.get(plan.image.base),

@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,8 @@ def strip(glob: str) -> int:
     would store it twice.
     """
     saved = 0
-    env = {"LD_LIBRARY_PATH": str(BINUTILS / "lib/x86_64-linux-gnu")}
+    triplet = str(sysconfig.get_config_var("MULTIARCH"))
+    env = {"LD_LIBRARY_PATH": str(BINUTILS / "lib" / triplet)}
     for path in filter(has_symbol_table, sorted(SITE.glob(glob))):
         stripped = path.with_name(path.name + ".stripped")
         command = [str(BINUTILS / "bin/strip"), "--strip-unneeded", "-o", str(stripped), str(path)]

@@ -31,7 +31,7 @@ class Elf:
     """One ELF file.
 
     Attributes:
-        machine: "EM_X86_64", "EM_CUDA", "EM_AMDGPU".
+        machine: "EM_X86_64", "EM_AARCH64", "EM_CUDA", "EM_AMDGPU".
         soname: the name by which others need it; empty for none.
         needed: sonames of the libraries it needs.
         search: folders that are searched for them first; $ORIGIN is its own folder.

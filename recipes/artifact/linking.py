@@ -9,21 +9,43 @@ from __future__ import annotations
 import posixpath
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from recipes.artifact.facts import Artifact, Elf, Symbol, visible_elves
 
 # Libraries of a GPU driver, and a pattern of their functions; an image never has them.
 # Source: CUDA 13.0, cuda.h and nvml.h (2026-11-25).
 DRIVER = {"libcuda.so.1": r"cu[A-Z]", "libnvidia-ml.so.1": r"nvml[A-Z]"}
-# Debian's /etc/ld.so.conf.d and the loader's own folders.
+# Debian's /etc/ld.so.conf.d and the loader's own folders; {} is for the processor's triplet.
 _SYSTEM = (
-    "usr/local/lib/x86_64-linux-gnu", "usr/local/lib", "lib/x86_64-linux-gnu",
-    "usr/lib/x86_64-linux-gnu", "lib64", "usr/lib64", "lib", "usr/lib",
+    "usr/local/lib/{}", "usr/local/lib", "lib/{}", "usr/lib/{}",
+    "lib64", "usr/lib64", "lib", "usr/lib",
 )  # fmt: skip
 _PYTHON = re.compile(r"usr/(local/)?bin/python3\.\d+")
 _TORCH = re.compile(r".*/torch/_C\.[\w.-]*so")
 _GLOBAL = re.compile(r".*/torch/lib/libtorch_global_deps\.so")
 _MAX_LINKS = 40  # as in the Linux kernel: more of them are a loop
+
+
+@dataclass(frozen=True, slots=True)
+class Processor:
+    """The processor of a platform, as three programs name it.
+
+    Attributes:
+        elf: in the header of an ELF file.
+        machine: in the names of wheels, and by uname.
+        triplet: in Debian's folders of libraries.
+    """
+
+    elf: str
+    machine: str
+    triplet: str
+
+
+PROCESSORS = {
+    "linux/amd64": Processor("EM_X86_64", "x86_64", "x86_64-linux-gnu"),
+    "linux/arm64": Processor("EM_AARCH64", "aarch64", "aarch64-linux-gnu"),
+}
 
 
 class LoaderView:
@@ -32,10 +54,12 @@ class LoaderView:
     Args:
         elves: path -> shared library or program of the host.
         links: path -> target of that symbolic link.
+        triplet: of the processor, in the names of system folders.
     """
 
-    def __init__(self, elves: Mapping[str, Elf], links: Mapping[str, str]) -> None:
+    def __init__(self, elves: Mapping[str, Elf], links: Mapping[str, str], triplet: str) -> None:
         self.elves = elves
+        self._system = tuple(folder.format(triplet) for folder in _SYSTEM)
         self._links = links
         self._defined_by: dict[str, set[str]] = {}
         for path, elf in elves.items():
@@ -90,7 +114,7 @@ class LoaderView:
                 return place
         if soname in self._loaded and "site-packages" in path:
             return self._loaded[soname]
-        for folder in _SYSTEM:
+        for folder in self._system:
             place = self.resolve_links(f"{folder}/{soname}")
             if place in self.elves:
                 return place
@@ -127,13 +151,17 @@ class LoaderView:
         return any(p in scope and not self.elves[p].versions_defined for p in paths)
 
 
-def loader_view(artifact: Artifact) -> LoaderView:
-    """Return the loader's view of an artifact after Python has run `import torch`."""
+def loader_view(artifact: Artifact, platform: str) -> LoaderView:
+    """Return the loader's view of an artifact after Python has run `import torch`.
+
+    The loader passes over files for another processor than the platform's.
+    """
+    processor = PROCESSORS[platform]
     files = [file for file in (*artifact.below, *artifact.files) if file.visible]
-    elves = {file.path: elf for file, elf in visible_elves(files) if elf.machine == "EM_X86_64"}
+    elves = {file.path: elf for file, elf in visible_elves(files) if elf.machine == processor.elf}
     links = {file.path: file.target for file in files if file.kind == "link"}
     links |= {file.path: f"/{file.target}" for file in files if file.kind == "hardlink"}
-    view = LoaderView(elves, links)
+    view = LoaderView(elves, links, processor.triplet)
     for first, global_symbols in ((_PYTHON, True), (_TORCH, False), (_GLOBAL, True)):
         for path in sorted(path for path in elves if first.fullmatch(path)):
             view.load(path, global_symbols=global_symbols)

@@ -38,6 +38,7 @@ class ExpectedContents:
 
     Attributes:
         plan: of the image.
+        platform: what the artifact is for, "linux/amd64".
         torch_archs: the machine code of its torch; empty if that was not read.
         pins: package -> version, of everything that may be installed.
         base: versions of the base's C and C++ libraries; None if they are not known.
@@ -45,6 +46,7 @@ class ExpectedContents:
     """
 
     plan: ImagePlan
+    platform: str
     torch_archs: tuple[str, ...] = ()
     pins: Mapping[str, str]
     base: Base | None = None

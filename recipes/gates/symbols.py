@@ -32,7 +32,7 @@ def skip_reason(artifact: Artifact, expected: ExpectedContents) -> str:
 
 def check(artifact: Artifact, expected: ExpectedContents) -> tuple[GateFinding, ...]:
     """Resolve every shared library and program of the artifact."""
-    view = loader_view(artifact)
+    view = loader_view(artifact, expected.platform)
     below = {file.path for file in artifact.below}
     findings: list[GateFinding] = []
     for path, elf in view.elves.items():

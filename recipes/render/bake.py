@@ -35,10 +35,11 @@ def bake_file(plans: tuple[ImagePlan, ...]) -> str:
     """Write docker/docker-bake.json.
 
     docker/build.py sets the variables in the environment: PLATFORM, ARCH, TAG_END (of the tags,
-    where PLATFORM is not this machine's), BASE (the base image that is used), BASE_NAME,
-    BASE_DIGEST, VERSION, REVISION, CREATED (for the labels), CA (a CA bundle), TRIM and JOBS (for
-    the kernels: small builds, compilers at a time). A build without docker/build.py says `dev`, and
-    nothing of its base.
+    where PLATFORM is not this machine's), BASE (the base image that is used), BASE_ARM64 or
+    BASE_AMD64 (of a PLATFORM that is not this machine's), BASE_NAME, BASE_DIGEST, VERSION,
+    REVISION, CREATED (for the labels), CA (a CA bundle), TRIM and JOBS (for the kernels: small
+    builds, compilers at a time). A build without docker/build.py says `dev`, and nothing of its
+    base.
     """
     stable = [plan.image.name for plan in plans if plan.image.channel == "stable"]
     frontier = [plan.image.name for plan in plans if plan.image.channel == "frontier"]
@@ -50,6 +51,7 @@ def bake_file(plans: tuple[ImagePlan, ...]) -> str:
             "ARCH": {"default": f'${{PLATFORM == "{PLATFORMS[0]}" ? "" : "{ends[1]}"}}'},
             "TAG_END": {"default": ""},
             "BASE": {"default": f"docker-image://{base.reference}{pinned}"},
+            **{_base_of(platform): {"default": "${BASE}"} for platform in PLATFORMS},
             "BASE_NAME": {"default": ""},
             "BASE_DIGEST": {"default": ""},
             "CA": {"default": "/etc/ssl/certs/ca-certificates.crt"},
@@ -68,7 +70,11 @@ def bake_file(plans: tuple[ImagePlan, ...]) -> str:
             "image": {
                 "context": ".",
                 "dockerfile": "docker/Dockerfile",
-                "contexts": {"base": "${BASE}"},
+                # BuildKit takes the second where a stage is for that platform.
+                "contexts": {
+                    "base": "${BASE}",
+                    **{f"base::{p}": f"${{{_base_of(p)}}}" for p in PLATFORMS},
+                },
                 "secret": ["id=ca,src=${CA}"],
                 "args": {
                     "PYTHON": base.python,
@@ -81,6 +87,11 @@ def bake_file(plans: tuple[ImagePlan, ...]) -> str:
         },
     }
     return generated_json(content, indent=2)
+
+
+def _base_of(platform: str) -> str:
+    """Return the variable with the base for a platform: "BASE_ARM64"."""
+    return f"BASE_{platform.rpartition('/')[2].upper()}"
 
 
 def _targets(plan: ImagePlan) -> dict[str, dict[str, Any]]:

@@ -76,14 +76,16 @@ def cuda(tmp_path_factory: pytest.TempPathFactory) -> Compile:
 
 @pytest.fixture
 def gcc(tmp_path: Path) -> Compile:
-    """Compile C into a shared library without libc: gcc(source, *options, soname=, needs=)."""
+    """Compile C into a shared library without libc: gcc(source, *options, soname=, versions=)."""
     folder = tmp_path / "gcc"
     folder.mkdir()
 
-    def build(source: str, *options: str, soname: str, versions: str = "") -> bytes:
+    def build(
+        source: str, *options: str, soname: str, versions: str = "", compiler: str = "gcc"
+    ) -> bytes:
         (folder / "source.c").write_text(source)
         out = folder / (soname or "program")
-        command = ["gcc", "-fPIC", "-nostdlib", f"-L{folder}", "-o", str(out)]
+        command = [compiler, "-fPIC", "-nostdlib", f"-L{folder}", "-o", str(out)]
         command += [f"-Wl,-soname,{soname}"] if soname else []
         if versions:
             (folder / "versions").write_text(versions)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +21,7 @@ echo "$@" >>calls
 case "$1 $2 $3 $4" in
   "image inspect --format={{{{.Id}}}} "*) echo sha256:5555 ;;
   "image inspect attnimg-base:bookworm "*) echo [] ;;
+  "image inspect attnimg-base:bookworm-"*) [ -e has-other ] && echo [] || exit 1 ;;
   "image inspect "*) echo "no such image" >&2; exit 1 ;;
   "pull -q registry.example.com:5000/team/python@{DIGEST} ") ;;
   "pull -q docker.io/library/python@{DIGEST} ") ;;
@@ -31,7 +34,7 @@ esac
 def checkout(tmp_path: Path) -> Path:
     """A folder with the files of docker/, an unresolved base, and the engine above."""
     (tmp_path / "docker").mkdir()
-    for name in ("base_image.py", "base.sh"):
+    for name in ("base_image.py", "base.sh", "qemu.sh"):
         (tmp_path / "docker" / name).write_bytes((ROOT / "docker" / name).read_bytes())
         (tmp_path / "docker" / name).chmod(0o755)
     write_bake(tmp_path, PUBLIC)
@@ -115,3 +118,94 @@ def test_a_machine_without_docker_is_told_so(checkout: Path, tmp_path: Path, ask
     assert first == "base: there is no base image without docker"
     assert "found no program docker on PATH" in why
     assert do.startswith("  do:  install Docker")
+
+
+OTHER = "arm64" if platform.machine() == "x86_64" else "amd64"
+ASK = """
+import sys; sys.path.insert(0, "docker")
+import base_image
+base = base_image.for_platform(base_image.BaseImage("", sys.argv[1], "sha256:1"), sys.argv[2])
+print(base.name, base.digest)
+"""
+
+
+def for_platform(
+    checkout: Path, name: str, target: str, *, runs: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """Ask for a base of a platform, on a machine without mmdebstrap, with or without emulation."""
+    for tool in ("bash", "dirname", "grep", "id"):
+        (checkout / "bin" / tool).symlink_to(str(shutil.which(tool)))
+    (checkout / "bin/arch-test").write_text(f"#!/bin/sh\nexit {0 if runs else 1}\n")
+    (checkout / "bin/arch-test").chmod(0o755)
+    return subprocess.run(
+        [sys.executable, "-c", ASK, name, target],
+        cwd=checkout, env={"PATH": str(checkout / "bin")},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "arch", "found"),
+    [
+        pytest.param(PUBLIC, OTHER, f"{PUBLIC} sha256:1", id="an index has all platforms"),
+        pytest.param(
+            "attnimg-base:bookworm", OTHER, f"attnimg-base:bookworm-{OTHER} sha256:5555",
+            id="another stand-in",
+        ),
+    ],
+)  # fmt: skip
+def test_the_base_of_another_platform_is_the_same_index_or_another_stand_in(
+    checkout: Path, name: str, arch: str, found: str
+) -> None:
+    (checkout / "has-other").touch()
+    done = for_platform(checkout, name, f"linux/{arch}")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1] == found
+
+
+def test_a_stand_in_of_another_platform_needs_the_program_that_makes_it(checkout: Path) -> None:
+    done = for_platform(checkout, "attnimg-base:bookworm", f"linux/{OTHER}")
+    assert done.returncode == 1
+    first, why, do = done.stderr.splitlines()
+    assert first == "base: there is no base image"
+    assert ("mmdebstrap" in why, do.startswith("  do:  apt-get install mmdebstrap")) == (True, True)
+
+
+def test_a_base_whose_programs_can_not_run_here_is_refused(checkout: Path) -> None:
+    done = for_platform(checkout, PUBLIC, f"linux/{OTHER}", runs=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    first, why, do = done.stderr.splitlines()
+    assert first == f"qemu: this machine can't run programs for {OTHER}"
+    assert ("neither arch-test nor docker" in why, "qemu-user-binfmt" in do) == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("runs", "user", "code"),
+    [
+        pytest.param(True, 1000, 0, id="it can already"),
+        pytest.param(False, 1000, 1, id="it can not, and nobody may install"),
+    ],
+)
+def test_only_root_may_let_a_machine_run_another_processor_s_programs(
+    checkout: Path, runs: bool, user: int, code: int
+) -> None:
+    made = {
+        "arch-test": f"exit {0 if runs else 1}",
+        "id": f"echo {user}",
+        "apt-get": "exit 9",
+        "grep": "exit 1",
+    }
+    for name, text in made.items():
+        (checkout / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (checkout / "bin" / name).chmod(0o755)
+    done = subprocess.run(
+        [str(shutil.which("bash")), "docker/qemu.sh", "arm64"],
+        cwd=checkout, env={"PATH": str(checkout / "bin")},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (code, "")
+    lines = done.stderr.splitlines()
+    assert [line.lstrip().partition(" ")[0] for line in lines] == (
+        ["qemu:", "why:", "do:"] if code else []
+    )
+    assert not code or "qemu-user-binfmt" in lines[2]

@@ -170,7 +170,7 @@ MOUNTED = sorted(
 
 @pytest.mark.parametrize("path", MOUNTED)
 def test_what_the_dockerfile_mounts_is_there(path: str) -> None:
-    assert list(ROOT.glob(re.sub(r"\$[A-Z]+", "*", path))), path
+    assert list(ROOT.glob(re.sub(r"\$[A-Z_]+", "*", path))), path
 
 
 @pytest.mark.parametrize("path", [p for p in MOUNTED if re.fullmatch(r"attnimg/.*[.]py", p)])
@@ -184,7 +184,8 @@ def test_a_file_of_attnimg_that_is_mounted_alone_imports_nothing_else_of_it(path
 def stage(name: str) -> str:
     """Return the text of a stage of the Dockerfile."""
     text = (ROOT / "docker/Dockerfile").read_text(encoding="utf-8")
-    (body,) = re.findall(rf"^FROM \S+ AS {name}\n(.*?)(?=^FROM )", text, re.MULTILINE | re.DOTALL)
+    first = rf"^FROM (?:--platform=\S+ )?\S+ AS {name}\n"
+    (body,) = re.findall(rf"{first}(.*?)(?=^FROM )", text, re.MULTILINE | re.DOTALL)
     return str(body)
 
 
@@ -202,7 +203,7 @@ def test_images_with_one_lock_file_have_equal_inputs_up_to_the_stack() -> None:
     assert {len(values) for values in given.values()} == {1}
 
 
-@pytest.mark.parametrize("name", ["torch", "toolchain", "rocm-toolchain", "unpruned"])
+@pytest.mark.parametrize("name", ["torch", "native-toolchain", "rocm-toolchain", "unpruned"])
 def test_a_stage_installs_the_torch_wheel_that_no_package_index_has(name: str) -> None:
     (install,) = re.findall(r"^/install/install.sh .*-r /torch.txt.*", stage(name), re.MULTILINE)
     assert "--find-links /torch-wheel " in install
@@ -226,7 +227,7 @@ SHARED = ("python", "torch", "stack")
             id="torch's layer reads five files of docker/install",
         ),
         pytest.param(
-            "toolchain", {"install.sh", "every_image.txt", "cuda_home.sh"},
+            "native-toolchain", {"install.sh", "every_image.txt", "cuda_home.sh"},
             id="the toolchain's, without which kernels are compiled again, three",
         ),
     ],

@@ -21,7 +21,9 @@ def judge(tmp_path: Path, child: dict[str, bytes | str]) -> dict[str, GateResult
     image = save(tmp_path / "child.tar", {"etc/os": b""}, OURS, child, history=HISTORY)
     artifact = mark_child(read(image))
     pins = {"torch": "2.13.0", "rich": "15.0.0"}
-    expected = ExpectedContents(plan=PLAN, pins=pins, fixed=frozenset({"torch"}))
+    expected = ExpectedContents(
+        plan=PLAN, platform="linux/amd64", pins=pins, fixed=frozenset({"torch"})
+    )
     gates = [gate_named(name) for name in ("layers", "licences", "pins", "secrets")]
     results = run_all(artifact, expected, gates, ())
     assert "child.tar" in format_report("cpu", artifact, results)

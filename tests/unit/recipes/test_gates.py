@@ -39,7 +39,7 @@ def read(path: Path) -> Artifact:
 def run_gate(
     gate: str, artifact: Artifact, *, plan: ImagePlan = PLAN, **pins: str
 ) -> list[tuple[str, str]]:
-    expected = ExpectedContents(plan=plan, pins=pins)
+    expected = ExpectedContents(plan=plan, platform="linux/amd64", pins=pins)
     return [(f.file, f.found) for f in gate_named(gate).check(artifact, expected)]
 
 
@@ -356,7 +356,9 @@ def test_what_was_compiled_ahead_of_time_has_its_recipe_s_machine_code(
     tmp_path: Path, image: str, place: str, code: str, needs: str | None
 ) -> None:
     files = {f"opt/attnimg/{place}/KEY/kernel.cubin": cubin(code)}
-    expected = ExpectedContents(plan=solve(RECIPES.images[image], RECIPES), pins={})
+    expected = ExpectedContents(
+        plan=solve(RECIPES.images[image], RECIPES), platform="linux/amd64", pins={}
+    )
     artifact = read(save(tmp_path / "image.tar", files))
     faults = gate_named("machine-code").check(artifact, expected)
     assert [(f.found, f.needed.rpartition("/")[2]) for f in faults] == (

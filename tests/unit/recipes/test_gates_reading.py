@@ -57,7 +57,7 @@ def test_an_unpacked_image_is_read_as_one_layer(tmp_path: Path) -> None:
     made = read(tmp_path)
     assert len(run_gate("secrets", made)) == 2
     assert "only an archive has layers" in gate_named("size").skip_reason(
-        made, ExpectedContents(plan=PLAN, pins={})
+        made, ExpectedContents(plan=PLAN, platform="linux/amd64", pins={})
     )
 
 
@@ -167,7 +167,7 @@ def test_an_allowance_takes_its_finding_away_and_says_why(tmp_path: Path) -> Non
         save(tmp_path / "image.tar", {"usr/lib/libx.a": b"a library", "opt/liby.a": b"a library"})
     )
     allowed = Allowance(gate="layers", file="usr/*.a", found="static", reason="gcc links it")
-    expected = ExpectedContents(plan=PLAN, pins={})
+    expected = ExpectedContents(plan=PLAN, platform="linux/amd64", pins={})
     (verdict,) = run_gates.run_all(made, expected, [gate_named("layers")], (allowed,))
     assert [f.file for f in verdict.findings] == ["opt/liby.a"]
     assert [(f.file, why) for f, why in verdict.allowed] == [("usr/lib/libx.a", "gcc links it")]
