@@ -102,7 +102,7 @@ def _kernels(plan: ImagePlan, records: Records, runs: Runs) -> Iterator[tuple[st
                 one.platform,
                 " ".join(sorted(codes, key=sort_key)) or "none of its own",
                 state,
-                _seconds(made.get("cpu_seconds")),
+                _cpu_time(made),
                 _megabytes(made.get("bytes")),
                 made.get("machine", "-"),
                 _on_gpus(step, one.platform, runs),
@@ -210,6 +210,12 @@ def _images(plan: ImagePlan, records: Records) -> Iterator[tuple[str, ...]]:
             record["selftest"],
             f"{record['day']}, {record['revision'][:7]}",
         )
+
+
+def _cpu_time(made: Mapping[str, Any]) -> str:
+    """Return how long a kernel was compiled; none for a build that took most objects from cache."""
+    reused = made.get("objects_reused", 0) > made.get("objects_compiled", 0)
+    return "not known: from the cache" if reused else _seconds(made.get("cpu_seconds"))
 
 
 def _seconds(seconds: float | None) -> str:

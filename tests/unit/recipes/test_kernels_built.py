@@ -46,6 +46,11 @@ def test_a_kernel_has_what_its_record_says() -> None:
     ]  # fmt: skip
 
 
+def test_the_time_of_a_build_from_the_cache_is_not_given() -> None:
+    assert cells(objects_compiled=1, objects_reused=40)[3] == "not known: from the cache"
+    assert cells(objects_compiled=40, objects_reused=1)[3] == "3,607 s"
+
+
 def test_a_kernel_without_a_record_is_marked_as_not_yet_built() -> None:
     found = row("FlashAttention-3")[1:]
     assert found == ["linux/amd64", "sm_90a", "not yet built", "-", "-", "-", "not yet"]
