@@ -195,8 +195,8 @@ base: engine ## Pull the base image by its digest, or make a stand-in of Debian'
 # Refuse a name without a recipe, with the names that have one; and a KERNEL that is not built for it.
 KNOWN = docker/build.py $* --check $(if $(KERNEL),--kernel "$$KERNEL")
 
-# PLATFORM=linux/arm64 is for all targets of images; without it, it is this machine's (docker/platforms.py). The end of
-# the names of files is empty for linux/amd64, that of tags in the engine for this machine's platform.
+# PLATFORM=linux/arm64 is for all targets of images; the default is this machine's (docker/platforms.py). File names have
+# no suffix for linux/amd64, and tags in the engine none for this machine's platform.
 OWN_PLATFORM := linux/$(subst aarch64,arm64,$(subst x86_64,amd64,$(shell uname -m)))
 OF_FILES = $(if $(filter-out linux/amd64,$(or $(PLATFORM),$(OWN_PLATFORM))),-$(notdir $(or $(PLATFORM),$(OWN_PLATFORM))))
 OF_TAG = $(if $(filter-out $(OWN_PLATFORM),$(PLATFORM)),-$(notdir $(PLATFORM)))
@@ -220,7 +220,7 @@ SUBJECT = $(if $(DIGEST),$$($(BIN)/python -m recipes pull $* "$$DIGEST"),attnimg
 # Refuse an unknown image, and one that is not in the engine: docker run would ask docker.io for attnimg:NAME.
 NEEDS_IMAGE = $(if $(DIGEST),$(KNOWN),docker/build.py $* --built "$(or $(CHILD),attnimg:$*$(OF_TAG))")
 
-build/%: ## Build the image attnimg:%, for example build/cpu; WHEELS=dist/% uses existing wheels, PLATFORM=linux/arm64 another CPU
+build/%: ## Build the image attnimg:%, for example build/cpu; WHEELS=dist/% uses existing wheels, PLATFORM=linux/arm64 builds for arm64
 	$(NEEDS_ENGINE)
 	@docker/build.py $*
 
@@ -248,18 +248,18 @@ built/%: .venv/ready ## Record the wheels of dist/%, all or some, in docs/built;
 	$(NEEDS_MACHINE)
 	@$(BIN)/python -m recipes built $* --wheels $(HOUSE) --machine "$$MACHINE"
 
-image-record/%: .venv/ready ## Run the selftest of attnimg:%, and record it with its sizes, as pushed, in docs/built; 1 to 6 minutes
+image-record/%: .venv/ready ## Run the selftest of attnimg:%, and record its result and the image's compressed sizes in docs/built; 1 to 6 minutes
 	@$(NEEDS_IMAGE)
 	@mkdir -p build; base=build/record-$*$(OF_FILES); trap "rm -f $$base.tar $$base.txt" EXIT; \
 	docker run --rm attnimg:$*$(OF_TAG) selftest | tee $$base.txt; \
 	docker save attnimg:$*$(OF_TAG) -o $$base.tar; \
 	$(BIN)/python -m recipes image-record $* --archive $$base.tar --selftest $$base.txt
 
-# Whether an image has kernels to compile; make again, with what is installed already.
+# COMPILED is empty for an image without kernels to compile; AGAIN runs make without installing .venv again.
 COMPILED = $(wildcard docker/images/$*/kernels)
 AGAIN = $(MAKE) -o .venv/ready
 
-whole/%: .venv/ready ## Compile what dist/% lacks, record it, build, gate, test and record attnimg:%; continues after an interruption; MACHINE=
+whole/%: .venv/ready ## Compile what dist/% lacks, record it, build, gate, test and record attnimg:%; continues after an interruption; MACHINE="the build machine"
 	@$(KNOWN)
 	$(if $(COMPILED),$(NEEDS_MACHINE))
 	@$(if $(COMPILED),$(AGAIN) wheels/$* && $(AGAIN) built/$*)
@@ -324,13 +324,13 @@ test/public-base: .venv/ready engine ## Build attnimg:cpu on a base made as the 
 	@[ -x "$$(command -v docker-registry)" ] || apt-get install -qy --no-install-recommends docker-registry
 	@$(BIN)/python tests/public_base/run.py
 
-test/arm64: .venv/ready engine ## Build attnimg:cpu for linux/arm64 under qemu-user, without torch where no index has it, and run it; 20 minutes; as root installs qemu-user
+test/arm64: .venv/ready engine ## Build attnimg:cpu for linux/arm64 under qemu-user, without torch where no index has it, and run it; 20 minutes; installs qemu-user as root
 	@PYTHONPATH=.:docker $(BIN)/python tests/arm64/image.py
 
 test/arm64-kernel: .venv/ready engine ## Build xFormers for linux/arm64 and amd64, check and compare both wheels; 20 minutes
 	@PYTHONPATH=.:docker $(BIN)/python tests/arm64/kernel.py
 
-bench/arm64-units: .venv/ready engine ## Compile two sources for arm64 by a cross compiler and under qemu-user; downloads 1 GB; 10 minutes
+bench/arm64-units: .venv/ready engine ## Compile two source files for arm64 with a cross compiler and under qemu-user; downloads 1 GB; 10 minutes
 	@PYTHONPATH=.:docker:tests/arm64 $(BIN)/python tests/arm64/units.py
 
 test/reproducible: .venv/ready engine ## Build attnimg:cpu twice without a cache and list what differs; 15 minutes

@@ -79,9 +79,9 @@ class LoadedCode:
     def _changed_since(self) -> Iterator[str]:
         """Yield the changed code of modules that were loaded later, such as that of a model.
 
-        They are part of packages that were there before: code of a package that is new here, and
-        that none of them names in its source, was put there from outside. Modules that a compiler
-        wrote into its cache are left out.
+        Their packages were loaded before. Code in them is a replacement if it is of a package that
+        was loaded since, and that no source file of theirs names. Modules that a compiler wrote
+        into its cache are left out.
         """
         packages = {_package(name) for name in self._names}
         new_packages = {_package(name) for name in [*sys.modules]} - packages
@@ -140,7 +140,7 @@ def _replacements(owner: _Owner) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _is_renamed(before: Any, now: Any, known: set[int]) -> bool:
-    """Return whether an attribute has code now that had another name before."""
+    """Return whether an attribute now has code that was known under another name."""
     return _unwrap(now) is not _unwrap(before) and id(_unwrap(now)) in known
 
 

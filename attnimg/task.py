@@ -171,7 +171,7 @@ def find_machine(on: str | None, image: str | None) -> tuple[Machine, str | None
 
 
 def _cpu(gpu: Gpu) -> str | None:
-    """Return the CPU architecture of a GPU's machines; None for one that has several."""
+    """Return the CPU architecture of the machines with a GPU; None if there are several."""
     if gpu.cpu is not None:
         return gpu.cpu
     cpus = cpus_of_machines(gpu.arch)
@@ -216,7 +216,7 @@ def image_warnings(on: str | None, image: str | None) -> tuple[Finding, ...]:
         Finding(
             code="no-image",
             key=None,
-            what=f"no image runs on {gpu.label}: {why}; every package is assumed here",
+            what=f"no image runs on {gpu.label}: {why}; all packages are assumed",
             do="install torch and the kernels on that machine, and run attnimg explain there",
         ),
     )
@@ -235,7 +235,7 @@ def assumed_platform(on: str | None, image: str) -> str:
 
 
 def assumed_text(on: str | None, image: str | None) -> str:
-    """Return the end of a sentence that names an assumed image; empty without one.
+    """Return what a sentence ends with for an assumed image, ", in attnimg:hopper"; or "".
 
     Args:
         on: as in assumed_platform.

@@ -189,9 +189,9 @@ def check_wheels(name: str, files: str, wheels: Path) -> None:
         make = f"make wheels/{name}{platforms.of_make()}"
         one = f"{make} KERNEL={lacking[0]}, or " if lacking else ""
         fail(
-            f"{wheels} does not fit the image {name}",
+            f"{wheels} can't be used for the image {name}",
             "\n       ".join(faults),
-            f"{one}{make}, which compiles what it lacks",
+            f"{one}{make} for all that it lacks",
         )
 
 
@@ -262,7 +262,7 @@ def compile_wheels(
             text = ""
         process = subprocess.run(command, input=text, text=True, check=False)
         if process.returncode:
-            print(f"wheels: {kernel} failed; {folder} is as before", file=sys.stderr)
+            print(f"wheels: {kernel} failed; {folder} is unchanged", file=sys.stderr)
             return process.returncode
         _merge(folder, part / "wheels", wanted)
         shutil.rmtree(part)
@@ -271,7 +271,8 @@ def compile_wheels(
         if kernel_wheels.kept_kernels(folder, wanted)[1]:
             _merge(folder, None, wanted)
     if missing := kernel_wheels.missing_kernels(folder, wanted):
-        print(f"wheels: {folder} has no {', '.join(missing)} yet: make wheels/{name}")
+        make = f"make wheels/{name}{platforms.of_make()}"
+        print(f"wheels: {folder} has no {', '.join(missing)} yet: {make}")
     return 0
 
 
@@ -280,7 +281,8 @@ def _merge(folder: Path, made: Path | None, wanted: kernel_wheels.Wanted) -> Non
     try:
         dropped = kernel_wheels.merge(folder, made, wanted)
     except (kernel_wheels.MergeError, OSError) as error:
-        do = f"make wheels/{wanted.image} again; what was finished before is in {folder}"
+        make = f"make wheels/{wanted.image}{platforms.of_make()}"
+        do = f"{make} again; what was finished before is in {folder}"
         fail("the new wheel can't be merged", str(error), do)
     for text in dropped:
         print(f"wheels: {text}", flush=True)
@@ -380,5 +382,5 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print("build: interrupted; the same command continues", file=sys.stderr)
+        print("build: interrupted; run the same command again to continue", file=sys.stderr)
         sys.exit(130)

@@ -175,7 +175,7 @@ def replace_in_two_steps(folder: Path, part: Path) -> None:
 
 
 def recover(folder: Path) -> None:
-    """Put a wheelhouse back that a killed run had moved away."""
+    """Restore a wheelhouse that a killed run had moved away."""
     if not folder.exists() and _old(folder).exists():
         _old(folder).rename(folder)
 

@@ -52,7 +52,7 @@ def choose_platform(name: str, platforms: Sequence[str]) -> str:
 
 
 def files_end(platform: str) -> str:
-    """Return what the names of a platform's files end with: "" or "-arm64"."""
+    """Return the suffix of the names of a platform's files: "" or "-arm64"."""
     return "" if platform == FIRST else f"-{platform.partition('/')[2]}"
 
 
@@ -63,13 +63,13 @@ def bake_variables(platform: str) -> dict[str, str]:
 
 
 def of_make() -> str:
-    """Return what a command of make ends with, for the platform of bake_variables."""
+    """Return what a make command for this platform ends with: "" or " PLATFORM=linux/arm64"."""
     platform = os.environ.get("PLATFORM", "")
     return f" PLATFORM={platform}" if platform not in ("", own_platform()) else ""
 
 
 def bake_targets(platform: str) -> dict[str, dict[str, Any]]:
-    """Return the targets of the bake file, with a platform in the names of files."""
+    """Return the targets of the bake file, with the file names of a platform."""
     text = BAKE.read_text(encoding="utf-8").replace("${ARCH}", files_end(platform))
     targets: dict[str, dict[str, Any]] = json.loads(text)["target"]
     return targets

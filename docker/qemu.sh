@@ -14,7 +14,7 @@ can_run() {
 if can_run; then exit 0; fi
 if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
   printf 'qemu: %s\n  why: %s\n  do:  %s\n' "this machine can't run programs for $arch" \
-    "neither arch-test nor docker buildx inspect says so; installing qemu-user needs root, on Debian" \
+    "neither arch-test nor docker buildx inspect lists them; installing qemu-user needs root, on Debian" \
     "as root: apt-get install qemu-user qemu-user-binfmt binfmt-support arch-test, of Debian trixie" >&2
   exit 1
 fi

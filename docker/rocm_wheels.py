@@ -26,7 +26,7 @@ _PLATFORM = ("--only-binary=:all:", "--implementation=cp", "--platform=manylinux
 
 
 def read_wanted(name: str) -> dict[str, Any]:
-    """Return what is wanted for an image."""
+    """Return the wheels of torch that an image needs, with their hashes and their index."""
     content = Path(f"docker/images/{name}/rocm.json").read_text(encoding="utf-8")
     return dict(json.loads(content))
 
@@ -116,7 +116,7 @@ def _unverified_lock(wanted: dict[str, Any], found: dict[str, str]) -> str:
     print(
         f"build: warning: nobody has verified these files{lines}\n"
         f"  why: {wanted['unresolved']}\n"
-        "  do:  make lock where the index can be reached, and compare; the image is not published",
+        "  do:  make lock where the index can be reached, and compare; do not publish this image",
         file=sys.stderr,
     )
     return name

@@ -587,5 +587,5 @@ def steps_and_platforms(plan: ImagePlan) -> dict[str, tuple[Step, tuple[Platform
 
 
 def platform_suffix(platform: Platform) -> str:
-    """Return what the names of files for a platform end with: "", or "-arm64"."""
+    """Return the suffix of the names of a platform's files: "" or "-arm64"."""
     return "" if platform == PLATFORMS[0] else f"-{platform.rpartition('/')[2]}"

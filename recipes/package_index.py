@@ -55,9 +55,9 @@ class PackageIndex:
     Args:
         url: of the index, ".../simple"; empty for that of UV_DEFAULT_INDEX or PIP_INDEX_URL, else
             pip's own.
-        base: of the images, for which a wheel has to be, on linux/amd64: the hash of a kernel that
-            is a wheel is of that file. `make lock` refuses a package without one for another
-            platform.
+        base: the base of the images. A wheel must run on it, on linux/amd64: the recipe of a kernel
+            that is a public wheel has the hash of that file. `make lock` refuses a package that
+            has no wheel for another platform.
     """
 
     def __init__(self, url: str = "", *, base: Base) -> None:

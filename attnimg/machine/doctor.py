@@ -146,14 +146,14 @@ def _check_architecture(
     images: Mapping[str, ImageFacts],
     starting: Mapping[str, ImageFacts],
 ) -> Check:
-    """Check that the image has code for the GPU; name the one that has.
+    """Check that the image has code for the GPU; otherwise name an image that has it.
 
     Args:
         machine: with a GPU.
         host: its CPU.
         image: the image of this process; None outside an image.
         images: all images.
-        starting: those that are built for this CPU.
+        starting: those of them that are built for this CPU.
     """
     arch, gpu = machine.arch.name, f"{machine.gpu} ({machine.arch.name})"
     with_code = [one for one in images.values() if arch in one.devices and one.channel == "stable"]

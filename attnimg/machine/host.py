@@ -90,7 +90,7 @@ class Host:
         cpus: CPUs of the affinity mask.
         quota: the smallest quota of the cgroups, in CPUs; None without one.
         threads: OMP_NUM_THREADS; None where it is not set.
-        cpu: the CPU architecture, as platforms of images have it: "amd64", "arm64".
+        cpu: the CPU architecture, as in platforms of images: "amd64", "arm64".
     """
 
     uid: int

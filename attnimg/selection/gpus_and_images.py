@@ -133,7 +133,7 @@ class ImageFacts:
         driver_min: lowest GPU driver version; None without a GPU.
         packages: distribution -> version: those that the recipe names; in an image, all of them.
         kernels: distribution of each attention kernel -> the devices it has code for.
-        kernel_platforms: distribution of each attention kernel -> the platforms it is on.
+        kernel_platforms: distribution of each attention kernel -> the platforms that have it.
         fixed: those of `packages` that nothing may replace: torch, CUDA's, Triton, the kernels.
         version: attnimg's version, or "dev" if it was not built from the commit of a release; None
             in the catalogue.
@@ -271,8 +271,8 @@ def machine_with(
         image: the image.
         arch: the architecture of the GPU.
         label: the GPU's name.
-        cpu: the CPU architecture, whose image may lack a kernel; None for that of the first
-            platform.
+        cpu: the CPU architecture, for which the image may lack a kernel; None for that of the
+            image's first platform.
     """
     if image is None:
         return Machine(arch=arch, gpu=label)

@@ -1,4 +1,4 @@
-"""Check the attention kernel during training, and stop all processes where one is wrong or changed.
+"""Check the attention kernel and the process during training; stop all processes on an error.
 
 At the session's first step, and at every multiple of attn_check_steps, one attention call of the
 first micro-batch is captured with its gradients and compared with the reference
@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 # Backends that the error on a wrong kernel suggests: torch's own, then plain attention.
 _FALLBACKS = ("sdpa", "eager")
 
-# Seconds between two comparisons of the process, each of some 10 ms, where a run has no more checks
-# than attn_check_steps has by default: small models make 200 steps in a second.
+# The least seconds between two comparisons of the process, each of about 10 ms, if a run has at
+# least DEFAULT_STEPS, the default of attn_check_steps, between checks: small models make 200 steps
+# in a second.
 COMPARE_EVERY_S, DEFAULT_STEPS = 30.0, 200
 
 # Compares a call with the reference; the text seeds the choice of the row and the heads.
@@ -184,7 +185,7 @@ class AttentionCheck:
         self._raise_changes([changes for _, changes in results], step, folder)
 
     def require_unchanged(self, step: int, folder: Path) -> None:
-        """Compare the process after the last step; every process calls this.
+        """Raise if the settings of a process have changed by the last step; all processes call it.
 
         Args:
             step: the last step.
@@ -198,7 +199,7 @@ class AttentionCheck:
             self._raise_changes(gather_objects(self._find_changes(step)), step, folder)
 
     def _find_changes(self, step: int) -> list[str]:
-        """Return the changed settings of this process; [] where it was compared a moment ago."""
+        """Return the changed settings of this process; [] if it is too early to compare again."""
         now = time.monotonic()
         rare = self.record.every_steps >= DEFAULT_STEPS
         if self._process is None or (rare and now - self._compared_at < COMPARE_EVERY_S):
@@ -237,15 +238,15 @@ class AttentionCheck:
         since = (
             f"at step {self._last_unchanged}" if self._last_unchanged else "before the first step"
         )
-        otherwise = "find what changes it; attn_check_steps: 0 turns this check off"
+        otherwise = "find the code that changes it; attn_check_steps: 0 turns this check off"
         kept, edits = self._advise(self._last_unchanged, folder, otherwise=otherwise)
         raise KernelError(
-            f"the process was changed while it trained, found at step {step}{where}",
+            f"the process was changed during training, found at step {step}{where}",
             why="\n".join(
                 (
                     *changes[ranks[0]][:5],
-                    f"needed the same as {since}: attnimg and its packages do not change this, "
-                    "but a kernel or other code in the process may",
+                    f"needed the same state as {since}: attnimg and its packages do not change "
+                    "this, but a kernel or other code in the process may",
                     kept,
                 )
             ),

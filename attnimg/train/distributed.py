@@ -179,8 +179,8 @@ def _check_other_rank(store: Any, other: int) -> None:
     """Raise if another process has failed, or belongs to a group of another size.
 
     Args:
-        store: the group's.
-        other: its rank; the size of the group stands for any process whose RANK is not below it.
+        store: the store of the group.
+        other: its rank; the size of the group stands for all processes whose RANK is too large.
     """
     if store.check([_store_key("failed", other)]):
         text = store.get(_store_key("failed", other)).decode(errors="replace")

@@ -30,10 +30,10 @@ _BINDING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
 
 _LIMITS = [value for name, value in vars(resource).items() if name.startswith("RLIMIT_")]
 
-# Python's own limit of recursion.
+# Python's default recursion limit.
 _RECURSION = 1000
 
-# What /proc/self/status has on what the process may do.
+# The lines of /proc/self/status on what the process may do.
 _RIGHTS = ("Uid", "Gid", "Groups", "CapEff", "CapPrm", "CapBnd", "NoNewPrivs", "Seccomp",
            "THP_enabled")  # fmt: skip
 
@@ -48,10 +48,10 @@ def read_settings() -> dict[str, Any]:
     found: dict[str, Any] = torch_settings() | {
         "random numbers of Python": random.getstate(),
         "random numbers of numpy": (numpy_state[1].tobytes(), *numpy_state[2:]),
-        "floating-point errors of numpy": np.geterr(),
-        "rounding of floating-point numbers": _rounding(),
+        "numpy's error state": np.geterr(),
+        "rounding mode of floating-point numbers": _rounding(),
         "garbage collection": (gc.isenabled(), gc.get_threshold()),
-        "hooks of Python": (
+        "exception and display hooks of Python": (
             sys.excepthook,
             threading.excepthook,
             sys.unraisablehook,
@@ -64,16 +64,16 @@ def read_settings() -> dict[str, Any]:
             threading.getprofile(),
         ),
         "limits of Python": (
-            # A deeper recursion is allowed; torch's compiler needs it.
+            # A higher limit is allowed; torch's compiler needs it.
             min(sys.getrecursionlimit(), _RECURSION),
             sys.get_int_max_str_digits(),
             threading.stack_size(),
             getattr(sys, "tracebacklimit", None),
         ),
-        "compiled files of Python": (sys.dont_write_bytecode, sys.pycache_prefix),
+        "bytecode files of Python": (sys.dont_write_bytecode, sys.pycache_prefix),
         "folder for temporary files": tempfile.gettempdir(),
         "decimal numbers": (decimal.getcontext().prec, decimal.getcontext().rounding),
-        "output of Python": (
+        "sys.stdout, sys.stderr and print": (
             *(sys.stdout, sys.stderr, print),
             *(getattr(stream, "encoding", None) for stream in (sys.stdout, sys.stderr)),
             *(getattr(stream, "errors", None) for stream in (sys.stdout, sys.stderr)),
@@ -82,34 +82,34 @@ def read_settings() -> dict[str, Any]:
             logging.root.manager.disable,
             logging.getLogger("transformers").getEffectiveLevel(),
         ),
-        "logging by the root": _root_logging(),
-        "arguments of Python": list(sys.argv),
-        "handler of crashes": faulthandler.is_enabled(),
-        "file that signals write to": _wakeup_file(),
+        "root logger": _root_logging(),
+        "sys.argv": list(sys.argv),
+        "faulthandler": faulthandler.is_enabled(),
+        "wakeup file of signals": _wakeup_file(),
         "locale": locale.setlocale(locale.LC_ALL),
-        "timeout of sockets": (socket.getdefaulttimeout(),),
+        "socket timeout": (socket.getdefaulttimeout(),),
         "standard input, output and error": [_file(number) for number in range(3)],
-        "seconds between switches of threads": sys.getswitchinterval(),
-        "flags of dlopen": sys.getdlopenflags(),
+        "thread switch interval": sys.getswitchinterval(),
+        "dlopen flags": sys.getdlopenflags(),
         # The first one is the default, which is only stored once something asks for it.
-        "start method of processes": multiprocessing.get_start_method(allow_none=True)
+        "start method of multiprocessing": multiprocessing.get_start_method(allow_none=True)
         or multiprocessing.get_all_start_methods()[0],
         "working directory": _directory(),
         # os.umask only returns the umask when it sets another.
         "umask": status["Umask"],
-        "signals blocked": frozenset(signal.pthread_sigmask(signal.SIG_BLOCK, [])),
+        "blocked signals": frozenset(signal.pthread_sigmask(signal.SIG_BLOCK, [])),
         # signal.getsignal misses the signals that C code ignores.
-        "signals ignored": status["SigIgn"],
-        "rights of the process": [status.get(name) for name in _RIGHTS],
-        "group and session": (os.getpgrp(), os.getsid(0)),
+        "ignored signals": status["SigIgn"],
+        "users, groups and capabilities": [status.get(name) for name in _RIGHTS],
+        "process group and session": (os.getpgrp(), os.getsid(0)),
         "scheduling": (os.sched_getscheduler(0), _read_own("timerslack_ns")),
-        "score for the out-of-memory killer": _read_own("oom_score_adj"),
+        "oom_score_adj": _read_own("oom_score_adj"),
         "timers": tuple(
             signal.getitimer(kind)[0] > 0
             for kind in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
         ),
         "priority": os.getpriority(os.PRIO_PROCESS, 0),
-        "CPUs": _cpus(),
+        "CPU affinity": _cpus(),
         "resource limits": [resource.getrlimit(kind) for kind in _LIMITS],
     }
     for number in sorted(signal.valid_signals()):
@@ -118,7 +118,7 @@ def read_settings() -> dict[str, Any]:
 
 
 def _wakeup_file() -> int:
-    """Return the descriptor that each signal writes to; -1 for none, or outside the main thread."""
+    """Return the file descriptor of signal.set_wakeup_fd; -1 for none, or in another thread."""
     if threading.current_thread() is not threading.main_thread():
         return -1
     # Python only returns it when it sets another.

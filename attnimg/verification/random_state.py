@@ -1,4 +1,4 @@
-"""Find whether a call seeded torch's random numbers, or set them to an earlier state."""
+"""Check whether a call seeded torch's random numbers, or set them to an earlier state."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ OUTPUT_BYTES = 64 << 20
 
 _LINE_BYTES = 1 << 20
 
-# The most files of a working folder that a child's own folder has links to.
+# The largest number of files in a working folder for which a child gets a folder with links.
 MOST_LINKS = 5000
 
 
@@ -190,8 +190,8 @@ def _run_child(
 def working_folder() -> Iterator[Path]:
     """Make a folder with links to the files of the working folder, for a child to work in.
 
-    What its kernels leave there is theirs, and never lands among the files of the user. A folder
-    with too many files is used itself.
+    Files that its kernels create there do not stay in the user's folder. A working folder with more
+    than MOST_LINKS files is used itself.
     """
     with tempfile.TemporaryDirectory(prefix="attnimg-proof-", ignore_cleanup_errors=True) as made:
         try:
@@ -207,7 +207,7 @@ def working_folder() -> Iterator[Path]:
 
 
 def _absolute_paths(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables whose paths begin at the working folder, with absolute paths."""
+    """Return the variables that have relative paths, with absolute ones."""
     try:
         here = Path.cwd()
     except OSError:  # it was removed

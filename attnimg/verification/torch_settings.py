@@ -61,7 +61,7 @@ def torch_settings() -> dict[str, Any]:
             torch.backends.cudnn.deterministic,
         ),
         "cuDNN benchmark": torch.backends.cudnn.benchmark,
-        "libraries in use": (torch.backends.cudnn.enabled, torch.backends.mkldnn.enabled),
+        "cuDNN and oneDNN": (torch.backends.cudnn.enabled, torch.backends.mkldnn.enabled),
         "kernels of scaled_dot_product_attention": (
             torch.backends.cuda.flash_sdp_enabled(),
             torch.backends.cuda.mem_efficient_sdp_enabled(),
@@ -70,15 +70,15 @@ def torch_settings() -> dict[str, Any]:
         ),
         "gradient mode": torch.is_grad_enabled(),
         "anomaly detection": torch.is_anomaly_enabled(),
-        "threads of autograd": torch._C._is_multithreading_enabled(),
+        "multithreading of autograd": torch._C._is_multithreading_enabled(),
         "hooks of saved tensors": (
             torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         ),
-        "modes of torch": (
+        "__torch_function__ and __torch_dispatch__ modes": (
             torch._C._len_torch_function_stack(),
             torch._C._len_torch_dispatch_stack(),
         ),
-        "hooks of all modules": tuple(
+        "global module hooks": tuple(
             len(hooks)
             for hooks in (
                 module._global_forward_pre_hooks,
@@ -91,24 +91,24 @@ def torch_settings() -> dict[str, Any]:
             (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
             for kind in ("cpu", "cuda")
         ),
-        "printing of tensors": vars(torch._tensor_str.PRINT_OPTS).copy(),
-        "filling of new tensors": torch.utils.deterministic.fill_uninitialized_memory,
+        "print options of tensors": vars(torch._tensor_str.PRINT_OPTS).copy(),
+        "fill_uninitialized_memory": torch.utils.deterministic.fill_uninitialized_memory,
         "torch.compile": _compiles(),
-        "cache of autocast": torch.is_autocast_cache_enabled(),
-        "sharing of tensors": torch.multiprocessing.get_sharing_strategy(),
+        "autocast cache": torch.is_autocast_cache_enabled(),
+        "sharing strategy of tensors": torch.multiprocessing.get_sharing_strategy(),
         "threads of torch": (torch.get_num_threads(), torch.get_num_interop_threads()),
         "flush-denormal": _flushes_denormals(),
-        "loading of weights": (
+        "torch.load": (
             frozenset(torch.serialization.get_safe_globals()),
             torch.serialization.get_default_mmap_options(),
         ),
-        "checkpointing of activations": (
+        "activation checkpointing": (
             torch.utils.checkpoint.DefaultDeviceType.get_device_type(),
             torch.utils.checkpoint._checkpoint_debug_enabled,
         ),
         "einsum": (torch.backends.opt_einsum.enabled, torch.backends.opt_einsum.strategy),
         "device and stream": _current_stream(),
-        "kernels of torch's operators": _registered_kernels(),
+        "registered kernels of torch's operators": _registered_kernels(),
         **{f"torch._C.{name}": _flag(name) for name in _FLAGS},
     }
 

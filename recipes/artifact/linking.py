@@ -29,12 +29,12 @@ _MAX_LINKS = 40  # as in the Linux kernel: more of them are a loop
 
 @dataclass(frozen=True, slots=True)
 class Processor:
-    """The processor of a platform, as three programs name it.
+    """The names of a platform's processor.
 
     Attributes:
-        elf: in the header of an ELF file.
-        machine: in the names of wheels, and by uname.
-        triplet: in Debian's folders of libraries.
+        elf: that in the header of an ELF file.
+        machine: that in the names of wheels, which uname prints.
+        triplet: that of Debian's folders of libraries.
     """
 
     elf: str
@@ -154,7 +154,7 @@ class LoaderView:
 def loader_view(artifact: Artifact, platform: str) -> LoaderView:
     """Return the loader's view of an artifact after Python has run `import torch`.
 
-    The loader passes over files for another processor than the platform's.
+    The loader skips files for another processor than the platform's.
     """
     processor = PROCESSORS[platform]
     files = [file for file in (*artifact.below, *artifact.files) if file.visible]

@@ -34,7 +34,7 @@ def check(artifact: Artifact, expected: ExpectedContents) -> tuple[GateFinding, 
 def _check_versions(
     installed: tuple[Distribution, ...], pins: Mapping[str, str], *, image: str = ""
 ) -> Iterator[GateFinding]:
-    """Compare packages with pins; `image` is that of a wheelhouse, whose wheels can be added."""
+    """Compare packages with pins; `image`: that of a wheelhouse, to which wheels can be added."""
     do = "make lock and build again; install nothing by hand"
     seen: dict[str, Distribution] = {}
     for package in installed:
@@ -79,7 +79,7 @@ def _check_wheelhouse(artifact: Artifact, plan: ImagePlan) -> Iterator[GateFindi
     kernels = listed if isinstance(listed, list) else []
     keys = {str(one.get("name")): one.get("key") for one in kernels if isinstance(one, dict)}
     for step in plan.steps:
-        # One that is missing was found above.
+        # A missing kernel was found above.
         if step.kernel.form != "wheel" and keys.get(step.kernel.name, step.key) != step.key:
             found = f"key {keys.get(step.kernel.name)} of {step.kernel.name}"
             yield GateFinding("manifest.json", found, f"{step.key}, this recipe's", do)

@@ -1,8 +1,8 @@
-"""Refuse programs and libraries for another processor than the image's platform.
+"""Refuse programs and libraries for a processor other than that of the image's platform.
 
-The loader passes over such a library as if it were not there, and Python says "cannot open shared
-object file". It comes from a wheel of another platform, or from a cross compiler that was not told
-its target. A wheel's name has to say the platform too, since installers go by it. Machine code of
+The dynamic loader skips such a library, and Python raises "cannot open shared object file". It
+comes from a wheel for another platform, or from a cross compiler without the right target. The
+name of a wheel must have the platform too, since installers choose wheels by it. Machine code for
 GPUs is checked by the gate `machine-code`.
 """
 
@@ -23,7 +23,7 @@ def check(artifact: Artifact, expected: ExpectedContents) -> tuple[GateFinding, 
     """Compare the processor of each ELF file, and the name of each wheel, with the platform."""
     processor = PROCESSORS[expected.platform]
     needed = f"{processor.elf}, the processor of {expected.platform}"
-    do = f"use its build for {processor.machine}, or compile it for that, or prune it"
+    do = f"use its build for {processor.machine}, compile it for that, or remove it"
     found = [
         GateFinding(file.path, f"machine code for {elf.machine}", needed, do)
         for file, elf in visible_elves(artifact.files)
@@ -36,13 +36,13 @@ def check(artifact: Artifact, expected: ExpectedContents) -> tuple[GateFinding, 
 
 
 def _check_names(artifact: Artifact, machine: str) -> Iterator[GateFinding]:
-    """Find wheels whose names are for another platform, or invalid."""
+    """Yield a finding for each wheel whose name is invalid, or is for another platform."""
     for layer in artifact.layers:
         try:
             platforms = {tag.platform for tag in parse_wheel_filename(layer.name)[3]}
         except InvalidWheelFilename:
             needed = "NAME-VERSION-PYTHON-ABI-PLATFORM.whl"
-            yield GateFinding(layer.name, "no name of a wheel", needed, "build it again")
+            yield GateFinding(layer.name, "not the name of a wheel", needed, "build it again")
             continue
         wrong = sorted(p for p in platforms if p != "any" and not p.endswith(f"_{machine}"))
         if wrong:

@@ -32,7 +32,7 @@ def build_record(
     machine: str,
     earlier: Mapping[str, Any],
 ) -> str:
-    """Write the record of a wheelhouse, which may have only some of its image's kernels.
+    """Return the record of a wheelhouse, which may have only some of its image's kernels.
 
     A wheel that the earlier record has keeps its day and machine. If a build took its objects from
     the cache, its times have no meaning: those of the earlier record, whose build compiled them,
@@ -82,7 +82,7 @@ def _refuse_other_platform(manifest: Mapping[str, Any], platform: str) -> None:
                 f"the wheels are not for {platform}",
                 why=f"found {', '.join(wrong)}, for {found}",
                 do=f"make built/{manifest['image']} PLATFORM={found}, or make wheels/"
-                f"{manifest['image']} for {platform}",
+                f"{manifest['image']} PLATFORM={platform}",
                 code="bad-wheelhouse",
             )
 
@@ -202,7 +202,7 @@ def image_record(
         raise AttnimgError(
             f"the image {name} is not recorded",
             why="\n".join(faults),
-            do=f"make build/{name}, and make test/{name}",
+            do=f"make build/{name}, fix what make test/{name} finds, and record it again",
             code="bad-image",
             exit_code=1,
         )
@@ -221,7 +221,7 @@ def image_record(
 
 
 def find_kernel(step: Step, record: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return what the record of an image says of a kernel; None if it was not built."""
+    """Return the entry of a kernel in the record of an image; None if it was not built."""
     return next((one for one in record.get("kernels", ()) if one["name"] == step.kernel.name), None)
 
 

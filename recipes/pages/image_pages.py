@@ -39,14 +39,14 @@ def images_page(plans: tuple[ImagePlan, ...]) -> str:
             where += [text for text in (f"`{image}`",) if text not in where]
     return (
         f"<!-- {NOTICE} -->\n\n# Images\n\n"
-        f"Every image has Python {base.python} on Debian {base.debian}. On each of its platforms\n"
-        "it has the same versions, without the kernels that are not there.\n"
+        f"Every image has Python {base.python} on Debian {base.debian}, and the same versions on\n"
+        "all its platforms. The table marks kernels that a platform lacks.\n"
         "The size limit is that of the compressed image. `frontier` images have a newer torch and\n"
         "CUDA.\n\n"
         f"{markdown_table(_IMAGE_HEAD, [_image_row(plan) for plan in plans])}"
         "\n## Which image for which GPU\n\n"
         f"{markdown_table(('GPU', '`--on`', 'Image'), _gpu_rows(plans))}"
-        "\nWhat of it was built, with sizes and times: [kernels built](kernels-built.md).\n"
+        "\n[Kernels built](kernels-built.md) lists what was built, with sizes and times.\n"
         "\n## Base image\n\n"
         f"{_base_text(base)}"
         "\n## Unresolved values\n\n"

@@ -1,4 +1,4 @@
-"""Write docs/kernels-built.md: what was built for each image, by which machine, tested where."""
+"""Write docs/kernels-built.md: what was built for each image, on which machine, and its tests."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ _HEAD = f"""<!-- {NOTICE} -->
 
 Everything here comes from records: `docs/built/` has one for each image and platform, which
 `make built/NAME`, `make fa4-kernels/NAME`, `make triton-kernels/NAME` and `make image-record/NAME`
-write from the files themselves. *From an earlier recipe*: the recipe has changed since, and
-the kernel has to be compiled again.
+write from the files themselves. *From an earlier recipe*: the recipe has changed since, so the
+kernel must be compiled again.
 """
 _KERNELS = """
-Machine code is what was found in the libraries of a wheel, or what will be compiled. *On a GPU* is
-the result of proofs of the same version, in any build: [runs on GPUs](gpu-runs.md) has the details.
+*Machine code* was read from the libraries of the wheel; for a kernel that is not built, it is the
+recipe's. *On a GPU* has the results of proofs of the same version, in any build; [runs on
+GPUs](gpu-runs.md) has the details.
 """
 _SETS = """
 ## Kernels that are compiled ahead of time
@@ -47,12 +48,12 @@ unpacked; and the result of `attnimg selftest` in it.
 """
 # The states of a proof that ran.
 _RAN = ("passed", "failed", "crash", "timeout")
-# The begin of the names of records of kernels compiled ahead of time -> what they are.
+# How the names of records of kernels compiled ahead of time begin -> what they are.
 _AHEAD = {"fa4": "{}", "triton": "{}'s Triton kernels"}
 
 
 def kernels_built_page(plans: Iterable[ImagePlan], records: Records, runs: Runs) -> str:
-    """Write the page.
+    """Return the text of the page.
 
     Args:
         plans: of all images.
@@ -100,7 +101,7 @@ def _kernels(plan: ImagePlan, records: Records, runs: Runs) -> Iterator[tuple[st
             yield (
                 f"{step.kernel.summary} {step.kernel.version}",
                 one.platform,
-                " ".join(sorted(codes, key=sort_key)) or "none of its own",
+                " ".join(sorted(codes, key=sort_key)) or "none in the wheel",
                 state,
                 _cpu_time(made),
                 _megabytes(made.get("bytes")),
@@ -164,21 +165,21 @@ def _sets(plan: ImagePlan, records: Records) -> Iterator[tuple[str, ...]]:
 def _set_state(
     step: Step, record: Mapping[str, Any], made: Mapping[str, Any], *, calls: int
 ) -> str:
-    """Return whether the kernels for a GPU were compiled, and of what; `calls` is the recipe's."""
+    """Return whether the kernels for a GPU were compiled; `calls` is their number in the recipe."""
     if not made:
         return NOT_BUILT
     version = record["fingerprint"].get(step.kernel.name)
     if version != step.kernel.version:
-        return f"{record['date']}, of {version}"
+        return f"{record['date']}, of version {version}"
     return (
-        f"{record['date']}, of an earlier set"
+        f"{record['date']}, from an earlier recipe"
         if made["calls"] != calls
         else f"built, {record['date']}"
     )
 
 
 def _calls(plan: ImagePlan, kind: str, device: str) -> int:
-    """Return for how many calls an image's recipe has kernels compiled ahead of time."""
+    """Return the number of calls for which a recipe has kernels compiled ahead of time."""
     asked = json.loads(kernel_sets((plan,))[f"docker/images/{plan.name}/{kind}_kernels.json"])
     each = math.prod(
         len(asked.get(axis, "x")) for axis in ("dtypes", "varlen", "gradient", "causal")
@@ -213,7 +214,7 @@ def _images(plan: ImagePlan, records: Records) -> Iterator[tuple[str, ...]]:
 
 
 def _cpu_time(made: Mapping[str, Any]) -> str:
-    """Return how long a kernel was compiled; none for a build that took most objects from cache."""
+    """Return the CPU time of a build; unknown if it took most objects from the cache."""
     reused = made.get("objects_reused", 0) > made.get("objects_compiled", 0)
     return "not known: from the cache" if reused else _seconds(made.get("cpu_seconds"))
 

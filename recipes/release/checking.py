@@ -64,7 +64,7 @@ def check_released(
         name: of the image.
         folder: for the clean engine, removed afterwards.
         expected: kind -> file that was attested, where this checkout has them.
-        platform: that under which a manifest list has it; empty for any.
+        platform: that of its entry in a manifest list; empty for any.
 
     Raises:
         AttnimgError: as verify_statements and run_clean; or it is for another platform than the
@@ -184,7 +184,7 @@ def run_clean(image: Verified, repository: Repository, *, folder: Path) -> str:
     """
     reference = repository.at(image.digest)
     if image.platform != (here := f"linux/{cpu_name(os.uname().machine)}"):
-        return _pull_only(image, repository, folder, why=f"this machine is {here}, it was not run")
+        return _pull_only(image, repository, folder, why=f"it was not run: this machine is {here}")
     with clean_engine(folder / "engine", size=image.size) as engine:
         if not engine:
             why = "no second engine could be started"

@@ -204,5 +204,5 @@ def _summary(record: Record, step: str | None) -> str:
     ]
     if record.tags:
         lines.append(f"  tags: {', '.join(record.tags)}, for {', '.join(record.listed)}")
-    lines += [f"  not {platform}: {why}" for platform, why in record.left_out.items()]
+    lines += [f"  without {platform}: {why}" for platform, why in record.left_out.items()]
     return "\n".join(lines)

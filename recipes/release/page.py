@@ -27,7 +27,7 @@ def verify_part(registry: Registry) -> str:
     types = " ".join(name for name, _ in KINDS.values())
     return f"""```bash
 IMAGE={repository}
-# A tag names a list with one image for each platform; each image is signed.
+# A tag names a manifest list with one image for each platform; each image is signed.
 IMAGE=$IMAGE@$(docker buildx imagetools inspect --raw "$IMAGE:hopper" |
   jq -er '.manifests[] | select(.platform.architecture == "amd64").digest')
 WHO=(--certificate-identity-regexp '{registry.identity}'

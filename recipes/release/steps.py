@@ -268,7 +268,7 @@ def promote(job: Release) -> Record:
     ]
     for platform, why in left_out.items():
         have = " and ".join(records)
-        report(f"  warning: the tags name {have} alone, without {platform}: {why}")
+        report(f"  warning: the tags have {have} only, without {platform}: {why}")
     first = solve(job.plan.image, job.recipes)
     fixed = tags.immutable_tag(first, version=record.version, revision=record.revision)
     digest = transfer.push_list(images, job.repository)
@@ -282,7 +282,7 @@ def promote(job: Release) -> Record:
             raise AttnimgError(
                 f"the tag {name} was not set",
                 why=f"found {found} under it, needed {digest}",
-                do=f"{make_target('promote', job.name)} again; is another release running?",
+                do=f"{make_target('promote', job.name)} again, when no other release is running",
                 code="tag-taken",
                 exit_code=1,
             )

@@ -57,8 +57,8 @@ def refuse_changed(tag: str, *, found: str | None, digest: str) -> None:
     if found not in (None, digest):
         raise AttnimgError(
             f"the tag {tag} is taken",
-            why=f"found {found} under it, needed {digest} or nothing: others may have pinned it. A "
-            "list that gets another platform later is another one, too",
+            why=f"found {found} under it, needed {digest} or nothing: others may have pinned it. "
+            "With another platform, a manifest list has another digest",
             do="release another commit, or another version of pyproject.toml; never move this tag",
             code="tag-taken",
             exit_code=1,

@@ -1,4 +1,4 @@
-"""Move images and lists of them between a folder and a registry with skopeo, always by digest."""
+"""Copy images and manifest lists between folders and registries with skopeo, always by digest."""
 
 from __future__ import annotations
 
@@ -113,9 +113,9 @@ def push_list(images: Iterable[Listed], repository: Repository) -> str:
 
 
 def read_list(reference: str, repository: Repository) -> tuple[str, dict[str, str]]:
-    """Return the digest of what has a name in the registry, and platform -> digest of its images.
+    """Return the digest of a reference in the registry, and platform -> digest of its images.
 
-    The manifest of one image, without a list, has the platform of its configuration.
+    The platform of a single image is that of its configuration.
 
     Args:
         reference: REPOSITORY:TAG or REPOSITORY@DIGEST.
@@ -139,7 +139,7 @@ def read_list(reference: str, repository: Repository) -> tuple[str, dict[str, st
             raise AttnimgError(
                 f"{reference} is not a list of images",
                 why="found an entry without a platform or the digest of a manifest",
-                do="name the digest of one image, or correct REGISTRY",
+                do="give the digest of one image, or correct REGISTRY",
                 code="not-an-image",
                 exit_code=1,
             )
@@ -188,7 +188,7 @@ def read_manifest(reference: str, repository: Repository) -> tuple[str, dict[str
         raise AttnimgError(
             f"{reference} is not an image",
             why=f"found {fault}, needed the manifest of one image",
-            do="name the digest of one image, or correct REGISTRY",
+            do="give the digest of one image, or correct REGISTRY",
             code="not-an-image",
             exit_code=1,
         )
@@ -283,13 +283,13 @@ def _digest_of(reference: str, repository: Repository) -> str | None:
 
 
 def tag(digest: str, name: str, repository: Repository) -> None:
-    """Add a tag to an image or a list of the registry; it stays byte for byte the same.
+    """Add a tag to an image or a manifest list in the registry, without changing a byte of it.
 
     Raises:
         AttnimgError: the registry does not take it (code "registry").
     """
     tls = f"{not repository.loopback}".lower()
-    # Of a list, the list itself: its images are in the same repository.
+    # index-only: the images of a list are already in the same repository.
     command = ["skopeo", "copy", "-q", "--preserve-digests", "--multi-arch=index-only"]
     command += [f"--src-tls-verify={tls}", f"--dest-tls-verify={tls}"]
     run(

@@ -9,7 +9,7 @@
 An arrow is a named context: BuildKit builds the target on its left first, and again only if its
 inputs have changed. NAME_common has the arguments that all of them share.
 
-A target is for one platform, PLATFORM. It decides ARCH, the end of the names of its files
+A target is for one platform, PLATFORM. ARCH follows from it: the suffix of its files' names
 ("-arm64"; empty for the first platform), which is in the arguments IMAGE and LOCK.
 """
 

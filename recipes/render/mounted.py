@@ -1,6 +1,6 @@
 """Write the files that the Dockerfile mounts for one image: docker/images/NAME/, constraints.
 
-On another platform than the first, NAME ends with it: docker/images/hopper-arm64.
+For a platform other than the first, NAME ends with its CPU: docker/images/hopper-arm64.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def lock_all(plans: tuple[ImagePlan, ...], *, root: Path) -> list[str]:
 
 
 def _pins_of(plan: ImagePlan, texts: dict[str, str]) -> str:
-    """Return the packages of an image and its toolchain, of those files that are resolved."""
+    """Return the packages of an image and its toolchain that are resolved already."""
     names = (plan.name, f"toolchain-{plan.lock}")
     return "".join(texts.get(f"{FOLDER}/{name}.txt", "") for name in names)
 

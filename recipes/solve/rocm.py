@@ -21,7 +21,7 @@ _FILE = "recipes/torch.toml"
 def lock_rocm(recipes: Recipes, *, root: Path) -> Iterator[str]:
     """Ask the index of each ROCm build that an image has for its hashes; yield what was found.
 
-    Where the index does not answer, they stay what they were, with a sentence.
+    Where the index does not answer, the hashes stay as they are, and the reason is yielded.
     """
     text = (root / _FILE).read_text(encoding="utf-8")
     for image in recipes.images.values():
@@ -61,7 +61,7 @@ def _find_hashes(image: Image, build: RocmBuild) -> dict[str, list[str]] | str:
         command, input="\n".join(wanted), capture_output=True, text=True, check=False
     )
     if process.returncode:
-        return " ".join(process.stderr.split()) or "uv fails"
+        return " ".join(process.stderr.split()) or f"uv exited with {process.returncode}"
     found = {
         block.split(" ")[0]: [
             line.split("sha256:")[1].strip(" \\\n") for line in block.splitlines()[1:]

@@ -46,7 +46,7 @@ def reasons_against(image: Image, recipes: Recipes) -> tuple[str, ...]:
     """Return every reason why an image can't be built; none means that it can."""
     found = [*_check_names(image, recipes), *_check_stack(recipes)]
     for platform in image.platforms:
-        # A reason that holds on every platform is named once, without one.
+        # A reason that holds on every platform is given once.
         found += _reasons_on_platform(on_platform(image, platform), recipes)
     return tuple(dict.fromkeys(found))
 
@@ -88,7 +88,7 @@ def _check_names(image: Image, recipes: Recipes) -> Iterator[str]:
         limited = image_kernel.platforms and set(image_kernel.platforms) != set(image.platforms)
         if limited and kernel and kernel.form != "wheel":
             yield (
-                f"{kernel.name} is compiled, and on {' '.join(image_kernel.platforms)} alone; "
+                f"{kernel.name} is compiled, and limited to {' '.join(image_kernel.platforms)}; "
                 "the bake file compiles the same kernels on all platforms"
             )
     names = [image_kernel.name for image_kernel in image.kernels]
@@ -123,7 +123,7 @@ def _check_base_and_torch(image: Image, recipes: Recipes) -> Iterator[str]:
         yield f"torch {image.torch} has no CPU build for {python}{on} in recipes/torch.toml"
     if image.accelerator == "cuda" and torch and platform not in torch.platforms:
         has = " ".join(torch.platforms)
-        yield f"torch {image.torch} has CUDA on {has}; found {platform}"
+        yield f"torch {image.torch} has a CUDA build for {has}; found {platform}"
     if image.accelerator == "cuda":
         yield from _check_cuda(image, recipes)
     if image.accelerator == "rocm" and torch:

@@ -61,7 +61,7 @@ def set_hash(text: str, version: str, name: str, sha256: str) -> str:
 
 
 def _find_hash(name: str, plan: ImagePlan, index: str) -> tuple[str, str]:
-    """Return the sha256 of a wheel in an index or a folder; where there is none, "" and why."""
+    """Return the sha256 of a wheel in an index or a folder, or "" and why it was not found."""
     where = [f"--index-url={index}"]
     if Path(index).is_dir():
         where = ["--no-index", f"--find-links={index}"]
@@ -77,7 +77,7 @@ def _find_hash(name: str, plan: ImagePlan, index: str) -> tuple[str, str]:
         env = {**os.environ, **settings}
         process = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     if process.returncode:
-        lines = process.stderr.strip().splitlines() or [f"pip exits with {process.returncode}"]
+        lines = process.stderr.strip().splitlines() or [f"pip exited with {process.returncode}"]
         return "", f"pip found none in {index}, or did not reach it: {lines[-1]}"
     (found,) = json.loads(process.stdout)["install"]
     info = found["download_info"]

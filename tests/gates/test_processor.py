@@ -84,7 +84,7 @@ def test_code_of_gpus_scripts_and_data_are_for_any_processor(cuda, tmp_path: Pat
         ("ext-1-cp39-abi3-manylinux_2_17_aarch64.manylinux2014_aarch64.whl", []),
         ("ext-1-py3-none-any.whl", []),
         ("ext-1-cp311-cp311-linux_x86_64.whl", ["the platform linux_x86_64 in its name"]),
-        ("ext-1-cp311.whl", ["no name of a wheel"]),
+        ("ext-1-cp311.whl", ["not the name of a wheel"]),
     ],
 )
 def test_the_name_of_a_wheel_says_the_platform_of_what_is_in_it(

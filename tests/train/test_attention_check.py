@@ -303,14 +303,14 @@ CHANGES: dict[str, tuple[Callable[[], object], str]] = {
         "torch.optim.adamw.AdamW: step was replaced by code of",
     ),
     "the root logger": (
-        lambda: logging.getLogger().setLevel(logging.ERROR), "logging by the root",
+        lambda: logging.getLogger().setLevel(logging.ERROR), "root logger",
     ),
     "a variable": (
         lambda: os.environ.update(CUDA_VISIBLE_DEVICES="7"), "CUDA_VISIBLE_DEVICES changed"
     ),
     "a hook of all modules": (
         lambda: torch.nn.modules.module.register_module_forward_hook(print_nothing),
-        "hooks of all modules",
+        "global module hooks",
     ),
 }  # fmt: skip
 
@@ -349,9 +349,9 @@ def test_a_process_that_a_kernel_changes_late_is_stopped_by_name(
         run(made, tmp_path / "out", attn_check_steps=2, save_steps=1, max_steps=8)
     error = caught.value
     assert (error.code, error.exit_code) == ("process-state", 1)
-    assert error.what == "the process was changed while it trained, found at step 4"
+    assert error.what == "the process was changed during training, found at step 4"
     assert text in error.why
-    assert "needed the same as at step 2" in error.why
+    assert "needed the same state as at step 2" in error.why
     assert f"set resume_from_checkpoint: {tmp_path / 'out/checkpoint-2'}" in error.do
 
 
@@ -414,4 +414,4 @@ def test_a_run_with_few_checks_is_compared_once_in_a_while_and_at_its_end(
         pass
     with pytest.raises(AttnimgError, match="found at step 201") as caught:
         check.require_unchanged(201, tmp_path)
-    assert "needed the same as at step 1:" in caught.value.why
+    assert "needed the same state as at step 1:" in caught.value.why

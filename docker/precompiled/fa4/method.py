@@ -93,7 +93,7 @@ def refuse_other_cpu(machine: str) -> None:
         sys.exit(
             "precompiled: the launchers of FlashAttention-4's kernels are compiled for x86-64\n"
             f"  why: found {machine}; no entry was tried on another CPU\n"
-            "  do:  let retarget.py and entries.py compile and check for it, and try such an image"
+            "  do:  add this CPU to retarget.py and entries.py, then build and test such an image"
         )
 
 

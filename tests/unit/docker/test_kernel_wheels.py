@@ -254,7 +254,7 @@ def test_an_image_is_not_built_from_a_part_of_its_wheels(docker: Path) -> None:
     done = install(docker, NAME)
     assert (done.returncode, len(compiled(docker))) == (1, before)
     what, *why, do = done.stderr.splitlines()
-    assert what == f"build: {house(docker)} does not fit the image {NAME}"
+    assert what == f"build: {house(docker)} can't be used for the image {NAME}"
     assert [line.split("the kernel ")[1] for line in why] == [
         f"{name} is missing" for name in (SECOND, THIRD)
     ]

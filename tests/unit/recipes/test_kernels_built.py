@@ -140,11 +140,11 @@ WHAT = "FlashAttention-4, sm_90"
         ({**SET, "targets": {}}, [WHAT, "-", "not yet built", "-", "-", "-"]),
         (
             {**SET, "targets": {"sm_90": {**SET["targets"]["sm_90"], "calls": 96}}},
-            [WHAT, "192", "2026-11-26, of an earlier set", "529 s", "15.0 MB", "2 cores"],
+            [WHAT, "192", "2026-11-26, from an earlier recipe", "529 s", "15.0 MB", "2 cores"],
         ),
         (
             {**SET, "fingerprint": {"flash-attn-4": "4.0.0b35"}},
-            [WHAT, "192", "2026-11-26, of 4.0.0b35", "529 s", "15.0 MB", "2 cores"],
+            [WHAT, "192", "2026-11-26, of version 4.0.0b35", "529 s", "15.0 MB", "2 cores"],
         ),
     ],
     ids=["none", "built", "another GPU's", "of fewer models", "of an earlier version"],

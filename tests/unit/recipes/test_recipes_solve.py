@@ -589,7 +589,7 @@ BOTH = ("linux/amd64", "linux/arm64")
         ),
         pytest.param(
             image("hopper", kernels="xformers", torch="2.10.0"),
-            "torch 2.10.0 has CUDA on linux/amd64; found linux/arm64",
+            "torch 2.10.0 has a CUDA build for linux/amd64; found linux/arm64",
             "torch 2.11.0",
             id="a torch without CUDA for arm64",
         ),
@@ -607,7 +607,7 @@ BOTH = ("linux/amd64", "linux/arm64")
                     ImageKernel(name="xformers"),
                 ),
             ),
-            "flash-attn-3 is compiled, and on linux/amd64 alone",
+            "flash-attn-3 is compiled, and limited to linux/amd64",
             "flash-attn-3 for linux/amd64 linux/arm64 only",
             id="a compiled kernel on one platform",
         ),
