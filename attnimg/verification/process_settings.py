@@ -99,10 +99,10 @@ def read_settings() -> dict[str, Any]:
         or multiprocessing.get_all_start_methods()[0],
         "working directory": _directory(),
         # os.umask only returns the umask when it sets another.
-        "umask": status["Umask"],
+        "umask": status.get("Umask"),
         "signals blocked": frozenset(signal.pthread_sigmask(signal.SIG_BLOCK, [])),
         # signal.getsignal misses the signals that C code ignores.
-        "signals ignored": status["SigIgn"],
+        "signals ignored": status.get("SigIgn"),
         "rights of the process": [status.get(name) for name in _RIGHTS],
         "group and session": (os.getpgrp(), os.getsid(0)),
         "scheduling": (os.sched_getscheduler(0), _read_own("timerslack_ns")),
@@ -183,6 +183,7 @@ def _directory() -> str:
 
 
 def _status() -> dict[str, str]:
+    """Return what Linux shows of this process; a sandbox such as gVisor has fewer lines."""
     text = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
     return {name: value.strip() for name, _, value in (x.partition(":") for x in text.splitlines())}
 

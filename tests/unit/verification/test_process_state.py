@@ -12,7 +12,8 @@ from types import ModuleType
 import pytest
 from served_kernels import serve
 
-from attnimg.verification.process_state import ProcessState
+from attnimg.verification import process_settings
+from attnimg.verification.process_state import ProcessState, RunState
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 SOURCE = FIXTURES / "wrong_kernels/state.py"
@@ -175,6 +176,12 @@ def test_a_hook_for_exceptions_of_the_cute_dsl_passes(monkeypatch: pytest.Monkey
     monkeypatch.setattr(sys, "excepthook", print)
     (text,) = before.replaced_code()
     assert text == "sys: excepthook was replaced by code of builtins"
+
+
+def test_a_sandbox_whose_status_has_few_lines_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As gVisor, whose /proc/self/status has neither Umask nor SigIgn."""
+    monkeypatch.setattr(process_settings, "_status", lambda: {"CapEff": "0"})
+    assert RunState().changes() == ProcessState().changes() == []
 
 
 # Source: nvidia-cutlass-dsl 4.8.1, base_dsl/common.py and base_dsl/dsl.py (2026-11-28).
