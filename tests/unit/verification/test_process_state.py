@@ -178,6 +178,21 @@ def test_a_hook_for_exceptions_of_the_cute_dsl_passes(monkeypatch: pytest.Monkey
     assert text == "sys: excepthook was replaced by code of builtins"
 
 
+def test_a_working_directory_that_is_renamed_stays_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "old").mkdir()
+    monkeypatch.chdir(tmp_path / "old")
+    run = RunState()
+    (tmp_path / "old").rename(tmp_path / "new")
+    assert run.changes() == []
+    (tmp_path / "new").rmdir()
+    assert run.changes() == []
+    monkeypatch.chdir(tmp_path)
+    (text,) = run.changes()
+    assert text.startswith("working directory was ")
+
+
 def test_a_sandbox_whose_status_has_few_lines_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """As gVisor, whose /proc/self/status has neither Umask nor SigIgn."""
     monkeypatch.setattr(process_settings, "_status", lambda: {"CapEff": "0"})
