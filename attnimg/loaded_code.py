@@ -27,6 +27,11 @@ _CODE = (
 _WRAPPERS = ((property, "fget"), ((staticmethod, classmethod, MethodType), "__func__"),
              (functools.partial, "func"))  # fmt: skip
 
+# The CuTe DSL, in which FlashAttention-4 is written. On import and in its first call it puts a hook
+# of its own before sys.excepthook, which it calls.
+# Source: nvidia-cutlass-dsl 4.8.1, base_dsl/common.py:167 and base_dsl/dsl.py:462 (2026-11-28).
+_CUTE_DSL = "cutlass.base_dsl."
+
 # Its globals are the functions of the FlashAttention kernel that transformers loaded last.
 # Source: transformers 5.22.2, modeling_flash_attention_utils.py, lazy_import_flash_attention
 # (2026-11-28).
@@ -72,7 +77,8 @@ class LoadedCode:
         lines = [
             f"{owner.name}: {name} was replaced by code of {_origin(now)}"
             for owner, name, before, now in found
-            if _package(_origin(now)) != _package(owner.name) or _is_renamed(before, now, known)
+            if (_package(_origin(now)) != _package(owner.name) or _is_renamed(before, now, known))
+            and not (owner.name == "sys" and name == "excepthook" and is_of_cute_dsl(now))
         ]
         return lines if self._only else lines + list(self._changed_since())
 
@@ -102,6 +108,11 @@ class LoadedCode:
             if not any(re.search(rf"\b{re.escape(foreign)}\b", source) for source in sources):
                 for owner_name, name, by in lines:
                     yield f"{owner_name}: {name} was replaced by code of {by}"
+
+
+def is_of_cute_dsl(hook: object) -> bool:
+    """Return whether a hook for exceptions is one of the CuTe DSL, which calls the one before."""
+    return _origin(hook).startswith(_CUTE_DSL)
 
 
 def _is_within(name: str, within: tuple[str, ...]) -> bool:

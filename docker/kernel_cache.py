@@ -48,7 +48,9 @@ def kernel_reference(name: str, kernel: str, targets: Targets, cache: str) -> st
     rocm = "".join(f"{key}={args[key]}" for key in sorted(args) if key.startswith("ROCM_")).encode()
     read = b"\0".join(path.read_bytes() for path in files)
     toolchain = hashlib.sha256(read + rocm).hexdigest()[:12]
-    return f"{cache.rstrip('/')}/attnimg-kernels:{kernel}-{build['key']}-{toolchain}"
+    # An image of one platform is not found for another, also where the wheel in it is the same.
+    end = files_name.removeprefix(name)
+    return f"{cache.rstrip('/')}/attnimg-kernels:{kernel}-{build['key']}-{toolchain}{end}"
 
 
 def find_kernels(name: str, targets: Targets, cache: str) -> dict[str, str]:

@@ -115,7 +115,7 @@ def merge(folder: Path, made: Path | None, wanted: Wanted) -> list[str]:
     new = _read_new(made, wanted) if made else {}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder.parent):
-        recover(folder)
+        _recover(folder)
         part = folder.with_name(f"{folder.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
@@ -175,7 +175,13 @@ def replace_in_two_steps(folder: Path, part: Path) -> None:
 
 
 def recover(folder: Path) -> None:
-    """Restore a wheelhouse that a killed run had moved away."""
+    """Restore a wheelhouse that a killed run had moved away; wait for a run that replaces it."""
+    if folder.parent.is_dir():
+        with _locked(folder.parent):
+            _recover(folder)
+
+
+def _recover(folder: Path) -> None:
     if not folder.exists() and _old(folder).exists():
         _old(folder).rename(folder)
 

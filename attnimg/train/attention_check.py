@@ -129,7 +129,7 @@ class AttentionCheck:
         self._margins: list[float] = []
         self._process: RunState | None = None
         self._last_unchanged: int | None = None
-        self._compared_at, self._compared_step = -math.inf, 0
+        self._compared_at = -math.inf
 
     def report_schedule(self) -> None:
         """Print whether calls will be checked."""
@@ -180,7 +180,7 @@ class AttentionCheck:
             with self._capturing(found, step):
                 yield
             check = found[0]
-        results = gather_objects((check, self._find_changes(step)))
+        results = gather_objects((check, self._find_changes()))
         self._record_results([check for check, _ in results if check], step, folder)
         self._raise_changes([changes for _, changes in results], step, folder)
 
@@ -196,15 +196,15 @@ class AttentionCheck:
         """
         if self.record.every_steps:
             self._compared_at = -math.inf
-            self._raise_changes(gather_objects(self._find_changes(step)), step, folder)
+            self._raise_changes(gather_objects(self._find_changes()), step, folder)
 
-    def _find_changes(self, step: int) -> list[str]:
-        """Return the changed settings of this process; [] if it is too early to compare again."""
+    def _find_changes(self) -> list[str] | None:
+        """Return the changed settings of this process; None if it is too early to compare again."""
         now = time.monotonic()
         rare = self.record.every_steps >= DEFAULT_STEPS
         if self._process is None or (rare and now - self._compared_at < COMPARE_EVERY_S):
-            return []
-        self._compared_at, self._compared_step = now, step
+            return None
+        self._compared_at = now
         return self._process.changes()
 
     @contextmanager
@@ -223,18 +223,24 @@ class AttentionCheck:
             why = "the model made no call with gradients through transformers' attention interface"
             found.append(CallCheck(backend="", layer=0, skipped=why))
 
-    def _raise_changes(self, changes: list[list[str]], step: int, folder: Path) -> None:
+    def _raise_changes(self, changes: Sequence[list[str] | None], step: int, folder: Path) -> None:
         """Raise where the settings of a process have changed.
+
+        Args:
+            changes: of each rank; None where it was not compared.
+            step: the step that was trained.
+            folder: output_dir.
 
         Raises:
             AttnimgError: code process-state.
         """
-        ranks = [number for number, found in enumerate(changes) if found]
-        if not ranks:
-            if self._compared_step == step:
+        wrong = {number: found for number, found in enumerate(changes) if found}
+        if not wrong:
+            # Each rank has a clock of its own, by which it compares or not.
+            if None not in changes:
                 self._last_unchanged = step
             return
-        where = f" on rank {', '.join(map(str, ranks))}" if world_size() > 1 else ""
+        where = f" on rank {', '.join(map(str, wrong))}" if world_size() > 1 else ""
         since = (
             f"at step {self._last_unchanged}" if self._last_unchanged else "before the first step"
         )
@@ -244,7 +250,7 @@ class AttentionCheck:
             f"the process was changed during training, found at step {step}{where}",
             why="\n".join(
                 (
-                    *changes[ranks[0]][:5],
+                    *next(iter(wrong.values()))[:5],
                     f"needed the same state as {since}: attnimg and its packages do not change "
                     "this, but a kernel or other code in the process may",
                     kept,

@@ -6,6 +6,7 @@ import ctypes
 import decimal
 import faulthandler
 import gc
+import inspect
 import locale
 import logging
 import multiprocessing
@@ -18,11 +19,13 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import numpy as np
 
 from attnimg.errors import signal_name
+from attnimg.loaded_code import is_of_cute_dsl
 from attnimg.verification.torch_settings import torch_settings
 
 # With these variables, OpenMP binds the main thread to CPUs when it first starts other threads.
@@ -52,7 +55,7 @@ def read_settings() -> dict[str, Any]:
         "rounding mode of floating-point numbers": _rounding(),
         "garbage collection": (gc.isenabled(), gc.get_threshold()),
         "exception and display hooks of Python": (
-            sys.excepthook,
+            _exception_hook(),
             threading.excepthook,
             sys.unraisablehook,
             sys.displayhook,
@@ -96,10 +99,10 @@ def read_settings() -> dict[str, Any]:
         or multiprocessing.get_all_start_methods()[0],
         "working directory": _directory(),
         # os.umask only returns the umask when it sets another.
-        "umask": status["Umask"],
+        "umask": status.get("Umask"),
         "blocked signals": frozenset(signal.pthread_sigmask(signal.SIG_BLOCK, [])),
         # signal.getsignal misses the signals that C code ignores.
-        "ignored signals": status["SigIgn"],
+        "ignored signals": status.get("SigIgn"),
         "users, groups and capabilities": [status.get(name) for name in _RIGHTS],
         "process group and session": (os.getpgrp(), os.getsid(0)),
         "scheduling": (os.sched_getscheduler(0), _read_own("timerslack_ns")),
@@ -115,6 +118,16 @@ def read_settings() -> dict[str, Any]:
     for number in sorted(signal.valid_signals()):
         found[f"signal handler of {signal_name(number)}"] = signal.getsignal(number)
     return found
+
+
+def _exception_hook() -> object:
+    """Return the hook for exceptions, without the CuTe DSL's, which call the one before them."""
+    hook: Any = sys.excepthook
+    while isinstance(hook, FunctionType) and is_of_cute_dsl(hook):
+        names = inspect.getclosurevars(hook)
+        before = {**names.globals, **names.nonlocals}
+        hook = before.get("origin_excepthook", before.get("_original_excepthook"))
+    return hook
 
 
 def _wakeup_file() -> int:
@@ -170,6 +183,7 @@ def _directory() -> str:
 
 
 def _status() -> dict[str, str]:
+    """Return what Linux shows of this process; a sandbox such as gVisor has fewer lines."""
     text = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
     return {name: value.strip() for name, _, value in (x.partition(":") for x in text.splitlines())}
 

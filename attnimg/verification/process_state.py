@@ -224,12 +224,16 @@ class RunState:
         self._functions = list_functions()
         self._code = LoadedCode(_CODE_OF_RUNS)
         self._settings = _run_settings()
+        # Renaming or removing the folder changes its path; it stays the working directory.
+        self._directory = _working_directory()
         # Closing a terminal changes them.
         self._terminals = frozenset(number for number in range(3) if os.isatty(number))
 
     def changes(self) -> list[str]:
         """Return the names of the settings that changed, with details; [] if none did."""
         after = _run_settings()
+        if self._directory and self._directory == _working_directory():
+            after["working directory"] = self._settings["working directory"]
         files = "standard input, output and error"
         for number in self._terminals:
             self._settings[files][number] = after[files][number]
@@ -238,6 +242,15 @@ class RunState:
             *replaced_functions(self._functions),
             *self._code.replaced(),
         ]
+
+
+def _working_directory() -> tuple[int, int] | None:
+    """Return the identity of the working directory; None where the system does not show it."""
+    try:
+        found = Path().stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _run_settings() -> dict[str, Any]:

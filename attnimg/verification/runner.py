@@ -191,19 +191,27 @@ def working_folder() -> Iterator[Path]:
     """Make a folder with links to the files of the working folder, for a child to work in.
 
     Files that its kernels create there do not stay in the user's folder. A working folder with more
-    than MOST_LINKS files is used itself.
+    than MOST_LINKS files is used itself, and so is one whose links do not fit on the disk.
     """
     with tempfile.TemporaryDirectory(prefix="attnimg-proof-", ignore_cleanup_errors=True) as made:
         try:
             files = list(itertools.islice(Path.cwd().iterdir(), MOST_LINKS + 1))
         except OSError:  # it was removed, or this user may not list it
             files = []
-        if len(files) > MOST_LINKS:
+        if len(files) <= MOST_LINKS and _link(files, Path(made)):
+            yield Path(made)
+        else:
             yield Path.cwd()
-            return
+
+
+def _link(files: Sequence[Path], folder: Path) -> bool:
+    """Put links to files into a folder; return False where the disk is full."""
+    try:
         for file in files:
-            (Path(made) / file.name).symlink_to(file)
-        yield Path(made)
+            (folder / file.name).symlink_to(file)
+    except OSError:
+        return False
+    return True
 
 
 def _absolute_paths(environ: Mapping[str, str]) -> dict[str, str]:

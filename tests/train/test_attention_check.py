@@ -376,6 +376,27 @@ def test_a_change_is_found_where_no_call_can_be_compared(tmp_path: Path) -> None
     assert "find what changes it" in caught.value.do
 
 
+def test_a_step_counts_as_unchanged_where_all_ranks_were_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each rank compares by its own clock."""
+    others: list[list[str] | None] = [[], None, ["umask was 0022, is 0027"]]
+    check = AttentionCheck(
+        1, lambda *_: pytest.fail("no call is compared"), why_not="attention_dropout",
+        alternatives=(), log=print,
+    )  # fmt: skip
+    monkeypatch.setattr(
+        "attnimg.train.attention_check.gather_objects", lambda own: [own, (None, others.pop(0))]
+    )
+    for step in (1, 2):
+        with check.checking(step, tmp_path):
+            pass
+    with pytest.raises(AttnimgError) as caught, check.checking(3, tmp_path):
+        pass
+    assert "umask was 0022, is 0027" in caught.value.why
+    assert "needed the same as at step 1" in caught.value.why
+
+
 @pytest.mark.usefixtures("restored")
 def test_with_no_checks_the_process_is_not_compared(
     made: Path, tmp_path: Path, serve: Callable[[Kernel], None]

@@ -66,6 +66,16 @@ def test_a_kernel_of_the_cache_replaces_its_target_everywhere(
     }
 
 
+def test_each_platform_has_kernels_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also Python's alone, with one key: docker finds no linux/arm64 in an image of linux/amd64."""
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "docker/docker-bake.json").read_text().replace("${ARCH}", "-arm64")
+    arm64 = kernel_cache.kernel_reference(
+        "hopper", "flash-attn-4", json.loads(text)["target"], CACHE
+    )
+    assert arm64 == f"{reference('flash-attn-4')}-arm64"
+
+
 def test_without_a_cache_nothing_is_asked(docker: Path) -> None:
     assert settings(build("hopper", docker=docker, ERROR="asked")) == []
 

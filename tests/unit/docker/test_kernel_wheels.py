@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -339,3 +340,23 @@ def test_a_merge_that_is_killed_anywhere_leaves_the_old_wheels_or_the_new(
     assert number > 10
     assert seen == {"old", "new"}
     assert [path.name for path in house(docker).parent.iterdir()] == [NAME]
+
+
+def test_a_wheelhouse_that_another_run_replaces_is_not_put_back(tmp_path: Path) -> None:
+    """In two steps, as where the file system can't exchange folders."""
+    folder, old = tmp_path / NAME, tmp_path / f"{NAME}.old"
+    old.mkdir()
+    with kernel_wheels._locked(tmp_path):
+        other = threading.Thread(target=kernel_wheels.recover, args=(folder,))
+        other.start()
+        other.join(0.2)
+        assert other.is_alive()
+        assert not folder.exists()
+        folder.mkdir()
+        old.rmdir()
+    other.join()
+    kernel_wheels.recover(tmp_path / "not there" / NAME)
+    old.mkdir()
+    folder.rmdir()
+    kernel_wheels.recover(folder)
+    assert folder.exists()

@@ -7,9 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from served_kernels import serve
+
+from attnimg.verification import process_settings
+from attnimg.verification.process_state import ProcessState, RunState
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 SOURCE = FIXTURES / "wrong_kernels/state.py"
@@ -157,3 +161,56 @@ def test_usual_behaviour_of_libraries_on_import_and_in_first_calls_passes(
     reasons: dict[str, list[list[str]]], fault: str
 ) -> None:
     assert reasons[NAMES[fault]] == []
+
+
+def test_a_hook_for_exceptions_of_the_cute_dsl_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On import, and in its first call, each hook calls the one before."""
+    monkeypatch.setattr(sys, "excepthook", lambda *_: None)
+    before = ProcessState()
+    library = ModuleType("cutlass.base_dsl.common")
+    exec(_CUTE_DSL, vars(library))
+    assert sys.excepthook is library.excepthook
+    assert (before.changes(), before.replaced_code()) == ([], [])
+    library._original_excepthook = print
+    assert before.changes() == ["hooks of Python changed"]
+    monkeypatch.setattr(sys, "excepthook", print)
+    (text,) = before.replaced_code()
+    assert text == "sys: excepthook was replaced by code of builtins"
+
+
+def test_a_working_directory_that_is_renamed_stays_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "old").mkdir()
+    monkeypatch.chdir(tmp_path / "old")
+    run = RunState()
+    (tmp_path / "old").rename(tmp_path / "new")
+    assert run.changes() == []
+    (tmp_path / "new").rmdir()
+    assert run.changes() == []
+    monkeypatch.chdir(tmp_path)
+    (text,) = run.changes()
+    assert text.startswith("working directory was ")
+
+
+def test_a_sandbox_whose_status_has_few_lines_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As gVisor, whose /proc/self/status has neither Umask nor SigIgn."""
+    monkeypatch.setattr(process_settings, "_status", lambda: {"CapEff": "0"})
+    assert RunState().changes() == ProcessState().changes() == []
+
+
+# Source: nvidia-cutlass-dsl 4.8.1, base_dsl/common.py and base_dsl/dsl.py (2026-11-28).
+_CUTE_DSL = """
+import sys
+_original_excepthook = sys.excepthook
+def _dsl_excepthook(*error):
+    _original_excepthook(*error)
+sys.excepthook = _dsl_excepthook
+def first_call():
+    global excepthook
+    origin_excepthook = sys.excepthook
+    def excepthook(*error):
+        origin_excepthook(*error)
+    sys.excepthook = excepthook
+first_call()
+"""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 from pathlib import Path
 
@@ -95,6 +97,19 @@ def test_a_removed_and_a_full_working_folder(
         assert list(folder.iterdir()) == []
     assert _absolute_paths({"HF_HOME": "./hf"}) == {}
     monkeypatch.chdir(tmp_path)
+
+
+def test_a_working_folder_is_used_itself_where_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Path, "symlink_to", fill)
+    with working_folder() as folder:
+        assert folder == tmp_path
 
 
 def test_no_process_that_a_kernel_started_is_left(proofs: list[Proof]) -> None:
