@@ -172,7 +172,7 @@ def test_a_hook_for_exceptions_of_the_cute_dsl_passes(monkeypatch: pytest.Monkey
     assert sys.excepthook is library.excepthook
     assert (before.changes(), before.replaced_code()) == ([], [])
     library._original_excepthook = print
-    assert before.changes() == ["hooks of Python changed"]
+    assert before.changes() == ["exception and display hooks of Python changed"]
     monkeypatch.setattr(sys, "excepthook", print)
     (text,) = before.replaced_code()
     assert text == "sys: excepthook was replaced by code of builtins"
