@@ -745,6 +745,7 @@ NEEDS = {
     """,
     "environment": """
         _check_address_space bad-environment, _open_store bad-environment,
+        _require_device bad-environment,
         _require_context context-differs,
         environment_error bad-environment, require_agreement bad-environment, require_group
         bad-environment, require_parsable bad-environment
@@ -757,7 +758,8 @@ NEEDS = {
     "the run": """
         _exits_as_errors exited, _get_grad_norm _not_finite_error, _high_loss_error loss-too-high,
         _loss_differs_error loss-differs, _maybe_log_save_evaluate _high_loss_error,
-        _model_raised_error model-raised, _not_finite_error not-finite, _record_results
+        _model_raised_error model-raised, _not_finite_error not-finite, _raise_changes
+        process-state, _record_results
         _wrong_kernel_error, _run_engine out-of-memory, _wrong_kernel_error
         kernel-wrong-at-run, check_log_probs loss-differs, compute_likelihood
         _loss_differs_error, prove_run AttnimgError, replace_by_hub_layers not-applied,

@@ -147,7 +147,7 @@ def test_a_whole_packed_row_has_many_documents(heads: int, rows: int, total: int
 
 def test_a_whole_row_is_shortened_to_the_budget() -> None:
     many_heads = replace(LLAMA, heads=128, kv_heads=8, sequence_len=4096)
-    assert full_row_length(many_heads, CPU) == 394
+    assert full_row_length(many_heads, CPU) == 338
     gpu = choose_budget(a_backend("flash_attention_2"), memory_bytes=80 << 30)
     assert full_row_length(replace(LLAMA, sequence_len=8192), gpu) == 8192
     assert full_row_length(replace(LLAMA, sequence_len=1 << 20), gpu) == 32768
