@@ -373,7 +373,7 @@ def test_a_change_is_found_where_no_call_can_be_compared(tmp_path: Path) -> None
     ):
         pass
     assert "umask was 0022, is 0027" in caught.value.why
-    assert "find what changes it" in caught.value.do
+    assert "find the code that changes it" in caught.value.do
 
 
 def test_a_step_counts_as_unchanged_where_all_ranks_were_compared(
@@ -394,7 +394,7 @@ def test_a_step_counts_as_unchanged_where_all_ranks_were_compared(
     with pytest.raises(AttnimgError) as caught, check.checking(3, tmp_path):
         pass
     assert "umask was 0022, is 0027" in caught.value.why
-    assert "needed the same as at step 1" in caught.value.why
+    assert "needed the same state as at step 1" in caught.value.why
 
 
 @pytest.mark.usefixtures("restored")

@@ -26,6 +26,12 @@ CONFIG = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64,
           "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _without_earlier_models():
+    """Delete the models that tests of other files left in reference cycles."""
+    gc.collect()
+
+
 @pytest.fixture(autouse=True)
 def _restored():
     """Check that the models of a test leave the registries when they are deleted."""
